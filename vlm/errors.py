@@ -5,6 +5,10 @@ line prints it as `error: ...` and exits with code 2; anything else that escapes
 """
 
 
+import difflib
+from collections.abc import Iterable
+
+
 class VLMError(ValueError):
     """A request that `vlm` refuses; the message is written for the person who made it."""
 
@@ -42,3 +46,9 @@ class ImageError(VLMError):
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
         # Exceptions cross process borders (data loader workers); the default pickling would drop `code`.
         return type(self), (self.code, str(self))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the known name closest to a mistyped one, or `""` when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
