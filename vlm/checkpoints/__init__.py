@@ -1,0 +1,5 @@
+"""Model directories: open and write them, whole or part by part. Weights are safetensors only."""
+
+from vlm.checkpoints.directory import load, save
+
+__all__ = ["load", "save"]

@@ -1,0 +1,113 @@
+"""`VLMConfig`: what a vision-language model is made of.
+
+The configuration names an encoder kind and a projector kind. A kind is looked up among the files of `vlm/encoders` and `vlm/projectors` by its exact
+name, never imported from a path, so a downloaded configuration cannot choose code to run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from vlm.errors import ConfigError, nearest
+
+DECODER_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+}
+"""Decoder configurations by transformers' `model_type`."""
+
+
+def kinds(package: str) -> list[str]:
+    """Names of the parts in `vlm.encoders` or `vlm.projectors`: one file each, the file name is the kind."""
+    path = importlib.import_module(package).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
+
+
+def part(package: str, kind: str) -> Any:
+    """Import the file of a part by its exact kind.
+
+    Raises:
+        ConfigError: there is no such kind; the message lists the known ones.
+    """
+    known = kinds(package)
+    if kind not in known:
+        what = package.rsplit(".", 1)[-1].rstrip("s")
+        raise ConfigError(f"unknown {what} {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
+    return importlib.import_module(f"{package}.{kind}")
+
+
+def decoder_config(values: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
+    """A Gemma 1, 2 or 3 text configuration from its dictionary (with `model_type`).
+
+    Raises:
+        ConfigError: the `model_type` is missing or is not a decoder that this library knows.
+    """
+    if isinstance(values, PreTrainedConfig):
+        if type(values) not in DECODER_CONFIGS.values():
+            raise ConfigError(
+                f"decoder configuration is a {type(values).__name__}, expected one of {', '.join(c.__name__ for c in DECODER_CONFIGS.values())}"
+            )
+        return values
+    values = dict(values)
+    kind = values.pop("model_type", None)
+    if kind not in DECODER_CONFIGS:
+        raise ConfigError(
+            f"decoder model_type is {kind!r}, expected one of {', '.join(DECODER_CONFIGS)}; write it into text_config"
+        )
+    return DECODER_CONFIGS[kind](**values)
+
+
+class VLMConfig(PreTrainedConfig):
+    """Configuration of a `vlm.VLM`.
+
+    Attributes:
+        encoder: kind of the vision tower (a file of `vlm/encoders`), such as `siglip` or `siglip2_naflex`.
+        vision_config: the tower's own transformers configuration.
+        projector_config: `{"kind": ..., ...}`, the projector (a file of `vlm/projectors`) and its settings.
+        text_config: a Gemma, Gemma 2 or Gemma 3 text configuration.
+        image_token_id: id of the `<image>` placeholder. No default: a wrong one is silent.
+        softcap_in_loss: apply the decoder's `final_logit_softcapping` to the training loss too. Off by default, as in Google's transfer recipe
+            (generation always applies it; big_vision trains without: `compute_logits` bypasses the cap).
+    """
+
+    model_type = "vlm"
+    sub_configs = {"text_config": PreTrainedConfig, "vision_config": PreTrainedConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    encoder: str = "siglip"
+    vision_config: dict | PreTrainedConfig | None = None
+    projector_config: dict | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    softcap_in_loss: bool = False
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # transformers builds every configuration class once without arguments (to diff against defaults).
+        self.text_config = decoder_config(self.text_config or {"model_type": "gemma"})
+        vision_class = part("vlm.encoders", self.encoder).Config
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            values = dict(self.vision_config or {})
+            stated = values.pop("model_type", vision_class.model_type)
+            if stated != vision_class.model_type:
+                raise ConfigError(
+                    f"vision_config.model_type is {stated!r}, but encoder {self.encoder!r} has {vision_class.model_type!r}; one of the two is wrong"
+                )
+            self.vision_config = vision_class(**values)
+        self.projector_config = dict(self.projector_config or {"kind": "linear"})
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        part("vlm.projectors", str(self.projector_config.get("kind")))
+        vocab = self.text_config.vocab_size
+        if self.image_token_id is not None and not 0 <= self.image_token_id < vocab:
+            raise ConfigError(
+                f"image_token_id {self.image_token_id} is outside the decoder's vocabulary of {vocab}; set it to the id of <image> in the tokenizer"
+            )

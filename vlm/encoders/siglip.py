@@ -1,0 +1,72 @@
+"""SigLIP towers at a fixed resolution: SigLIP v1, and the FixRes checkpoints of SigLIP 2 (same architecture).
+
+Papers: SigLIP (arXiv 2303.15343), SigLIP 2 (arXiv 2502.14786). Reference code: big_vision `models/vit.py` with `pool_type none`.
+The blocks and parameter names are transformers' `SiglipVisionModel`. Departures: none; the attention pooling head, unused by a VLM, is dropped when
+`vision_use_head` is False.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import SiglipVisionConfig as Config
+from transformers import SiglipVisionModel
+
+from vlm.encoders import EncoderOutput
+from vlm.errors import ConfigError
+from vlm.transforms import ImageTransform
+
+__all__ = ["Config", "Encoder", "tiny", "transform"]
+
+
+class Encoder(SiglipVisionModel):
+    """SigLIP patch features."""
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> EncoderOutput:  # type: ignore[override]
+        """Encode images.
+
+        Args:
+            pixel_values: float[M, 3, H, W] with H = W = `config.image_size`.
+
+        Raises:
+            ConfigError: images of another size.
+        """
+        side = self.config.image_size
+        if tuple(pixel_values.shape[1:]) != (self.config.num_channels, side, side):
+            raise ConfigError(
+                f"the siglip tower reads images of {self.config.num_channels}x{side}x{side}, got {tuple(pixel_values.shape[1:])};"
+                f" set the processor's image_transform.image_size to {side}"
+            )
+        features = super().forward(pixel_values.to(self.dtype), **kwargs).last_hidden_state
+        rows = side // self.config.patch_size
+        grid = torch.full((pixel_values.shape[0], 2), rows, device=features.device)
+        return EncoderOutput(features, None, grid)
+
+
+def transform(config: Config, **settings: Any) -> ImageTransform:
+    """Square resize without keeping the aspect ratio, values in [-1, 1], bilinear with antialias as in big_vision.
+
+    Checkpoints on the Hub record their own filter (v1 bicubic, SigLIP 2 bilinear), which then replaces this default.
+    """
+    values = {
+        "mode": "squash",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "resample": "bilinear",
+    }
+    return ImageTransform(**{**values, **settings})
+
+
+def tiny() -> Config:
+    """A tower of 28x28 px, patch 14, 4 patches."""
+    return Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
+        vision_use_head=False,
+    )

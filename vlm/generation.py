@@ -1,0 +1,146 @@
+"""Images and prompts to text, through transformers' `generate` with our masks, positions and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from vlm.config import VLMConfig
+from vlm.errors import GenerationError
+from vlm.model import VLM
+from vlm.processor import Batch, ImageSource, Processor
+
+
+def check_dtype(config: VLMConfig, dtype: torch.dtype, *, force: bool = False) -> None:
+    """Refuse float16 for Gemma: activations exceed 65504 and the output is empty or NaN.
+
+    Raises:
+        GenerationError: the dtype is float16 and `force` is False.
+    """
+    if dtype == torch.float16 and not force:
+        raise GenerationError(
+            f"float16 overflows in {config.text_config.model_type} decoders (activations above 65504) and gives empty or NaN output;"
+            " use bfloat16 or float32, or force_fp16=True to try all the same"
+        )
+
+
+def generate(
+    model: VLM,
+    processor: Processor,
+    images: Sequence[ImageSource | Sequence[ImageSource]] | None,
+    prompts: Sequence[str] | str,
+    *,
+    ids: Sequence[str] | None = None,
+    max_new_tokens: int = 64,
+    num_beams: int = 1,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    length_penalty: float = 1.0,
+    seed: int | None = None,
+    batch_size: int = 16,
+    force_fp16: bool = False,
+) -> list[str]:
+    """Answer a prompt about each image.
+
+    Args:
+        images: for each prompt one image or a list of images (path, bytes or Pillow image); None for text only.
+        prompts: prefixes such as `caption en` or `answer en what colour is the square?`.
+        ids: names of the samples for error messages.
+        max_new_tokens: most tokens generated for a sample.
+        num_beams: 1 is greedy (or sampling); more is beam search.
+        do_sample, temperature, top_p, top_k: sampling; `top_k=0` means no limit. `seed` makes it repeatable.
+        batch_size: samples at a time; it does not change greedy results beyond floating-point rounding.
+        force_fp16: run a float16 model although it may overflow.
+
+    Returns:
+        one text per prompt, in order, special tokens removed.
+
+    Raises:
+        GenerationError: float16, or settings that contradict each other.
+        DataError, ImageError: as `Processor` raises them.
+    """
+    check_dtype(model.config, model.dtype, force=force_fp16)
+    settings = generation_config(
+        processor,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        length_penalty=length_penalty,
+    )
+    if batch_size < 1:
+        raise GenerationError(f"batch_size is {batch_size}, expected at least 1")
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts: list[str] = []
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for chunk in _chunks(images, prompts, ids, batch_size):
+            batch = processor(*chunk[:2], ids=chunk[2])
+            texts += processor.batch_decode(generate_ids(model, batch, settings))
+    return texts
+
+
+@torch.inference_mode()
+def generate_ids(model: VLM, batch: Batch, settings: GenerationConfig) -> torch.Tensor:
+    """Generate for one batch made without suffixes; returns int64[B, N], the new tokens only, padded after EOS."""
+    if batch.labels is not None:
+        raise GenerationError("this batch was made for training (it has labels, padding right); make it without suffix")
+    was_training = model.training
+    model.eval()
+    try:
+        output = model.generate(**batch.to(model.device), generation_config=settings)
+    finally:
+        model.train(was_training)
+    return output[:, batch.input_ids.shape[1] :]
+
+
+def generation_config(
+    processor: Processor, *, max_new_tokens: int, num_beams: int, do_sample: bool, **sampling: Any
+) -> GenerationConfig:
+    """transformers' settings for the processor's tokens.
+
+    Raises:
+        GenerationError: a number is out of range, or sampling and beams are asked for together.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+        if value < 1:
+            raise GenerationError(f"{name} is {value}, expected at least 1")
+    if do_sample and num_beams > 1:
+        raise GenerationError(f"do_sample and num_beams={num_beams} together are not supported; choose one")
+    if do_sample and not (sampling["temperature"] > 0 and 0 < sampling["top_p"] <= 1):
+        raise GenerationError(
+            f"temperature {sampling['temperature']} must be positive and top_p {sampling['top_p']} in (0, 1]; for no randomness use do_sample=False"
+        )
+    used = {"temperature", "top_p", "top_k"} if do_sample else {"length_penalty"} if num_beams > 1 else set()
+    tokenizer = processor.tokenizer
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=do_sample,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **{name: value for name, value in sampling.items() if name in used},
+    )
+
+
+def _chunks(
+    images: Sequence[Any] | None, prompts: list[str], ids: Sequence[str] | None, size: int
+) -> Iterator[tuple[Sequence[Any] | None, list[str], list[str]]]:
+    names = [str(i) for i in range(len(prompts))] if ids is None else [str(i) for i in ids]
+    counts = {"prompts": len(prompts), "ids": len(names)}
+    if images is not None:
+        counts["images"] = len(images)
+    if len(set(counts.values())) > 1:
+        raise GenerationError(f"each prompt needs one image and one id, got {counts}")
+    for start in range(0, len(prompts), size):
+        window = slice(start, start + size)
+        yield None if images is None else images[window], prompts[window], names[window]

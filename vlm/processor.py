@@ -1,0 +1,251 @@
+"""`Processor`: images and texts to a `Batch`, and ids back to text. Training, evaluation, generation and the command line all use this one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.images import load_image
+from vlm.loss import IGNORE
+from vlm.masks import position_ids
+from vlm.prompts import EncodedText, PromptEncoder
+from vlm.tokenizer import Tokenizer, image_token_id
+from vlm.transforms import ImageTransform, Pixels
+
+logger = logging.getLogger(__name__)
+CONFIG_NAME = "processor_config.json"
+ImageSource = str | Path | bytes | Image.Image
+
+
+@dataclass
+class Batch:
+    """What a model reads, made by `Processor` only. `model(**batch)` passes the tensors that are there.
+
+    Shape letters: B samples, S sequence length, M images of the whole batch, N patches, P patch side.
+
+    Attributes:
+        input_ids: int64[B, S], image placeholders, BOS prefix newline suffix EOS, padding.
+        attention_mask: int64[B, S], 0 on padding.
+        token_type_ids: int64[B, S], 0 = image and prefix, 1 = suffix (0 on padding).
+        position_ids: int64[B, S], count real tokens only.
+        labels: int64[B, S], the token itself where it is supervised, -100 elsewhere; None when generating.
+        sequence_ids: int64[B, S], which packed sample a token belongs to; None when nothing is packed.
+        pixel_values: float32[M, 3, H, W], or float32[M, N, P*P*3] for NaFlex; None without images.
+        pixel_attention_mask: int64[M, N], NaFlex only.
+        spatial_shapes: int64[M, 2], (rows, columns), NaFlex only.
+        ids: names of the samples, for messages; not passed to the model.
+        truncated: ids of the samples whose suffix was cut; not passed to the model.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    pixel_values: Tensor | None = None
+    pixel_attention_mask: Tensor | None = None
+    spatial_shapes: Tensor | None = None
+    ids: list[str] = field(default_factory=list)
+    truncated: list[str] = field(default_factory=list)
+
+    def keys(self) -> list[str]:
+        """Names of the tensors that are there, for `**batch`."""
+        return [name for name, _ in self._tensors()]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return dict(self._tensors())[name]
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in self._tensors()})
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by torch's data loader)."""
+        return replace(self, **{name: t.pin_memory() for name, t in self._tensors()})
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                yield item.name, value
+
+
+class Processor:
+    """The only place that knows prompts, placeholders, padding sides and pixels.
+
+    Args:
+        tokenizer: a Gemma tokenizer with an `<image>` token.
+        image_transform: how images become tensors (belongs to the vision tower).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, image_transform: ImageTransform | dict[str, Any]) -> None:
+        if isinstance(image_transform, dict):
+            image_transform = ImageTransform.from_dict(image_transform)
+        self.tokenizer = tokenizer
+        self.image_transform = image_transform
+        self.image_token_id = image_token_id(tokenizer)
+        self._encode = PromptEncoder(tokenizer)
+
+    def __call__(
+        self,
+        images: Sequence[ImageSource | Sequence[ImageSource]] | None = None,
+        text: Sequence[str] | str = (),
+        suffix: Sequence[str] | str | None = None,
+        *,
+        ids: Sequence[str] | None = None,
+        max_text_length: int | None = None,
+    ) -> Batch:
+        """Build a batch: for training when suffixes are given (padding right, labels), else for generation (padding left, no labels).
+
+        Args:
+            images: for each sample one image or a list of images (path, bytes or Pillow image); None for text only.
+            text: for each sample the prefix, such as `caption en`. `<image>` is never written by the user: placeholders are inserted here.
+            suffix: for each sample the target text, or None.
+            ids: names of the samples for error messages; their numbers by default.
+            max_text_length: most text tokens of a sample (BOS, newline, EOS included; image tokens not). Only a suffix is cut, and that is reported.
+
+        Raises:
+            DataError: an empty batch, unequal lengths, a prefix that does not fit, nothing to supervise. The sample is named.
+            ImageError: an image that cannot be used.
+        """
+        prefixes = [text] if isinstance(text, str) else list(text)
+        suffixes = [suffix] if isinstance(suffix, str) else None if suffix is None else list(suffix)
+        names = [str(i) for i in range(len(prefixes))] if ids is None else [str(i) for i in ids]
+        groups = self._image_groups(images, len(prefixes))
+        self._check_lengths(prefixes, suffixes, names, groups)
+        pixels = self._pixels(groups, names)
+        texts = [
+            self._encode(prefix, target, sample=name, max_length=max_text_length)
+            for prefix, target, name in zip(prefixes, suffixes or [None] * len(prefixes), names, strict=True)
+        ]
+        batch = self._assemble(texts, self._image_tokens(groups, pixels), names, training=suffixes is not None)
+        if batch.truncated:
+            logger.warning("suffix cut to %s text tokens in %s", max_text_length, ", ".join(batch.truncated))
+        if pixels is None:
+            return batch
+        return replace(
+            batch,
+            pixel_values=pixels.pixel_values,
+            pixel_attention_mask=pixels.pixel_attention_mask,
+            spatial_shapes=pixels.spatial_shapes,
+        )
+
+    def num_image_tokens(self, grid: tuple[int, int]) -> int:
+        """Placeholders for an image with this (rows, columns) patch grid."""
+        return grid[0] * grid[1]
+
+    def batch_decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
+        """Generated ids (without the prompt) to text: up to the first EOS, special tokens dropped, `<loc>` and `<seg>` kept."""
+        return [self.decode(row) for row in ids]
+
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
+        """Generated ids of one sample to text."""
+        row = [int(i) for i in ids]
+        if self.tokenizer.eos_token_id in row:
+            row = row[: row.index(self.tokenizer.eos_token_id)]
+        return self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @staticmethod
+    def _image_groups(images: Any, num_samples: int) -> list[list[ImageSource]]:
+        if images is None:
+            return [[] for _ in range(num_samples)]
+        if isinstance(images, str | Path | bytes | Image.Image):
+            images = [images]
+        return [list(item) if isinstance(item, list | tuple) else [item] for item in images]
+
+    @staticmethod
+    def _check_lengths(prefixes: list[str], suffixes: list[str] | None, names: list[str], groups: list[Any]) -> None:
+        if not prefixes:
+            raise DataError(
+                "the batch is empty: no text was given; pass at least one prefix (it may be the empty string)"
+            )
+        counts = {"text": len(prefixes), "ids": len(names), "images": len(groups)}
+        if suffixes is not None:
+            counts["suffix"] = len(suffixes)
+        if len(set(counts.values())) > 1:
+            shown = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise DataError(f"each sample needs one of each, got {shown} (first sample: {names[:1]})")
+
+    def _pixels(self, groups: list[list[ImageSource]], names: list[str]) -> Pixels | None:
+        background = self.image_transform.background
+        loaded = [load_image(image, background=background) for group in groups for image in group]
+        return self.image_transform(loaded) if loaded else None
+
+    def _image_tokens(self, groups: list[list[ImageSource]], pixels: Pixels | None) -> list[int]:
+        grids = iter(pixels.grids if pixels is not None else [])
+        return [sum(self.num_image_tokens(next(grids)) for _ in group) for group in groups]
+
+    def _assemble(self, texts: list[EncodedText], image_tokens: list[int], names: list[str], training: bool) -> Batch:
+        lengths = [count + len(t.prefix) + len(t.suffix) for count, t in zip(image_tokens, texts, strict=True)]
+        shape = (len(texts), max(lengths))
+        input_ids = torch.full(shape, self.tokenizer.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        token_type_ids = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE, dtype=torch.int64)
+        for row, (count, encoded) in enumerate(zip(image_tokens, texts, strict=True)):
+            start = 0 if training else shape[1] - lengths[row]
+            end = start + lengths[row]
+            ids = torch.tensor([self.image_token_id] * count + encoded.prefix + encoded.suffix)
+            boundary = end - len(encoded.suffix)
+            input_ids[row, start:end] = ids
+            attention_mask[row, start:end] = 1
+            token_type_ids[row, boundary:end] = 1
+            labels[row, boundary:end] = ids[len(ids) - len(encoded.suffix) :]
+        return Batch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids(attention_mask),
+            labels=labels if training else None,
+            ids=names,
+            truncated=[name for name, t in zip(names, texts, strict=True) if t.truncated],
+        )
+
+    def save_pretrained(self, path: str | Path, **kwargs: Any) -> list[str]:
+        """Write `processor_config.json` and the tokenizer files into a directory."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"processor_class": type(self).__name__, "image_transform": self.image_transform.to_dict()}
+        target = folder / CONFIG_NAME
+        target.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return [str(target), *self.tokenizer.save_pretrained(folder)]
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Processor:
+        """Open what `save_pretrained` wrote: a directory or a hub id.
+
+        Raises:
+            CheckpointError: there is no processor, or it is not one of this library.
+        """
+        hub = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "token", "subfolder") if key in kwargs}
+        if isinstance(kwargs.get("revision"), str):
+            hub["revision"] = kwargs["revision"]
+        found = cached_file(str(path), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+        if found is None:
+            raise CheckpointError(
+                f"{path}: no {CONFIG_NAME}; save the processor beside the model with processor.save_pretrained"
+            )
+        values = json.loads(Path(found).read_text(encoding="utf-8"))
+        if "image_transform" not in values:
+            raise CheckpointError(
+                f"{path}: {CONFIG_NAME} has no image_transform; it was written by {values.get('processor_class')!r}, expected a processor saved by vlm"
+            )
+        try:
+            return cls(AutoTokenizer.from_pretrained(str(path), **hub), values["image_transform"])
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error

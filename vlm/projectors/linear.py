@@ -1,0 +1,39 @@
+"""One linear layer with bias, zero-initialised: PaliGemma's projector.
+
+Paper: PaliGemma, sections 3.1 and 5.5 (arXiv 2407.07726): an MLP was no better. Parameter names are those of transformers' PaliGemma
+(`multi_modal_projector.linear`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import initialization as init
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of the linear projector: none."""
+
+
+class Projector(nn.Module):
+    """float[M, P, E] -> float[M, P, D]."""
+
+    def __init__(self, config: Config, encoder_width: int, decoder_width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(encoder_width, decoder_width, bias=True)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Zero, so that training starts from the decoder's own distribution."""
+        init.zeros_(self.linear.weight)
+        init.zeros_(self.linear.bias)
+
+    def num_tokens(self, grid: tuple[int, int]) -> int:
+        """Image tokens of a (rows, columns) patch grid: one per patch."""
+        return grid[0] * grid[1]
+
+    def forward(self, features: Tensor, mask: Tensor | None, grid: Tensor) -> tuple[Tensor, Tensor | None]:
+        """float[M, P, E], bool[M, P] or None, int64[M, 2] -> (float[M, P, D], the mask)."""
+        return self.linear(features), mask

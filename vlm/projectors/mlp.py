@@ -1,0 +1,61 @@
+"""A multi-layer perceptron on each patch: LLaVA 1.5's projector.
+
+Paper: LLaVA 1.5, section 3.3 (arXiv 2310.03744): two layers with GELU. The first layers keep torch's default initialisation, the last one is zero, so that,
+as with the linear projector, training starts from the decoder's own distribution (a departure from LLaVA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from vlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of the MLP projector.
+
+    Attributes:
+        depth: number of linear layers, at least 2 (one layer is the kind `linear`).
+    """
+
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.depth, int) or self.depth < 2:
+            raise ConfigError(
+                f"projector mlp: depth is {self.depth!r}, expected an integer of at least 2; for one layer use 'linear'"
+            )
+
+
+class Projector(nn.Module):
+    """float[M, P, E] -> float[M, P, D], GELU between the layers."""
+
+    def __init__(self, config: Config, encoder_width: int, decoder_width: int) -> None:
+        super().__init__()
+        widths = [encoder_width] + [decoder_width] * config.depth
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Uniform in +-1/sqrt(fan in) for the first layers (torch's default for nn.Linear), zero for the last."""
+        *first, last = self.layers
+        for layer in first:
+            bound = layer.in_features**-0.5
+            init.uniform_(layer.weight, -bound, bound)
+            init.uniform_(layer.bias, -bound, bound)
+        init.zeros_(last.weight)
+        init.zeros_(last.bias)
+
+    def num_tokens(self, grid: tuple[int, int]) -> int:
+        """Image tokens of a (rows, columns) patch grid: one per patch."""
+        return grid[0] * grid[1]
+
+    def forward(self, features: Tensor, mask: Tensor | None, grid: Tensor) -> tuple[Tensor, Tensor | None]:
+        """float[M, P, E], bool[M, P] or None, int64[M, 2] -> (float[M, P, D], the mask)."""
+        for index, layer in enumerate(self.layers):
+            features = layer(features if index == 0 else nn.functional.gelu(features))
+        return features, mask

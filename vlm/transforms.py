@@ -1,0 +1,259 @@
+"""Pillow images to the tensors that a vision tower reads: resize, patches, normalisation.
+
+Everything is Pillow and torch, in float32, with every number in one dataclass that is saved with the checkpoint: the result never depends on which image
+library happens to be installed.
+
+Three ways to bring an image to the tower's size:
+
+    squash     resize to a square, aspect ratio not kept (SigLIP, PaliGemma)
+    letterbox  resize to fit, centre on a square of the background colour
+    naflex     keep the aspect ratio: the largest grid of whole patches within the budget (SigLIP 2 NaFlex)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlm.errors import ConfigError, nearest
+
+Mode = Literal["squash", "letterbox", "naflex"]
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class Pixels(NamedTuple):
+    """The images of a batch as tensors.
+
+    Attributes:
+        pixel_values: float32[M, 3, H, W], or float32[M, N, P*P*3] for NaFlex.
+        pixel_attention_mask: int64[M, N], 1 for real patches; None unless NaFlex.
+        spatial_shapes: int64[M, 2], (rows, columns) of each image's patch grid; None unless NaFlex.
+        grids: (rows, columns) of each image's patch grid, for every mode.
+    """
+
+    pixel_values: Tensor
+    pixel_attention_mask: Tensor | None
+    spatial_shapes: Tensor | None
+    grids: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTransform:
+    """How images become tensors.
+
+    Attributes:
+        mode: `squash`, `letterbox` or `naflex`.
+        patch_size: side of a patch in pixels.
+        image_size: side of the square in pixels (`squash`, `letterbox`).
+        max_num_patches: patch budget of an image (`naflex`). No default: it decides quality and cost.
+        mean, std: per-channel normalisation of values in [0, 1].
+        resample: `nearest`, `bilinear`, `bicubic` or `lanczos`.
+        background: RGB shown behind transparent pixels and around letterboxed images.
+    """
+
+    mode: Mode
+    patch_size: int
+    image_size: int | None = None
+    max_num_patches: int | None = None
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resample: str = "bicubic"
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "background"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.mode not in get_args(Mode):
+            known = get_args(Mode)
+            raise ConfigError(f"unknown image mode {self.mode!r}{nearest(str(self.mode), known)}; known: {known}")
+        if self.resample not in RESAMPLING:
+            raise ConfigError(f"unknown resample filter {self.resample!r}; known: {', '.join(RESAMPLING)}")
+        needed = "max_num_patches" if self.mode == "naflex" else "image_size"
+        for name in ("patch_size", needed):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"image transform {self.mode!r} needs {name} as a positive integer, got {value!r}")
+        if min(self.std) <= 0:
+            raise ConfigError(f"image transform std must be positive, got {self.std}")
+
+    def __call__(self, images: Sequence[Image.Image]) -> Pixels:
+        """Transform RGB images (use `vlm.images.load_image` to get them from files)."""
+        if self.mode == "naflex":
+            return self._naflex(images)
+        grid = self.grid(0, 0)
+        values = torch.stack([self._square(image) for image in images])
+        return Pixels(values, None, None, [grid] * len(images))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the patch grid that an image of this size gets."""
+        if self.mode == "naflex":
+            assert self.max_num_patches is not None
+            return naflex_grid(height, width, self.patch_size, self.max_num_patches)
+        assert self.image_size is not None
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def max_patches(self) -> int:
+        """The most patches that one image can have."""
+        if self.mode == "naflex":
+            assert self.max_num_patches is not None
+            return self.max_num_patches
+        return math.prod(self.grid(0, 0))
+
+    def describe(self) -> str:
+        """One line for people: the effective resolution and the number of patches."""
+        if self.mode == "naflex":
+            side = round(math.sqrt(self.max_patches)) * self.patch_size
+            return f"naflex, at most {self.max_patches} patches of {self.patch_size} px (about {side}x{side} px)"
+        assert self.image_size is not None
+        rows, columns = self.grid(0, 0)
+        seen = rows * self.patch_size
+        cut = "" if seen == self.image_size else f", the last {self.image_size - seen} px of each side are never seen"
+        return f"{self.mode}, {self.image_size}x{self.image_size} px, {rows * columns} patches of {self.patch_size} px{cut}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ImageTransform:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown or missing key.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(
+                    f"unknown key {key!r} in image_transform{nearest(key, known)}; known: {', '.join(known)}"
+                )
+        for key in ("mode", "patch_size"):
+            if key not in values:
+                raise ConfigError(f"image_transform has no {key!r}; add it")
+        return cls(**values)
+
+    def _square(self, image: Image.Image) -> Tensor:
+        assert self.image_size is not None
+        size, filter_ = self.image_size, RESAMPLING[self.resample]
+        if self.mode == "letterbox":
+            scale = size / max(image.size)
+            fit = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            canvas = Image.new("RGB", (size, size), self.background)
+            canvas.paste(image.resize(fit, filter_), ((size - fit[0]) // 2, (size - fit[1]) // 2))
+            image = canvas
+        elif image.size != (size, size):
+            image = image.resize((size, size), filter_)
+        return self._normalise(_to_tensor(image))
+
+    def _normalise(self, values: Tensor) -> Tensor:
+        """float32[3, H, W] in [0, 1] -> float32[3, H, W]."""
+        mean = torch.tensor(self.mean).view(3, 1, 1)
+        return (values - mean) / torch.tensor(self.std).view(3, 1, 1)
+
+    def _naflex(self, images: Sequence[Image.Image]) -> Pixels:
+        if self.resample not in ("bilinear", "bicubic"):
+            raise ConfigError(f"naflex resizes in float and needs resample bilinear or bicubic, got {self.resample!r}")
+        grids = [self.grid(image.height, image.width) for image in images]
+        longest = max(rows * columns for rows, columns in grids)
+        values = torch.zeros(len(images), longest, 3 * self.patch_size**2)
+        mask = torch.zeros(len(images), longest, dtype=torch.int64)
+        for i, (image, (rows, columns)) in enumerate(zip(images, grids, strict=True)):
+            size = (rows * self.patch_size, columns * self.patch_size)
+            # As big_vision does: normalise first, resize in float, never round to 8 bit.
+            resized = resize_float(self._normalise(_to_tensor(image)), size, self.resample)
+            values[i, : rows * columns] = patchify(resized, self.patch_size)
+            mask[i, : rows * columns] = 1
+        return Pixels(values, mask, torch.tensor(grids), grids)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """uint8 RGB image -> float32[3, H, W] in [0, 1]."""
+    array = np.array(image.convert("RGB"), dtype=np.uint8)
+    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+
+
+def resize_float(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Antialiased resize, one axis at a time.
+
+    Two calls, because one call of `F.interpolate(antialias=True)` to a width of 1 with a changed height repeats the first row (torch, CPU, contiguous
+    input). The filter is separable, so two calls give the same numbers.
+
+    Args:
+        image: float[..., C, H, W] with at most one leading dimension.
+        size: (height, width).
+        mode: `bilinear` or `bicubic`.
+
+    Returns:
+        float[..., C, height, width].
+    """
+    batched = image if image.ndim == 4 else image[None]
+    for target in ((size[0], batched.shape[-1]), size):
+        if tuple(batched.shape[-2:]) != target:
+            batched = F.interpolate(batched, size=target, mode=mode, align_corners=False, antialias=True)
+    return batched if image.ndim == 4 else batched[0]
+
+
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """Cut an image into rows of patches: row-major patches, inside a patch (y, x, channel), as in big_vision and transformers.
+
+    Args:
+        image: float[C, H, W], H and W multiples of `patch_size`.
+
+    Returns:
+        float[H/P * W/P, P*P*C].
+    """
+    channels, height, width = image.shape
+    rows, columns = height // patch_size, width // patch_size
+    blocks = image.reshape(channels, rows, patch_size, columns, patch_size)
+    return blocks.permute(1, 3, 2, 4, 0).reshape(rows * columns, patch_size**2 * channels)
+
+
+def naflex_grid(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
+    """The NaFlex patch grid: the largest scale at which whole patches that cover the image fit the budget.
+
+    With s the scale, the grid is (ceil(s*H/p), ceil(s*W/p)), each at least 1; s is found by the bisection of big_vision
+    (`ops_naflex.get_resize_ratio`): on [eps/10, 100], until the interval is shorter than eps = 1e-5.
+
+    Args:
+        height, width: image size in pixels.
+        patch_size: side of a patch in pixels.
+        max_num_patches: patch budget.
+
+    Returns:
+        (rows, columns), rows * columns <= max_num_patches.
+
+    Raises:
+        ConfigError: a side, the patch size or the budget is below 1.
+    """
+    if min(height, width, patch_size, max_num_patches) < 1:
+        raise ConfigError(
+            f"no patch grid for an image of {height}x{width} px, patch {patch_size}, budget {max_num_patches}; all must be at least 1"
+        )
+
+    def grid(scale: float) -> tuple[int, int]:
+        return max(1, math.ceil(scale * height / patch_size)), max(1, math.ceil(scale * width / patch_size))
+
+    def fit(scale: float) -> bool:
+        return math.prod(grid(scale)) <= max_num_patches
+
+    eps = 1e-5
+    low, high = eps / 10, 100.0
+    while high - low >= eps:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return grid(low)
