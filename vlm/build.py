@@ -1,4 +1,5 @@
-"""`vlm.new`: assemble a model from a vision tower, a projector and a decoder, each from a configuration or a checkpoint."""
+"""`vlm.new`: assemble a model from a vision tower, a projector and a decoder, each from a configuration or a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from vlm.config import VLMConfig, decoder_config, kinds, part
 from vlm.errors import ConfigError
 from vlm.model import DECODERS, VLM
 from vlm.processor import Processor
+from vlm.projectors import init_weights
 from vlm.tokenizer import Tokenizer, add_image_tokens, image_token_id
 from vlm.transforms import RESAMPLING, ImageTransform
 
@@ -39,7 +41,7 @@ def new(
     encoder: str | Path | PreTrainedConfig,
     projector: str | dict[str, Any] = "linear",
     decoder: str | Path | PreTrainedConfig | dict[str, Any] = "",
-    tokenizer: Tokenizer | str | Path | None = None,
+    tokenizer: Any = None,
     *,
     encoder_kind: str | None = None,
     image: dict[str, Any] | None = None,
@@ -48,14 +50,18 @@ def new(
     """Assemble a model.
 
     Args:
-        encoder: a SigLIP or SigLIP 2 checkpoint (directory or hub id; full model or vision tower alone), or a vision configuration for new weights.
+        encoder: a SigLIP or SigLIP 2 checkpoint (directory or hub id; full model or vision tower alone), or a vision
+            configuration for new weights.
         projector: a projector kind (`linear`, `mlp`), or `{"kind": ..., **settings}`.
         decoder: a Gemma, Gemma 2 or Gemma 3 text checkpoint, or a text configuration for new weights.
-        tokenizer: a tokenizer or where to find one; by default the decoder checkpoint's. `<image>`, `<loc>` and `<seg>` tokens are added when missing.
-        encoder_kind: read a SigLIP checkpoint as another kind: `siglip2_naflex` runs a FixRes tower at any aspect ratio (the same function at its
-            own grid: the patch convolution becomes the equal linear layer).
-        image: settings of the image transform to change, such as `{"max_num_patches": 64}` or `{"resample": "bicubic"}`.
-        seed: of the new weights. Each part has its own stream, so swapping one part leaves the others' weights as they were.
+        tokenizer: a tokenizer or where to find one; by default the decoder checkpoint's. `<image>`, `<loc>` and `<seg>`
+            tokens are added when missing.
+        encoder_kind: read a SigLIP checkpoint as another kind: `siglip2_naflex` runs a FixRes tower at any aspect ratio
+            (the same function at its own grid: the patch convolution becomes the equal linear layer).
+        image: settings of the image transform to change, such as `{"max_num_patches": 64}` or `{"resample":
+            "bicubic"}`.
+        seed: of the new weights. Each part has its own stream, so swapping one part leaves the others' weights as they
+            were.
 
     Returns:
         (model in float32 and eval mode, processor).
@@ -70,7 +76,7 @@ def new(
     old_rows = text_config.vocab_size
     add_image_tokens(tokenizer)
     # A vocabulary larger than the tokenizer (padding, unused rows) is kept as it is.
-    needed = len(tokenizer)
+    needed = max(tokenizer.get_vocab().values()) + 1
     if needed > old_rows:
         text_config.vocab_size = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -85,7 +91,7 @@ def new(
     model = VLM(config)
     inner = model.model
     _fill(inner.vision_tower, encoder, lambda: part("vlm.encoders", kind).Encoder._from_config(vision_config), seed)
-    _seeded(seed, "projector", inner.multi_modal_projector.init_weights)
+    _seeded(seed, "projector", lambda: init_weights(inner.multi_modal_projector))
     if isinstance(decoder, str | Path):
         _seeded(seed, "vocabulary", lambda: load_decoder(inner.language_model, decoder, old_rows))
     else:
@@ -107,7 +113,8 @@ def _vision(encoder: str | Path | PreTrainedConfig, kind: str | None) -> tuple[s
     source = TOWER_KINDS.get(str(values.get("model_type")))
     if source is None:
         raise ConfigError(
-            f"{encoder}: model_type is {values.get('model_type')!r}, expected a SigLIP checkpoint: {', '.join(TOWER_KINDS)}"
+            f"{encoder}: model_type is {values.get('model_type')!r}, expected a SigLIP checkpoint:"
+            f" {', '.join(TOWER_KINDS)}"
         )
     vision = dict(values.get("vision_config", values))
     for key in ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version"):
@@ -144,7 +151,7 @@ def _text(decoder: str | Path | PreTrainedConfig | dict[str, Any]) -> PreTrained
     )
 
 
-def _tokenizer(tokenizer: Tokenizer | str | Path | None, decoder: Any) -> Tokenizer:
+def _tokenizer(tokenizer: Any, decoder: Any) -> Tokenizer:
     if tokenizer is None:
         if not isinstance(decoder, str | Path):
             raise ConfigError("tokenizer is missing: a decoder configuration has none; pass tokenizer=")

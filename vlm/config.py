@@ -1,7 +1,7 @@
 """`VLMConfig`: what a vision-language model is made of.
 
-The configuration names an encoder kind and a projector kind. A kind is looked up among the files of `vlm/encoders` and `vlm/projectors` by its exact
-name, never imported from a path, so a downloaded configuration cannot choose code to run.
+The configuration names an encoder kind and a projector kind. A kind is looked up among the files of `vlm/encoders` and
+`vlm/projectors` by its exact name, never imported from a path, so a downloaded configuration cannot choose code to run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def decoder_config(values: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfi
     if isinstance(values, PreTrainedConfig):
         if type(values) not in DECODER_CONFIGS.values():
             raise ConfigError(
-                f"decoder configuration is a {type(values).__name__}, expected one of {', '.join(c.__name__ for c in DECODER_CONFIGS.values())}"
+                f"decoder configuration is a {type(values).__name__}, expected one of"
+                f" {', '.join(config.__name__ for config in DECODER_CONFIGS.values())}"
             )
         return values
     values = dict(values)
@@ -72,8 +73,9 @@ class VLMConfig(PreTrainedConfig):
         projector_config: `{"kind": ..., ...}`, the projector (a file of `vlm/projectors`) and its settings.
         text_config: a Gemma, Gemma 2 or Gemma 3 text configuration.
         image_token_id: id of the `<image>` placeholder. No default: a wrong one is silent.
-        softcap_in_loss: apply the decoder's `final_logit_softcapping` to the training loss too. Off by default, as in Google's transfer recipe
-            (generation always applies it; big_vision trains without: `compute_logits` bypasses the cap).
+        softcap_in_loss: apply the decoder's `final_logit_softcapping` to the training loss too. Off by default, as in
+            Google's transfer recipe (generation always applies it; big_vision trains without: `compute_logits` bypasses
+            the cap).
     """
 
     model_type = "vlm"
@@ -81,9 +83,9 @@ class VLMConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     encoder: str = "siglip"
-    vision_config: dict | PreTrainedConfig | None = None
-    projector_config: dict | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    projector_config: Any = None
+    text_config: Any = None
     image_token_id: int | None = None
     softcap_in_loss: bool = False
     tie_word_embeddings: bool = True
@@ -97,7 +99,8 @@ class VLMConfig(PreTrainedConfig):
             stated = values.pop("model_type", vision_class.model_type)
             if stated != vision_class.model_type:
                 raise ConfigError(
-                    f"vision_config.model_type is {stated!r}, but encoder {self.encoder!r} has {vision_class.model_type!r}; one of the two is wrong"
+                    f"vision_config.model_type is {stated!r}, but encoder {self.encoder!r} has"
+                    f" {vision_class.model_type!r}; one of the two is wrong"
                 )
             self.vision_config = vision_class(**values)
         self.projector_config = dict(self.projector_config or {"kind": "linear"})
@@ -109,5 +112,6 @@ class VLMConfig(PreTrainedConfig):
         vocab = self.text_config.vocab_size
         if self.image_token_id is not None and not 0 <= self.image_token_id < vocab:
             raise ConfigError(
-                f"image_token_id {self.image_token_id} is outside the decoder's vocabulary of {vocab}; set it to the id of <image> in the tokenizer"
+                f"image_token_id {self.image_token_id} is outside the decoder's vocabulary of {vocab}; set it to the"
+                f" id of <image> in the tokenizer"
             )

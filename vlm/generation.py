@@ -22,7 +22,8 @@ def check_dtype(config: VLMConfig, dtype: torch.dtype, *, force: bool = False) -
     """
     if dtype == torch.float16 and not force:
         raise GenerationError(
-            f"float16 overflows in {config.text_config.model_type} decoders (activations above 65504) and gives empty or NaN output;"
+            f"float16 overflows in {config.text_config.model_type} decoders (activations above 65504) and gives"
+            f" empty or NaN output;"
             " use bfloat16 or float32, or force_fp16=True to try all the same"
         )
 
@@ -54,15 +55,15 @@ def generate(
         max_new_tokens: most tokens generated for a sample.
         num_beams: 1 is greedy (or sampling); more is beam search.
         do_sample, temperature, top_p, top_k: sampling; `top_k=0` means no limit. `seed` makes it repeatable.
-        batch_size: samples at a time; it does not change greedy results beyond floating-point rounding.
-        force_fp16: run a float16 model although it may overflow.
+        batch_size: samples at a time; it does not change greedy results beyond floating-point rounding. force_fp16: run
+            a float16 model although it may overflow.
 
     Returns:
         one text per prompt, in order, special tokens removed.
 
     Raises:
-        GenerationError: float16, or settings that contradict each other.
-        DataError, ImageError: as `Processor` raises them.
+        GenerationError: float16, or settings that contradict each other. DataError, ImageError: as `Processor` raises
+            them.
     """
     check_dtype(model.config, model.dtype, force=force_fp16)
     settings = generation_config(
@@ -96,7 +97,9 @@ def generate_ids(model: VLM, batch: Batch, settings: GenerationConfig) -> torch.
     was_training = model.training
     model.eval()
     try:
-        output = model.generate(**batch.to(model.device), generation_config=settings)
+        output = model.generate(  # type: ignore[misc]
+            **batch.to(model.device), generation_config=settings
+        )
     finally:
         model.train(was_training)
     return output[:, batch.input_ids.shape[1] :]
@@ -117,7 +120,8 @@ def generation_config(
         raise GenerationError(f"do_sample and num_beams={num_beams} together are not supported; choose one")
     if do_sample and not (sampling["temperature"] > 0 and 0 < sampling["top_p"] <= 1):
         raise GenerationError(
-            f"temperature {sampling['temperature']} must be positive and top_p {sampling['top_p']} in (0, 1]; for no randomness use do_sample=False"
+            f"temperature {sampling['temperature']} must be positive and top_p {sampling['top_p']} in (0, 1]; for no"
+            f" randomness use do_sample=False"
         )
     used = {"temperature", "top_p", "top_k"} if do_sample else {"length_penalty"} if num_beams > 1 else set()
     tokenizer = processor.tokenizer

@@ -1,12 +1,14 @@
 """Cross-entropy of the supervised tokens, straight from hidden states.
 
-Only rows that carry a label reach the vocabulary: with V = 257,216 the logits of a whole sequence are by far the largest tensor of a training step. Large
-row counts go through in chunks that are recomputed in the backward pass, so the logits of at most one chunk exist at a time.
+Only rows that carry a label reach the vocabulary: with V = 257,216 the logits of a whole sequence are by far the
+largest tensor of a training step. Large row counts go through in chunks that are recomputed in the backward pass, so
+the logits of at most one chunk exist at a time.
 
-Two reductions, both returned as an unnormalised sum and its weight, so that a training loop can divide by the weight over all micro-batches and ranks:
+Two reductions, both returned as an unnormalised sum and its weight, so that a training loop can divide by the weight
+over all micro-batches and ranks:
 
-    token    weight 1 for each supervised token:                  mean over all tokens (the default)
-    example  weight 1 / n for each of the n tokens of an example: mean over examples of the mean over tokens (PaliGemma's)
+    token     weight 1 for each supervised token: the mean over all tokens (the default)
+    example   weight 1/n for each of an example's n tokens: the mean over examples of their means (PaliGemma's)
 
 Source of `example`: big_vision `trainers/proj/paligemma/train.py`.
 """
@@ -53,7 +55,8 @@ def supervised_rows(
 
     Args:
         labels: int64[B, S], -100 where nothing is supervised.
-        sequence_ids: int[B, S] or None; in a packed batch the examples of the `example` reduction are the packed samples.
+        sequence_ids: int[B, S] or None; in a packed batch the examples of the `example` reduction are the packed
+            samples.
         reduction: `token` or `example`.
 
     Raises:
@@ -115,5 +118,6 @@ def _chunk_loss(hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, so
 
 
 def apply_softcap(logits: Tensor, softcap: float | None) -> Tensor:
-    """`c * tanh(logits / c)` (Gemma 2, arXiv 2408.00118, section 2), or the logits themselves when `softcap` is None."""
+    """`c * tanh(logits / c)` (Gemma 2, arXiv 2408.00118, section 2), or the logits themselves when `softcap` is
+    None."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap

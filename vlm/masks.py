@@ -1,16 +1,24 @@
 """The prefix-LM attention mask, built by us and always passed explicitly.
 
-Image and prefix tokens (token type 0) attend to each other in both directions; suffix tokens (type 1) attend to everything before them. No token sees
-padding or another packed sample. With `token_type_ids` 0 0 1 1 (two prefix tokens, two suffix tokens) the mask is, row = query, column = key:
+Image and prefix tokens (token type 0) attend to each other in both directions; suffix tokens (type 1) attend to
+everything before them. No token sees padding or another packed sample. With `token_type_ids` 0 0 1 1 (two prefix
+tokens, two suffix tokens) the mask is, row = query, column = key,
 
-    1 1 0 0        and with one padding token      1 1 0 0 0      and with padding on the left     1 0 0 0 0
-    1 1 0 0        on the right (attention_mask    1 1 0 0 0      (attention_mask 0 1 1 1 1):      0 1 1 0 0
-    1 1 1 0        1 1 1 1 0):                     1 1 1 0 0                                       0 1 1 0 0
-    1 1 1 1                                        1 1 1 1 0                                       0 1 1 1 0
-                                                   0 0 0 0 1                                       0 1 1 1 1
+    1 1 0 0
+    1 1 0 0
+    1 1 1 0
+    1 1 1 1
 
-A padding query attends to itself alone, so that no softmax row is empty (an empty row is NaN on some backends). Two packed samples of one prefix and one
-suffix token each (`sequence_ids` 0 0 1 1, `token_type_ids` 0 1 0 1) give
+with one padding token on the right (`attention_mask` 1 1 1 1 0), and on the left (0 1 1 1 1),
+
+    1 1 0 0 0        1 0 0 0 0
+    1 1 0 0 0        0 1 1 0 0
+    1 1 1 0 0        0 1 1 0 0
+    1 1 1 1 0        0 1 1 1 0
+    0 0 0 0 1        0 1 1 1 1
+
+A padding query attends to itself alone, so that no softmax row is empty (an empty row is NaN on some backends). Two
+packed samples of one prefix and one suffix token each (`sequence_ids` 0 0 1 1, `token_type_ids` 0 1 0 1) give
 
     1 0 0 0
     1 1 0 0
@@ -39,8 +47,8 @@ def prefix_lm_mask(
         attention_mask: int or bool[B, S], 0 on padding.
         token_type_ids: int[B, S], 0 = image and prefix, 1 = suffix.
         sequence_ids: int[B, S] or None, which packed sample a token belongs to.
-        window: sliding window of the layer (Gemma 2 and 3): a query sees at most the `window` keys that end with itself. The bidirectional prefix
-            block is exempt, as in transformers.
+        window: sliding window of the layer (Gemma 2 and 3): a query sees at most the `window` keys that end with
+            itself. The bidirectional prefix block is exempt, as in transformers.
 
     Returns:
         bool[B, S, S], True where query (row) may attend to key (column).
@@ -63,12 +71,14 @@ def prefix_lm_mask(
 def decode_mask(
     attention_mask: Tensor, num_queries: int, num_keys: int, first_key: int = 0, *, window: int | None = None
 ) -> Tensor:
-    """Who may attend to whom while generating: the queries are the last tokens of the sequence, all of them suffix tokens.
+    """Who may attend to whom while generating: the queries are the last tokens of the sequence, all of them suffix
+    tokens.
 
     Args:
         attention_mask: int or bool[B, T], 0 on padding, for the whole sequence so far (cached tokens and queries).
         num_queries: number of query positions, the last ones of T.
-        num_keys: number of key positions that the cache returns. A static cache has more than T: those not written yet stay hidden.
+        num_keys: number of key positions that the cache returns. A static cache has more than T: those not written yet
+            stay hidden.
         first_key: position of the first key (a sliding-window cache has dropped the ones before it).
         window: sliding window of the layer or None.
 

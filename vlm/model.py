@@ -1,7 +1,9 @@
 """`VLM`: a vision tower, a projector and a Gemma decoder behind one forward.
 
-Parameter names are those of transformers' PaliGemma for the same parts (`model.vision_tower`, `model.multi_modal_projector`, `model.language_model`,
-`lm_head`), so weights move between the two unchanged. Importing this module registers `VLM` with transformers' Auto classes.
+Parameter names are those of transformers' PaliGemma for the same parts (`model.vision_tower`,
+`model.multi_modal_projector`, `model.language_model`,
+`lm_head`), so weights move between the two unchanged. Importing this module registers `VLM` with transformers' Auto
+classes.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class VLMOutput(ModelOutput):
 
     Attributes:
         loss: float32[], mean over this batch; with labels only.
-        loss_sum: float32[], the loss before division; differentiable. Divide gradients by the sum of `loss_weight` over micro-batches and ranks.
+        loss_sum: float32[], the loss before division; differentiable. Divide gradients by the sum of `loss_weight` over
+            micro-batches and ranks.
         loss_weight: float32[], what `loss_sum` is divided by: supervised tokens, or examples.
         logits: float[B, S, V] without labels (or the last `logits_to_keep` positions), None with labels.
         past_key_values: the decoder's cache.
@@ -69,7 +72,7 @@ class VLMPreTrainedModel(PreTrainedModel):
     config: VLMConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = [
         "GemmaDecoderLayer",
@@ -87,7 +90,7 @@ class VLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # Towers and decoders are transformers models and initialise themselves; only the projector is ours.
         if isinstance(module, VLMModel):
-            module.multi_modal_projector.init_weights()
+            projectors.init_weights(module.multi_modal_projector)
 
 
 class VLMModel(VLMPreTrainedModel):
@@ -132,15 +135,16 @@ class VLMModel(VLMPreTrainedModel):
         """Token embeddings with the image tokens in place of their placeholders.
 
         Returns:
-            (float[B, S, D], float[T, D] or None): embeddings (scaled by sqrt(D) inside the embedding layer; image tokens are not scaled) and the image
-            tokens alone.
+            (float[B, S, D], float[T, D] or None): embeddings (scaled by sqrt(D) inside the embedding layer; image
+            tokens are not scaled) and the image tokens alone.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        placeholders = input_ids == self.config.image_token_id
+        placeholders = input_ids == torch.tensor(self.config.image_token_id, device=input_ids.device)
         if encoded is None:
             if bool(placeholders.any()):
                 raise DataError(
-                    f"{int(placeholders.sum())} image placeholders but no pixel_values; pass the processor's whole batch: model(**batch)"
+                    f"{int(placeholders.sum())} image placeholders but no pixel_values; pass the processor's whole"
+                    f" batch: model(**batch)"
                 )
             return embeds, None
         tokens, counts = self.project(encoded)
@@ -160,8 +164,9 @@ class VLMModel(VLMPreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """Run the decoder with the prefix-LM mask; returns transformers' BaseModelOutputWithPast."""
-        layer_masks = attention_mask
-        if not isinstance(layer_masks, dict):
+        if isinstance(attention_mask, dict):
+            layer_masks: Any = attention_mask
+        else:
             layer_masks = decoder_masks(
                 self.config, inputs_embeds, attention_mask, token_type_ids, sequence_ids, past_key_values
             )
@@ -194,7 +199,8 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def parts(self) -> dict[str, nn.Module]:
-        """The three parts by name; each parameter belongs to exactly one (the output embedding is tied to the decoder's)."""
+        """The three parts by name; each parameter belongs to exactly one (the output embedding is tied to the
+        decoder's)."""
         return {
             "encoder": self.model.vision_tower,
             "projector": self.model.multi_modal_projector,
@@ -229,7 +235,8 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
             past_key_values, inputs_embeds, use_cache, logits_to_keep: as for any transformers decoder.
 
         Raises:
-            DataError: placeholders and image tokens differ in number; labels without token_type_ids; no supervised token.
+            DataError: placeholders and image tokens differ in number; labels without token_type_ids; no supervised
+                token.
         """
         self._check_inputs(labels, token_type_ids, inputs_embeds, input_ids)
         image_tokens = None
@@ -303,20 +310,21 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
                 " pass the processor's whole batch: model(**batch)"
             )
 
-    def set_attn_implementation(self, attn_implementation: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict[Any, Any], *args: Any, **kwargs: Any) -> Any:
         """Switch the attention backend at run time.
 
         Raises:
             ConfigError: sdpa for a decoder with an attention soft-cap (Gemma 2), which sdpa would drop.
         """
-        wanted = attn_implementation
+        wanted: Any = attn_implementation
         if isinstance(wanted, dict):
             wanted = wanted.get("text_config", wanted.get("", None))
         if attention_softcap(self.config) is not None and wanted not in (None, "eager"):
             raise ConfigError(
-                f"{wanted!r} attention would drop the decoder's soft-cap of {attention_softcap(self.config)} (Gemma 2); use 'eager'"
+                f"{wanted!r} attention would drop the decoder's soft-cap of {attention_softcap(self.config)} (Gemma"
+                f" 2); use 'eager'"
             )
-        super().set_attn_implementation(attn_implementation, **kwargs)
+        return super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(
@@ -371,7 +379,8 @@ def decoder_masks(
     sequence_ids: Tensor | None,
     past_key_values: Any,
 ) -> dict[str, Tensor]:
-    """The additive mask of each layer type that the decoder has: `full_attention` and, for Gemma 2 and 3, `sliding_attention`.
+    """The additive mask of each layer type that the decoder has: `full_attention` and, for Gemma 2 and 3,
+    `sliding_attention`.
 
     Args:
         inputs_embeds: float[B, S, D], for its shape, dtype and device.
@@ -391,7 +400,8 @@ def decoder_masks(
         if total == num_new:
             if token_type_ids is None:
                 raise DataError(
-                    "token_type_ids is missing: without it prefix and suffix cannot be told apart; pass the processor's whole batch: model(**batch)"
+                    "token_type_ids is missing: without it prefix and suffix cannot be told apart; pass the"
+                    " processor's whole batch: model(**batch)"
                 )
             allowed = masks.prefix_lm_mask(attention_mask, token_type_ids, sequence_ids, window=layer_window)
             allowed = _pad_keys(allowed, _num_keys(past_key_values, layer, num_new))
@@ -464,12 +474,14 @@ def check_placeholders(placeholders: Tensor, counts: Tensor) -> None:
             image += 1
         if have != wanted:
             raise DataError(
-                f"sample {sample} of the batch has {wanted} image placeholders, but its images give {have} tokens; placeholders are written by the"
+                f"sample {sample} of the batch has {wanted} image placeholders, but its images give {have} tokens;"
+                f" placeholders are written by the"
                 " processor only, and its image_transform must be the tower's"
             )
     if image != len(got):
         raise DataError(
-            f"{len(got)} images, but the placeholders of the batch take only the first {image}; one image list per sample"
+            f"{len(got)} images, but the placeholders of the batch take only the first {image}; one image list per"
+            f" sample"
         )
 
 

@@ -37,7 +37,8 @@ _DECODER: dict[str, Any] = {
 
 
 def tiny_decoder(kind: str, **settings: Any) -> PreTrainedConfig:
-    """A two-layer decoder configuration: `gemma`, `gemma2` (soft-caps, sliding window 8) or `gemma3_text` (sliding window 8).
+    """A two-layer decoder configuration: `gemma`, `gemma2` (soft-caps, sliding window 8) or `gemma3_text` (sliding
+    window 8).
 
     Raises:
         ConfigError: unknown kind.

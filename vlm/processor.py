@@ -1,10 +1,11 @@
-"""`Processor`: images and texts to a `Batch`, and ids back to text. Training, evaluation, generation and the command line all use this one."""
+"""`Processor`: images and texts to a `Batch`, and ids back to text. Training, evaluation, generation and the command
+line all use this one."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,15 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in self._tensors()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by torch's data loader)."""
-        return replace(self, **{name: t.pin_memory() for name, t in self._tensors()})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self._tensors()}
+        return replace(self, **changed)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for item in fields(self):
@@ -110,17 +115,21 @@ class Processor:
         ids: Sequence[str] | None = None,
         max_text_length: int | None = None,
     ) -> Batch:
-        """Build a batch: for training when suffixes are given (padding right, labels), else for generation (padding left, no labels).
+        """Build a batch: for training when suffixes are given (padding right, labels), else for generation (padding
+        left, no labels).
 
         Args:
             images: for each sample one image or a list of images (path, bytes or Pillow image); None for text only.
-            text: for each sample the prefix, such as `caption en`. `<image>` is never written by the user: placeholders are inserted here.
+            text: for each sample the prefix, such as `caption en`. `<image>` is never written by the user: placeholders
+                are inserted here.
             suffix: for each sample the target text, or None.
             ids: names of the samples for error messages; their numbers by default.
-            max_text_length: most text tokens of a sample (BOS, newline, EOS included; image tokens not). Only a suffix is cut, and that is reported.
+            max_text_length: most text tokens of a sample (BOS, newline, EOS included; image tokens not). Only a suffix
+                is cut, and that is reported.
 
         Raises:
-            DataError: an empty batch, unequal lengths, a prefix that does not fit, nothing to supervise. The sample is named.
+            DataError: an empty batch, unequal lengths, a prefix that does not fit, nothing to supervise. The sample is
+                named.
             ImageError: an image that cannot be used.
         """
         prefixes = [text] if isinstance(text, str) else list(text)
@@ -129,9 +138,10 @@ class Processor:
         groups = self._image_groups(images, len(prefixes))
         self._check_lengths(prefixes, suffixes, names, groups)
         pixels = self._pixels(groups, names)
+        targets: Sequence[str | None] = [None] * len(prefixes) if suffixes is None else suffixes
         texts = [
             self._encode(prefix, target, sample=name, max_length=max_text_length)
-            for prefix, target, name in zip(prefixes, suffixes or [None] * len(prefixes), names, strict=True)
+            for prefix, target, name in zip(prefixes, targets, names, strict=True)
         ]
         batch = self._assemble(texts, self._image_tokens(groups, pixels), names, training=suffixes is not None)
         if batch.truncated:
@@ -150,7 +160,8 @@ class Processor:
         return grid[0] * grid[1]
 
     def batch_decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
-        """Generated ids (without the prompt) to text: up to the first EOS, special tokens dropped, `<loc>` and `<seg>` kept."""
+        """Generated ids (without the prompt) to text: up to the first EOS, special tokens dropped, `<loc>` and `<seg>`
+        kept."""
         return [self.decode(row) for row in ids]
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
@@ -232,9 +243,8 @@ class Processor:
         Raises:
             CheckpointError: there is no processor, or it is not one of this library.
         """
-        hub = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "token", "subfolder") if key in kwargs}
-        if isinstance(kwargs.get("revision"), str):
-            hub["revision"] = kwargs["revision"]
+        names = ("cache_dir", "local_files_only", "token", "subfolder", "revision")
+        hub: dict[str, Any] = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         found = cached_file(str(path), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
         if found is None:
             raise CheckpointError(
@@ -243,7 +253,8 @@ class Processor:
         values = json.loads(Path(found).read_text(encoding="utf-8"))
         if "image_transform" not in values:
             raise CheckpointError(
-                f"{path}: {CONFIG_NAME} has no image_transform; it was written by {values.get('processor_class')!r}, expected a processor saved by vlm"
+                f"{path}: {CONFIG_NAME} has no image_transform; it was written by {values.get('processor_class')!r},"
+                f" expected a processor saved by vlm"
             )
         try:
             return cls(AutoTokenizer.from_pretrained(str(path), **hub), values["image_transform"])

@@ -1,7 +1,7 @@
 """PaliGemma's prompt format: `[image tokens] [BOS] prefix \\n  suffix [EOS]`.
 
-Prefix, newline and suffix are tokenised separately and concatenated, so a boundary never moves with its neighbours. Source: PaliGemma, section 3.2.1
-(arXiv 2407.07726); big_vision `configs/proj/paligemma/transfers/common.py`.
+Prefix, newline and suffix are tokenised separately and concatenated, so a boundary never moves with its neighbours.
+Source: PaliGemma, section 3.2.1 (arXiv 2407.07726); big_vision `configs/proj/paligemma/transfers/common.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class EncodedText:
 
     Attributes:
         prefix: BOS, prefix and newline.
-        suffix: suffix and EOS, both supervised; empty when there is nothing to learn. Without EOS when the suffix was cut.
+        suffix: suffix and EOS, both supervised; empty when there is nothing to learn. Without EOS when the suffix was
+            cut.
         truncated: the suffix was cut to fit.
     """
 
@@ -54,7 +55,8 @@ class PromptEncoder:
             prefix: the prompt, such as `caption en`.
             suffix: the target, or None when generating.
             sample: id that errors name.
-            max_length: most text tokens, BOS, newline and EOS included, image tokens not (PaliGemma's `text_len`). Only the suffix is ever cut.
+            max_length: most text tokens, BOS, newline and EOS included, image tokens not (PaliGemma's `text_len`). Only
+                the suffix is ever cut.
 
         Raises:
             DataError: the prefix alone does not fit, or no token of the suffix would be supervised.
@@ -62,7 +64,8 @@ class PromptEncoder:
         head = [self._bos, *self._part(prefix, "prefix", sample), *self._newline]
         if max_length is not None and len(head) > max_length:
             raise DataError(
-                f"sample {sample!r}: the prefix takes {len(head)} tokens with BOS and newline, at most {max_length} fit;"
+                f"sample {sample!r}: the prefix takes {len(head)} tokens with BOS and newline, at most {max_length}"
+                f" fit;"
                 " shorten it or raise max_text_length (a prefix is never cut)"
             )
         if suffix is None:
@@ -73,7 +76,8 @@ class PromptEncoder:
         room = len(tail) + 1 if max_length is None else max_length - len(head)
         if room < 1:
             raise DataError(
-                f"sample {sample!r}: the prefix fills all {max_length} text tokens and leaves none to supervise; raise max_text_length"
+                f"sample {sample!r}: the prefix fills all {max_length} text tokens and leaves none to supervise;"
+                f" raise max_text_length"
             )
         if len(tail) + 1 <= room:
             return EncodedText(head, [*tail, self._eos], False)

@@ -27,8 +27,10 @@ Tokenizer = Any
 def build(corpus: Iterable[str], *, vocab_size: int = 1000, loc_seg: bool = True) -> Tokenizer:
     """Train a small tokenizer laid out like PaliGemma's.
 
-    A sentencepiece BPE model with Gemma's conventions (pad, eos, bos, unk = 0, 1, 2, 3; newline a piece of its own; byte fallback; no prefix space), then
-    `<image>`, 1024 `<locDDDD>` and 128 `<segDDD>` tokens appended in the order in which transformers' PaliGemmaProcessor appends them.
+    A sentencepiece BPE model with Gemma's conventions (pad, eos, bos, unk = 0, 1, 2, 3; newline a piece of its own;
+    byte fallback; no prefix space), then `<image>`, 1024 `<locDDDD>` and 128 `<segDDD>` tokens appended in the order in
+    which transformers'
+    PaliGemmaProcessor appends them.
 
     Args:
         corpus: texts to learn pieces from. The same texts give the same tokenizer.
@@ -73,7 +75,8 @@ def build(corpus: Iterable[str], *, vocab_size: int = 1000, loc_seg: bool = True
 
 
 def add_image_tokens(tokenizer: Tokenizer, *, loc_seg: bool = True) -> int:
-    """Append the tokens of PaliGemma that are missing: `<image>` (special), `<loc0000>`...`<loc1023>`, `<seg000>`...`<seg127>` (not special).
+    """Append the tokens of PaliGemma that are missing: `<image>` (special), `<loc0000>`...`<loc1023>`,
+    `<seg000>`...`<seg127>` (not special).
 
     Returns:
         how many tokens were added; the embedding must grow by as many rows.
@@ -105,8 +108,9 @@ def image_token_id(tokenizer: Tokenizer) -> int:
 class TextEncoder:
     """Encodes user text to ids, so that no text can produce a control id.
 
-    `<image>`, `<bos>`, `<eos>`, `<pad>` and every other special token typed by a user are data: they come out as the pieces of their characters.
-    `<locDDDD>` and `<segDDD>` are PaliGemma's way to write coordinates and stay single tokens where they are allowed.
+    `<image>`, `<bos>`, `<eos>`, `<pad>` and every other special token typed by a user are data: they come out as the
+    pieces of their characters. `<locDDDD>` and `<segDDD>` are PaliGemma's way to write coordinates and stay single
+    tokens where they are allowed.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -1,6 +1,7 @@
 """Pillow images to the tensors that a vision tower reads: resize, patches, normalisation.
 
-Everything is Pillow and torch, in float32, with every number in one dataclass that is saved with the checkpoint: the result never depends on which image
+Everything is Pillow and torch, in float32, with every number in one dataclass that is saved with the checkpoint: the
+result never depends on which image
 library happens to be installed.
 
 Three ways to bring an image to the tower's size:
@@ -123,7 +124,8 @@ class ImageTransform:
         rows, columns = self.grid(0, 0)
         seen = rows * self.patch_size
         cut = "" if seen == self.image_size else f", the last {self.image_size - seen} px of each side are never seen"
-        return f"{self.mode}, {self.image_size}x{self.image_size} px, {rows * columns} patches of {self.patch_size} px{cut}"
+        size = f"{self.image_size}x{self.image_size} px"
+        return f"{self.mode}, {size}, {rows * columns} patches of {self.patch_size} px{cut}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -190,8 +192,8 @@ def _to_tensor(image: Image.Image) -> Tensor:
 def resize_float(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """Antialiased resize, one axis at a time.
 
-    Two calls, because one call of `F.interpolate(antialias=True)` to a width of 1 with a changed height repeats the first row (torch, CPU, contiguous
-    input). The filter is separable, so two calls give the same numbers.
+    Two calls, because one call of `F.interpolate(antialias=True)` to a width of 1 with a changed height repeats the
+    first row (torch, CPU, contiguous input). The filter is separable, so two calls give the same numbers.
 
     Args:
         image: float[..., C, H, W] with at most one leading dimension.
@@ -209,7 +211,8 @@ def resize_float(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
-    """Cut an image into rows of patches: row-major patches, inside a patch (y, x, channel), as in big_vision and transformers.
+    """Cut an image into rows of patches: row-major patches, inside a patch (y, x, channel), as in big_vision and
+    transformers.
 
     Args:
         image: float[C, H, W], H and W multiples of `patch_size`.
@@ -242,7 +245,8 @@ def naflex_grid(height: int, width: int, patch_size: int, max_num_patches: int) 
     """
     if min(height, width, patch_size, max_num_patches) < 1:
         raise ConfigError(
-            f"no patch grid for an image of {height}x{width} px, patch {patch_size}, budget {max_num_patches}; all must be at least 1"
+            f"no patch grid for an image of {height}x{width} px, patch {patch_size}, budget {max_num_patches}; all"
+            f" must be at least 1"
         )
 
     def grid(scale: float) -> tuple[int, int]:

@@ -28,8 +28,8 @@ def load(
     Args:
         dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps the checkpoint's.
         device: where the model goes; None stays on the CPU.
-        attn_implementation: `sdpa` or `eager` for tower and decoder; None chooses (eager for decoders with an attention soft-cap).
-        force_fp16: open in float16 although Gemma overflows there.
+        attn_implementation: `sdpa` or `eager` for tower and decoder; None chooses (eager for decoders with an attention
+            soft-cap). force_fp16: open in float16 although Gemma overflows there.
 
     Returns:
         (model in eval mode, processor).
@@ -44,9 +44,10 @@ def load(
         raise CheckpointError(f"{path}: no such directory, and not a hub id (owner/name)")
     processor = Processor.from_pretrained(path)
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model, info = VLM.from_pretrained(
+    opened: Any = VLM.from_pretrained(
         str(path), dtype=_dtype(dtype), use_safetensors=True, output_loading_info=True, **kwargs
     )
+    model, info = opened
     check_report(str(path), info)
     check_pair(str(path), model, processor)
     check_dtype(model.config, model.dtype, force=force_fp16)
@@ -92,13 +93,15 @@ def check_pair(path: str, model: VLM, processor: Processor) -> None:
     config, tokenizer = model.config, processor.tokenizer
     if processor.image_token_id != config.image_token_id:
         raise CheckpointError(
-            f"{path}: <image> is id {processor.image_token_id} in the tokenizer, image_token_id {config.image_token_id} in config.json; use the"
+            f"{path}: <image> is id {processor.image_token_id} in the tokenizer, image_token_id"
+            f" {config.image_token_id} in config.json; use the"
             " tokenizer that belongs to the model"
         )
     highest = max(tokenizer.get_vocab().values())
     if highest >= config.text_config.vocab_size:
         raise CheckpointError(
-            f"{path}: the tokenizer has id {highest}, the embedding only {config.text_config.vocab_size} rows; use the tokenizer that belongs to the model"
+            f"{path}: the tokenizer has id {highest}, the embedding only {config.text_config.vocab_size} rows; use"
+            f" the tokenizer that belongs to the model"
         )
     vision, transform = config.vision_config, processor.image_transform
     for name in ("patch_size", "image_size"):

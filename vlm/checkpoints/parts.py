@@ -52,7 +52,8 @@ def _shards(index: Path) -> list[str]:
 
 
 def read_tensors(path: str | Path, prefixes: tuple[str, ...], drop: str | None = None) -> dict[str, Tensor]:
-    """Tensors whose names start with one of the prefixes, with the prefix removed (the first that matches anything is used).
+    """Tensors whose names start with one of the prefixes, with the prefix removed (the first that matches anything is
+    used).
 
     Args:
         prefixes: tried in order; `""` takes every tensor.

@@ -3,9 +3,9 @@
 A file defines
 
     Config      the tower's transformers configuration class
-    Encoder     the tower: `Encoder(config)`, `forward(...) -> EncoderOutput`, patch tokens only, row order, final norm applied
-    transform   `transform(config, **settings) -> ImageTransform`: the image transform that the tower was trained with
-    tiny        `tiny() -> Config`: a configuration small enough for tests
+    Encoder     the tower: `Encoder(config)`, `forward(...) -> EncoderOutput`, patch tokens only, row order, final norm
+    applied transform   `transform(config, **settings) -> ImageTransform`: the image transform that the tower was
+    trained with tiny        `tiny() -> Config`: a configuration small enough for tests
 
 and nothing else is needed: `VLMConfig(encoder="my_file")` finds it.
 """

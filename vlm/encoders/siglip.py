@@ -1,7 +1,8 @@
 """SigLIP towers at a fixed resolution: SigLIP v1, and the FixRes checkpoints of SigLIP 2 (same architecture).
 
-Papers: SigLIP (arXiv 2303.15343), SigLIP 2 (arXiv 2502.14786). Reference code: big_vision `models/vit.py` with `pool_type none`.
-The blocks and parameter names are transformers' `SiglipVisionModel`. Departures: none; the attention pooling head, unused by a VLM, is dropped when
+Papers: SigLIP (arXiv 2303.15343), SigLIP 2 (arXiv 2502.14786). Reference code: big_vision `models/vit.py` with
+`pool_type none`. The blocks and parameter names are transformers' `SiglipVisionModel`. Departures: none; the attention
+pooling head, unused by a VLM, is dropped when
 `vision_use_head` is False.
 """
 
@@ -24,7 +25,7 @@ __all__ = ["Config", "Encoder", "tiny", "transform"]
 class Encoder(SiglipVisionModel):
     """SigLIP patch features."""
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> EncoderOutput:  # type: ignore[override]
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> EncoderOutput:
         """Encode images.
 
         Args:
@@ -33,14 +34,15 @@ class Encoder(SiglipVisionModel):
         Raises:
             ConfigError: images of another size.
         """
-        side = self.config.image_size
+        side = int(self.config.image_size)  # type: ignore[arg-type]
         if tuple(pixel_values.shape[1:]) != (self.config.num_channels, side, side):
             raise ConfigError(
-                f"the siglip tower reads images of {self.config.num_channels}x{side}x{side}, got {tuple(pixel_values.shape[1:])};"
+                f"the siglip tower reads images of {self.config.num_channels}x{side}x{side}, got"
+                f" {tuple(pixel_values.shape[1:])};"
                 f" set the processor's image_transform.image_size to {side}"
             )
         features = super().forward(pixel_values.to(self.dtype), **kwargs).last_hidden_state
-        rows = side // self.config.patch_size
+        rows = side // int(self.config.patch_size)  # type: ignore[arg-type]
         grid = torch.full((pixel_values.shape[0], 2), rows, device=features.device)
         return EncoderOutput(features, None, grid)
 

@@ -1,8 +1,9 @@
 """SigLIP 2 NaFlex: any aspect ratio, a variable number of patches per image.
 
 Paper: SigLIP 2, section 2.4.2 (arXiv 2502.14786). Reference code: big_vision `models/proj/image_text/naflex_vit.py`.
-The blocks and parameter names are transformers' `Siglip2VisionModel`. Departure from transformers: the position grid is resized one axis at a time,
-because torch's antialiased resize to a width of 1 repeats the first row on the CPU and would give every patch of an h x 1 image one position.
+The blocks and parameter names are transformers' `Siglip2VisionModel`. Departure from transformers: the position grid is
+resized one axis at a time, because torch's antialiased resize to a width of 1 repeats the first row on the CPU and
+would give every patch of an h x 1 image one position.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Embeddings(Siglip2VisionEmbeddings):
 
     @staticmethod
     def resize_positional_embeddings(positional_embeddings: Tensor, spatial_shapes: Tensor, max_length: int) -> Tensor:
-        """float[A, A, E], int64[M, 2] -> float[M, max_length, E]; padding rows repeat the first row, as in transformers."""
+        """float[A, A, E], int64[M, 2] -> float[M, max_length, E]; padding rows repeat the first row, as in
+        transformers."""
         resized: dict[tuple[int, int], Tensor] = {}
         for rows, columns in {(int(r), int(c)) for r, c in spatial_shapes.tolist()}:
             real = resize_position_grid(positional_embeddings, rows, columns)
@@ -62,7 +64,7 @@ class Encoder(Siglip2VisionModel):
         self.embeddings = Embeddings(config)
         self.post_init()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, pixel_values: Tensor, pixel_attention_mask: Tensor, spatial_shapes: Tensor, **kwargs: Any
     ) -> EncoderOutput:
         """Encode patchified images.
@@ -79,7 +81,8 @@ class Encoder(Siglip2VisionModel):
         counted, stated = mask.sum(1), spatial_shapes.prod(1)
         if not torch.equal(counted, stated.to(counted.dtype)):
             raise ConfigError(
-                f"pixel_attention_mask marks {counted.tolist()} patches per image, spatial_shapes give {stated.tolist()};"
+                f"pixel_attention_mask marks {counted.tolist()} patches per image, spatial_shapes give"
+                f" {stated.tolist()};"
                 " both come from the processor, pass them unchanged"
             )
         output = super().forward(

@@ -9,6 +9,7 @@ A file defines
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -35,3 +36,9 @@ def build(settings: dict[str, Any], encoder_width: int, decoder_width: int) -> n
             )
     projector: nn.Module = module.Projector(module.Config(**settings), encoder_width, decoder_width)
     return projector
+
+
+def init_weights(projector: nn.Module) -> None:
+    """Give a projector the initial weights that its file defines."""
+    reset: Callable[[], None] = projector.init_weights  # type: ignore[assignment]
+    reset()

@@ -1,6 +1,7 @@
 """One linear layer with bias, zero-initialised: PaliGemma's projector.
 
-Paper: PaliGemma, sections 3.1 and 5.5 (arXiv 2407.07726): an MLP was no better. Parameter names are those of transformers' PaliGemma
+Paper: PaliGemma, sections 3.1 and 5.5 (arXiv 2407.07726): an MLP was no better. Parameter names are those of
+transformers' PaliGemma
 (`multi_modal_projector.linear`).
 """
 

@@ -1,7 +1,8 @@
 """A multi-layer perceptron on each patch: LLaVA 1.5's projector.
 
-Paper: LLaVA 1.5, section 3.3 (arXiv 2310.03744): two layers with GELU. The first layers keep torch's default initialisation, the last one is zero, so that,
-as with the linear projector, training starts from the decoder's own distribution (a departure from LLaVA).
+Paper: LLaVA 1.5, section 3.3 (arXiv 2310.03744): two layers with GELU. The first layers keep torch's default
+initialisation, the last one is zero, so that, as with the linear projector, training starts from the decoder's own
+distribution (a departure from LLaVA).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Projector(nn.Module):
 
     def init_weights(self) -> None:
         """Uniform in +-1/sqrt(fan in) for the first layers (torch's default for nn.Linear), zero for the last."""
-        *first, last = self.layers
+        *first, last = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         for layer in first:
             bound = layer.in_features**-0.5
             init.uniform_(layer.weight, -bound, bound)
