@@ -1,0 +1,117 @@
+"""What a model consists of and what it costs: parts, parameters, image tokens, bytes, floating-point operations."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vlm.checkpoints import load
+from vlm.model import VLM
+from vlm.processor import Processor
+
+PROMPT_TOKENS = 8
+"""Text tokens assumed for the prefill figure: BOS, `caption en`, newline and a little more."""
+
+
+def describe(model: str | Path | tuple[VLM, Processor]) -> dict[str, Any]:
+    """Facts about a model.
+
+    Args:
+        model: a model directory, a hub id, or (model, processor).
+
+    Returns:
+        JSON values: `parts` (kind, parameters, bytes of each), `parameters`, `bytes`, `dtype`, `image_tokens` (most per
+            image), `image` (effective
+        resolution), `flops` of the tower, projector and prefill for one image: 2 per multiply-add, matrix products
+        only.
+    """
+    net, processor = load(model) if isinstance(model, str | Path) else model
+    config = net.config
+    tokens = processor.image_transform.max_patches
+    kinds = {
+        "encoder": config.encoder,
+        "projector": config.projector_config["kind"],
+        "decoder": config.text_config.model_type,
+    }
+    parts = {
+        name: {
+            "kind": kinds[name],
+            "parameters": sum(p.numel() for p in unique_parameters(module)),
+            "bytes": sum(p.numel() * p.element_size() for p in unique_parameters(module)),
+        }
+        for name, module in net.parts().items()
+    }
+    side = math.isqrt(tokens) * processor.image_transform.patch_size
+    return {
+        "parts": parts,
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "bytes": sum(part["bytes"] for part in parts.values()),
+        "dtype": str(net.dtype).removeprefix("torch."),
+        "image_tokens": tokens,
+        "image": processor.image_transform.describe(),
+        "effective_resolution": [side, side],
+        "vocabulary": config.text_config.vocab_size,
+        "flops": flops(net, tokens),
+    }
+
+
+def unique_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a part, each once (the output embedding is tied to the input embedding)."""
+    return list(dict.fromkeys(module.parameters()))
+
+
+def flops(model: VLM, image_tokens: int) -> dict[str, int]:
+    """Floating-point operations of one image with the most tokens: 2 per multiply-add of a matrix product; attention
+    products included,
+    normalisation and activations not. `prefill` is the decoder over the image and a short prompt, with the logits of
+    one position.
+    """
+    vision, text = model.config.vision_config, model.config.text_config
+    sequence = image_tokens + PROMPT_TOKENS
+    heads = text.num_attention_heads * text.head_dim
+    tower = 2 * image_tokens * matrix_weights(model.model.vision_tower)
+    tower += 4 * image_tokens**2 * vision.hidden_size * vision.num_hidden_layers
+    decoder = 2 * sequence * matrix_weights(model.model.language_model.layers)
+    decoder += 4 * sequence**2 * heads * text.num_hidden_layers
+    return {
+        "encoder": tower,
+        "projector": 2 * image_tokens * matrix_weights(model.model.multi_modal_projector),
+        "prefill": decoder + 2 * text.vocab_size * text.hidden_size,
+    }
+
+
+def matrix_weights(module: nn.Module) -> int:
+    """Weights that multiply each token: those of linear layers and of the patch convolution."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The facts as aligned text."""
+    rows = [("part", "kind", "parameters", "size")]
+    for name, part in facts["parts"].items():
+        rows.append((name, part["kind"], f"{part['parameters']:,}", megabytes(part["bytes"])))
+    rows.append(("total", "", f"{facts['parameters']:,}", megabytes(facts["bytes"])))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join((row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].rjust(widths[2]), row[3].rjust(widths[3])))
+        for row in rows
+    ]
+    cost = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in facts["flops"].items())
+    return "\n".join(
+        [
+            *(line.rstrip() for line in lines),
+            "",
+            f"image       {facts['image']}",
+            f"tokens      {facts['image_tokens']} per image (at most)",
+            f"GFLOP/image {cost}",
+            f"dtype       {facts['dtype']}, vocabulary {facts['vocabulary']:,}",
+        ]
+    )
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MB (10^6) or GB (10^9)."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
