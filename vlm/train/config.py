@@ -1,0 +1,230 @@
+"""What a training run is: frozen dataclasses, read from one YAML file with dotted overrides.
+
+    out: runs/shapes
+    model: {path: models/start}
+    data: {train: data/train.jsonl}
+    stages:
+    - {name: align, module: frozen_encoder, train: {projector: 1e-3}, steps: 500, batch_size: 64}
+    - {name: tune, module: full, train: {encoder: 1e-5, projector: 1e-4, decoder: 1e-4}, epochs: 2, batch_size: 64}
+
+Nothing here imports torch. Rules that need the world size or the data are checked when the run starts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm import settings
+from vlm.errors import ConfigError, nearest
+
+PARTS = ("encoder", "projector", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the model comes from: a directory (`path`), or parts as `vlm.new` takes them."""
+
+    path: Path | None = None
+    """A model directory, as written by `vlm.save` or by an earlier run."""
+    encoder: str | dict[str, Any] | None = None
+    """A SigLIP checkpoint, or a transformers vision configuration (`model_type` and its settings) for new weights."""
+    encoder_kind: str | None = None
+    """Read a SigLIP checkpoint as another kind, such as siglip2_naflex."""
+    projector: str | dict[str, Any] = "linear"
+    decoder: str | dict[str, Any] | None = None
+    """A Gemma checkpoint, or a transformers text configuration for new weights."""
+    tokenizer: str | None = None
+    """Where to find the tokenizer; None: the decoder checkpoint's."""
+    image: dict[str, Any] = field(default_factory=dict)
+    """Settings of the image transform to change, as for `vlm.new`."""
+    seed: int = 0
+    """Seed of the random weights of parts that come from no checkpoint."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.encoder is None and self.decoder is None):
+            raise ConfigError("model: give either `path`, or `encoder` and `decoder`")
+        if self.path is None and (self.encoder is None or self.decoder is None):
+            raise ConfigError("model: a new model needs both `encoder` and `decoder`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One annotation file of a mixture."""
+
+    path: Path
+    image_root: Path | None = None
+    """Folder that image paths are relative to, and may not leave; None: the annotation file's own."""
+    repeat: float = 1.0
+    """How often each example is seen per epoch; 0.5 takes another random half in each epoch."""
+
+    def __post_init__(self) -> None:
+        if self.repeat <= 0:
+            raise ConfigError(f"repeat must be above 0, got {self.repeat}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """JSONL files with `image`, `prefix` and `suffix` per line."""
+
+    train: Path | list[Source]
+    """One file, or a mixture of several."""
+    val: Path | None = None
+    """A file whose loss is measured (never trained on) every `validate_every` steps and at the end of each stage."""
+    image_root: Path | None = None
+    """Image folder of `train` (when it is one file) and `val`; None: each annotation file's own folder."""
+    cache_images_mb: int = 256
+    """Decoded images kept in memory by each loading process, in MB; 0 decodes every time."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.train, list) and not self.train:
+            raise ConfigError("train: the list of files is empty")
+        if self.cache_images_mb < 0:
+            raise ConfigError(f"cache_images_mb must be 0 or more, got {self.cache_images_mb}")
+
+    def sources(self) -> list[Source]:
+        """The training files as a mixture."""
+        if isinstance(self.train, list):
+            return self.train
+        return [Source(path=self.train, image_root=self.image_root)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: which parts train, at what rate, for how long."""
+
+    name: str
+    """Name of the stage's folder in the run directory."""
+    module: Literal["frozen_encoder", "full"]
+    train: dict[str, float]
+    """Part (encoder, projector, decoder) -> its peak learning rate. A part left out is frozen."""
+    steps: int | None = None
+    """Optimizer steps; or give `epochs`."""
+    epochs: float | None = None
+    batch_size: int
+    """Examples per optimizer step, over all ranks and micro-batches: the gradient does not depend on either."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step on each rank."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """None: the run's. bf16 and fp16 are mixed precision: weights and optimizer stay float32."""
+    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "cosine"
+    warmup: float = 0.05
+    """Steps of linear warm-up when 1 or more, a fraction of the stage when below 1."""
+    final: float = 0.0
+    """Learning rate at the end of `linear` and `cosine`, as a fraction of the peak."""
+    timescale: float = 10_000.0
+    """Steps after which `rsqrt` has divided the rate by sqrt(2)."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; None does not clip."""
+    weight_decay: float = 0.0
+    """AdamW's, on weight matrices and embeddings; never on norms and biases."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    loss_reduction: Literal["token", "example"] = "token"
+    max_text_length: int | None = None
+    """Longest text in tokens, images not counted; a longer answer is cut and counted, a longer prompt is refused."""
+    augment: list[str] = field(default_factory=list)
+    """Names from `vlm.train.augment.AUGMENTATIONS`; list only those that cannot change the answer."""
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        self._check_parts()
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(f"stage {self.name}: give either `steps` or `epochs`")
+        _positive(f"stage {self.name}", steps=self.steps, epochs=self.epochs, batch_size=self.batch_size)
+        _positive(f"stage {self.name}", accumulate=self.accumulate, clip_norm=self.clip_norm, eps=self.eps)
+        _positive(f"stage {self.name}", timescale=self.timescale, max_text_length=self.max_text_length)
+        if self.warmup < 0 or self.weight_decay < 0 or not 0 <= self.final <= 1:
+            raise ConfigError(f"stage {self.name}: warmup and weight_decay must be 0 or more, final between 0 and 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"stage {self.name}: betas must be at least 0 and below 1, got {list(self.betas)}")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"stage {self.name}: batch_size {self.batch_size} cannot be cut into {self.accumulate} equal "
+                f"micro-batches (accumulate)"
+            )
+
+    def _check_parts(self) -> None:
+        for part, rate in self.train.items():
+            if part not in PARTS:
+                raise ConfigError(
+                    f"stage {self.name}: train: unknown part {part!r}{nearest(part, PARTS)}; known: {PARTS}"
+                )
+            if rate <= 0:
+                raise ConfigError(
+                    f"stage {self.name}: train.{part}: the learning rate must be above 0, got {rate}; "
+                    f"leave the part out to freeze it"
+                )
+        if not self.train:
+            raise ConfigError(f"stage {self.name}: nothing trains; give at least one part a learning rate in `train`")
+        if self.module == "frozen_encoder" and "encoder" in self.train:
+            raise ConfigError(
+                f"stage {self.name}: module frozen_encoder freezes the encoder; use module full to train it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run: model, data, stages in order, and the machine they run on."""
+
+    out: Path
+    """Directory of everything the run writes; must be new, or the one to resume."""
+    model: ModelConfig
+    data: DataConfig
+    stages: list[StageConfig]
+    seed: int = 0
+    """Decides data order, dropout and augmentation."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    force_fp16: bool = False
+    """Allow fp16 with a Gemma decoder, whose activations overflow it."""
+    deterministic: bool = False
+    """On a GPU, use only deterministic kernels (slower); a CPU always does."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | Literal["auto"] = "auto"
+    """Processes per node, one device each; auto: every GPU, or one CPU process."""
+    nodes: int = 1
+    strategy: Literal["auto", "ddp"] = "auto"
+    workers: int = 0
+    """Processes that load data, per rank; 0 loads in the training process."""
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints; one is also written at the end of a stage and when the run is stopped."""
+    keep_checkpoints: int = 2
+    validate_every: int | None = None
+    log_every: int = 20
+    """Steps between log lines when no progress bar is shown; `metrics.csv` has every step."""
+    bad_image_share: float = 0.01
+    """The run stops when more than this share of the images read could not be decoded, or 100 in a row."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("stages: the list is empty; give at least one stage")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"stages: every stage needs its own name, got {', '.join(names)}")
+        _positive("run", nodes=self.nodes, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
+        _positive("run", keep_checkpoints=self.keep_checkpoints, validate_every=self.validate_every)
+        if self.devices != "auto":
+            _positive("run", devices=self.devices)
+        if self.workers < 0 or not 0 <= self.bad_image_share <= 1:
+            raise ConfigError("workers must be 0 or more, and bad_image_share between 0 and 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be at least 0 and below 2**63, got {self.seed}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run described by a YAML file, changed by overrides such as `stages.0.steps=100`. Raises `ConfigError`."""
+    return settings.load(RunConfig, path, overrides)
+
+
+def _positive(where: str, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ConfigError(f"{where}: {name} must be above 0, got {value}")
+
+
+def _check_name(name: str) -> None:
+    reserved = {"start", "model", "logs"}
+    if not name or not all(c.isalnum() or c in "-_" for c in name) or name in reserved:
+        raise ConfigError(
+            f"stage name {name!r}: use letters, digits, `-` and `_` only, and none of {', '.join(sorted(reserved))}"
+        )

@@ -1,0 +1,192 @@
+"""From a `Key` to a batch: the dataset's items are whole micro-batches, so all slow work is the loading process's."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from vlm.data import Example
+from vlm.errors import DataError, ImageError, TrainingError, VLMError
+from vlm.images import load_image
+from vlm.processor import Batch, Processor
+from vlm.train.augment import Augmentation
+from vlm.train.plan import Key, Mixture, StepSampler
+
+log = logging.getLogger(__name__)
+
+LONGEST_WAIT_S = 300
+"""The run stops when a micro-batch takes longer to load."""
+IN_A_ROW = 100
+
+
+@dataclass
+class Failure:
+    """An image that could not be decoded during training; its place went to another example."""
+
+    example: Example
+    code: str
+    message: str
+
+
+@dataclass
+class MicroBatch:
+    """What one loading step gives: a batch, or the error that ends the run, and the images that failed on the way."""
+
+    key: Key
+    batch: Batch | None
+    error: VLMError | None = None
+    failures: list[Failure] = field(default_factory=list)
+    images_read: int = 0
+
+    def pin_memory(self) -> "MicroBatch":
+        """Called by torch's data loader when the batch goes to a GPU."""
+        return replace(self, batch=self.batch.pin_memory() if self.batch is not None else None)
+
+
+class MicroBatches(Dataset[MicroBatch]):
+    """`dataset[key]` decodes, augments and processes the examples of one micro-batch.
+
+    An item depends on the key alone: never on what was loaded before it, by which process, or on any global random
+    state. Images that do not decode are replaced by other examples and reported in the item. Errors meant for the user
+    travel in the item too, because an exception that crosses a process border loses its one-line message.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        mixture: Mixture,
+        processor: Processor,
+        *,
+        max_text_length: int | None = None,
+        augmentations: Sequence[Augmentation] = (),
+        cache_images_mb: int = 0,
+    ) -> None:
+        assert len(examples) == mixture.num_examples
+        self.examples, self.mixture, self.processor = examples, mixture, processor
+        self.max_text_length, self.augmentations = max_text_length, augmentations
+        self._cache: dict[int, Image.Image] = {}
+        self._cache_left = cache_images_mb * 10**6
+
+    def __getitem__(self, key: Key) -> MicroBatch:
+        item = MicroBatch(key, None)
+        try:
+            chosen = [self._pick(position, item) for position in key.positions]
+            examples = [self.examples[index] for index, _ in chosen]
+            item.batch = self.processor(
+                [image for _, image in chosen],
+                [example.prefix for example in examples],
+                [example.suffix or "" for example in examples],
+                ids=[example.id for example in examples],
+                max_text_length=self.max_text_length,
+            )
+        except VLMError as error:
+            item.error = error
+        return item
+
+    def _pick(self, position: int, item: MicroBatch) -> tuple[int, Image.Image]:
+        """The example at a position and its image; while images fail, the position's next substitute."""
+        index = self.mixture.example(position)
+        for attempt in range(IN_A_ROW):
+            item.images_read += 1
+            try:
+                image = self._image(index)
+            except ImageError as error:
+                item.failures.append(Failure(self.examples[index], error.code, str(error)))
+                index = self.mixture.substitute(position, attempt)
+                continue
+            return index, self._augment(image, position, index)
+        raise DataError(f"{IN_A_ROW} images in a row could not be decoded; last: {item.failures[-1].message}")
+
+    def _image(self, index: int) -> Image.Image:
+        if index in self._cache:
+            return self._cache[index]
+        image = load_image(self.examples[index].image, background=self.processor.image_transform.background)
+        size = image.width * image.height * 3
+        if size <= self._cache_left:
+            self._cache[index] = image
+            self._cache_left -= size
+        return image
+
+    def _augment(self, image: Image.Image, position: int, index: int) -> Image.Image:
+        if self.augmentations:
+            seed = (self.mixture.seed, self.mixture.epoch(position), index)
+            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+            for augmentation in self.augmentations:
+                image = augmentation(image, rng)
+        return image
+
+
+def check_lengths(examples: Sequence[Example], processor: Processor, max_text_length: int | None) -> int:
+    """Check before the first step that every prefix fits; returns how many suffixes will be cut.
+
+    Raises `DataError` listing the examples that do not fit. Text can have no more tokens than bytes, so only long texts
+    are tokenised.
+    """
+    if max_text_length is None:
+        return 0
+    problems, cut = [], 0
+    for example in examples:
+        if len(example.prefix.encode()) + len((example.suffix or "").encode()) + 3 <= max_text_length:
+            continue
+        try:
+            batch = processor(
+                None, [example.prefix], [example.suffix or ""], ids=[example.id], max_text_length=max_text_length
+            )
+            cut += bool(batch.truncated)
+        except DataError as error:
+            problems.append(f"{example.file}:{example.line}: {error}")
+    if problems:
+        raise DataError(
+            "\n".join([*problems[:50], f"{len(problems)} examples do not fit; raise max_text_length or shorten them"])
+        )
+    return cut
+
+
+def loader(dataset: MicroBatches, sampler: StepSampler, *, workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    """A loader that gives one `MicroBatch` per key, in order, from `workers` processes (0: this one)."""
+    options: dict[str, Any] = {}
+    if workers:
+        options = {"timeout": LONGEST_WAIT_S, "worker_init_fn": _start_worker, "multiprocessing_context": "fork"}
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        # Otherwise the loader draws its seed from the global generator, and moves it.
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def _start_worker(_worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the training process, which saves first; die with it when it is killed."""
+    import ctypes
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    set_parent_death_signal = 1
+    if Path("/proc/self").exists():
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def loading_error(error: Exception) -> TrainingError | None:
+    """A loader's own failure (a worker that died or hangs) as a sentence, or None when it is something else."""
+    text = str(error)
+    if "DataLoader timed out" in text:
+        return TrainingError(
+            f"loading a micro-batch took longer than {LONGEST_WAIT_S} s; look for a hanging file system or a huge image"
+        )
+    if "DataLoader worker" in text and "exited unexpectedly" in text or "killed by signal" in text:
+        return TrainingError(
+            f"a data loading process died ({text.splitlines()[0]}); often it ran out of memory: lower workers or "
+            f"cache_images_mb"
+        )
+    return None

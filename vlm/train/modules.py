@@ -1,0 +1,247 @@
+"""The two Lightning modules of training: `FrozenEncoderModule` and `FullModule`, over one base.
+
+What the base adds to Lightning's loop is exactness. The loss of a micro-batch is left as a sum; once the gradients of
+all micro-batches and ranks are together they are divided by the weight of all of them (tokens or examples), so neither
+accumulation nor the number of processes changes the gradient. Only then are they checked, clipped and applied.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vlm.errors import TrainingError
+from vlm.processor import Batch
+from vlm.train import optim, parts
+from vlm.train.config import StageConfig
+from vlm.train.data import MicroBatch
+from vlm.train.schedule import multiplier
+
+PIXELS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+MAX_SKIPPED = 20
+"""fp16 steps in a row that may overflow (the loss scale is then lowered and the step left out) before the run stops."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did; sums are over all micro-batches and ranks."""
+
+    step: int
+    """Optimizer steps done in the stage, this one included."""
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    rates: dict[str, float]
+    examples: int
+    tokens: int
+    """Supervised tokens."""
+    images_read: int
+    truncated: int
+    """Examples whose answer was cut."""
+
+
+class StageModule(pl.LightningModule):
+    """One stage of training.
+
+    Args:
+        model: a `vlm.VLM`, already frozen as the stage says (see `vlm.train.parts.frozen`). stage: the stage. rows: the
+        manifest of `model`. steps: optimizer steps of the whole stage (the schedule's length). seed: of dropout.
+        make_loader: called as `make_loader(rank, world_size)` once the processes exist; gives an iterable of
+        `MicroBatch`. optimizer_state: what `optim.state_tensors` gave, to resume. should_stop: asked once per step on
+        every rank; when any says True, all stop after that step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: StageConfig,
+        rows: list[parts.Row],
+        *,
+        steps: int,
+        seed: int,
+        make_loader: Callable[[int, int], Any],
+        optimizer_state: Mapping[str, Tensor] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model, self.stage, self.rows = model, stage, rows
+        self.steps, self.seed, self.fused = steps, seed, fused
+        self.make_loader, self.optimizer_state, self.should_stop = make_loader, optimizer_state, should_stop
+        self.report: StepReport | None = None
+        self.stopped = False
+        self._micros: list[tuple[Tensor, Tensor, MicroBatch]] = []
+        self._skipped = 0
+
+    # --- what Lightning asks for ------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> Any:
+        return self.make_loader(self.global_rank, self.trainer.world_size)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = optim.adamw(self.model, self.rows, self.stage, fused=self.fused)
+        if self.optimizer_state is not None:
+            optim.load_state_tensors(optimizer, self.optimizer_state)
+            self.optimizer_state = None
+        return optimizer
+
+    def on_train_start(self) -> None:
+        parts.check_manifest(self.model, self.stage, self.rows, "while the trainer was set up")
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Called by Lightning; a `MicroBatch` keeps its host-side fields."""
+        if batch.batch is not None:
+            batch.batch = batch.batch.to(device, non_blocking=True)
+        return batch
+
+    def training_step(self, item: MicroBatch, batch_idx: int) -> Tensor:
+        """The unnormalised loss of one micro-batch."""
+        self._agree_on_errors(item)
+        assert item.batch is not None
+        if item.key.micro == 0:
+            self._micros = []
+            optim.set_rates(self._adamw(), multiplier(self.stage, item.key.step, self.steps))
+        reseed(self.seed, self.stage.name, item.key.step, item.key.micro, self.global_rank)
+        out = self.compute(item.batch)
+        self._micros.append((out.loss_sum.detach(), out.loss_weight.detach(), item))
+        # Lightning divides by the number of micro-batches; we divide by their weight, once it is known.
+        return out.loss_sum * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Normalise, check and clip the gradients. Raises `TrainingError` before a step would spoil the weights."""
+        totals = self._totals()
+        loss = totals["loss_sum"] / totals["weight"]
+        step = self._micros[-1][2].key.step
+        rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+        if not math.isfinite(loss):
+            raise TrainingError(self._not_finite(f"the loss is {loss}", step, rates))
+        norm = self._normalise(totals["weight"])
+        if not math.isfinite(norm):
+            self._on_overflow(norm, step, rates)
+        else:
+            self._skipped = 0
+        self.stopped = totals["stop"] > 0
+        self.report = StepReport(
+            step=step + 1,
+            loss=loss,
+            grad_norm=norm,
+            rates=rates,
+            examples=int(totals["examples"]),
+            tokens=int(totals["tokens"]),
+            images_read=int(totals["images_read"]),
+            truncated=int(totals["truncated"]),
+        )
+
+    def compute(self, batch: Batch) -> Any:
+        """The model's output for one batch."""
+        return self.model(**batch, reduction=self.stage.loss_reduction)
+
+    # --- the parts of a step ----------------------------------------------------------------------------------------
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
+
+    def _agree_on_errors(self, item: MicroBatch) -> None:
+        """Raise the error of a micro-batch on every rank at once, or the others would wait for this one for ever."""
+        if self.trainer.world_size > 1:
+            failed = torch.tensor(float(item.error is not None), device=self.device)
+            dist.all_reduce(failed)
+            if item.error is None and failed.item() > 0:
+                raise TrainingError("another process could not load its micro-batch; its message says why")
+        if item.error is not None:
+            raise item.error
+
+    def _totals(self) -> dict[str, float]:
+        """Sums over the micro-batches of this step, then over ranks."""
+        items = [item for _, _, item in self._micros]
+        batches = [item.batch for item in items if item.batch is not None]
+        local = {
+            "loss_sum": torch.stack([loss for loss, _, _ in self._micros]).double().sum(),
+            "weight": torch.stack([torch.as_tensor(weight) for _, weight, _ in self._micros]).double().sum(),
+            "examples": sum(len(batch) for batch in batches),
+            "tokens": sum((batch.labels != -100).sum() for batch in batches if batch.labels is not None),
+            "images_read": sum(item.images_read for item in items),
+            "truncated": sum(len(batch.truncated) for batch in batches),
+            "stop": float(self.should_stop()),
+        }
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in local.values()])
+        if self.trainer.world_size > 1:
+            dist.all_reduce(values)
+        return dict(zip(local, values.tolist(), strict=True))
+
+    def _normalise(self, weight: float) -> float:
+        """Divide the summed gradients by the global weight, clip, and return the norm before clipping."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # Data parallel training has averaged over ranks; what is wanted is their sum.
+        scale = self.trainer.world_size / weight
+        norm = float(torch.nn.utils.get_total_norm(grads)) * scale
+        if self.stage.clip_norm is not None and norm > self.stage.clip_norm:
+            scale *= self.stage.clip_norm / norm
+        if math.isfinite(norm):
+            torch._foreach_mul_(grads, scale)
+        return norm
+
+    def _on_overflow(self, norm: float, step: int, rates: dict[str, float]) -> None:
+        """fp16: leave the step out (the gradient scaler does) unless it keeps happening; otherwise stop."""
+        self._skipped += 1
+        if self.trainer.precision == "16-mixed" and self._skipped <= MAX_SKIPPED:
+            return
+        bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise TrainingError(self._not_finite(f"the gradient norm is {norm} ({', '.join(bad[:3])})", step, rates))
+
+    def _not_finite(self, what: str, step: int, rates: dict[str, float]) -> str:
+        ids = [
+            name
+            for loss, _, item in self._micros
+            if item.batch is not None and (self.trainer.world_size == 1 or not bool(loss.isfinite()))
+            for name in item.batch.ids
+            if not bool(loss.isfinite()) or "gradient" in what
+        ]
+        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        lr = ", ".join(f"{part} {rate:g}" for part, rate in rates.items())
+        return (
+            f"stage {self.stage.name}, step {step + 1}: {what}; samples: {shown or 'of another process'}; "
+            f"learning rates: {lr}. The weights were not touched; lower the learning rates or look at these samples"
+        )
+
+
+class FrozenEncoderModule(StageModule):
+    """A stage whose vision tower is frozen: the tower runs in eval mode, and no graph is built through it."""
+
+    def compute(self, batch: Batch) -> Any:
+        """The model's output, with the tower run beforehand under `no_grad`."""
+        tensors = {name: batch[name] for name in batch.keys()}
+        pixels = {name: tensors.pop(name) for name in PIXELS if name in tensors}
+        encoded = None
+        if pixels:
+            with torch.no_grad():
+                encoded = self.model.encode(**pixels)  # type: ignore[operator]
+        return self.model(**tensors, encoded=encoded, reduction=self.stage.loss_reduction)
+
+
+class FullModule(StageModule):
+    """A stage in which any part may train."""
+
+
+def module_class(stage: StageConfig) -> type[StageModule]:
+    """The module a stage asks for."""
+    return {"frozen_encoder": FrozenEncoderModule, "full": FullModule}[stage.module]
+
+
+def reseed(*parts_of_seed: int | str) -> None:
+    """Seed torch, numpy and Python from these values alone: a micro-batch's dropout depends on no earlier step."""
+    digest = hashlib.sha256("/".join(map(str, parts_of_seed)).encode()).digest()
+    value = int.from_bytes(digest[:8], "little") >> 1
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)

@@ -1,0 +1,116 @@
+"""What a run writes while it trains: metrics, checkpoints, failures, progress. Only rank 0 writes."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+
+from vlm.train import checkpoint, optim, parts
+from vlm.train.data import MicroBatch
+from vlm.train.metrics import MetricsFile
+from vlm.train.modules import StageModule, StepReport
+from vlm.train.progress import Progress, Speed, TensorBoard
+
+if TYPE_CHECKING:
+    from vlm.train.stage import Stage
+
+log = logging.getLogger(__name__)
+
+
+class Recorder(pl.Callback):
+    """Lightning callback of one stage.
+
+    Args:
+        main: whether this process is rank 0.
+        finished: names of the stages that were complete before.
+    """
+
+    def __init__(self, main: bool, finished: list[str]) -> None:
+        self.main, self.finished = main, finished
+        self._metrics: MetricsFile | None = None
+
+    def begin(self, stage: "Stage", rows: list[parts.Row], frozen: dict[str, str], start: int, scaler: Any) -> None:
+        """Called before the first step, at optimizer step `start`."""
+        self.stage, self.rows, self.frozen, self._scaler = stage, rows, frozen, scaler
+        self._last_step, self._saved = start, start
+        if not self.main:
+            return
+        name, out = stage.config.name, stage.run.out
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        parts.write_manifest(stage.folder / "manifest.json", rows, stage=name, frozen_before=frozen)
+        log.info("stage %s: %d steps of %d examples\n%s", name, stage.steps, stage.config.batch_size, parts.table(rows))
+        self._metrics = MetricsFile(out / "metrics.csv", self.finished, name, start)
+        self._board = TensorBoard(out / "tensorboard" / name)
+        self._progress = Progress(name, start, stage.steps, stage.run.log_every)
+        self._speed = Speed()
+        self._truncated = 0
+
+    def end(self, frozen: dict[str, str]) -> None:
+        """Called after the last step, when the frozen parts were compared."""
+        if self.main:
+            path = self.stage.folder / "manifest.json"
+            extra = {"stage": self.stage.config.name, "frozen_before": self.frozen, "frozen_after": frozen}
+            parts.write_manifest(path, self.rows, **extra)
+            if self._truncated:
+                log.warning("%d answers were cut to max_text_length during this stage", self._truncated)
+        self.close()
+
+    def close(self) -> None:
+        """Stop the bar and close the files; may be called twice."""
+        if self._metrics is not None:
+            self._progress.close()
+            self._board.close()
+            self._metrics.close()
+            self._metrics = None
+
+    # --- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._scaler is not None:
+            trainer.precision_plugin.load_state_dict(self._scaler)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, StageModule)
+        report = pl_module.report
+        if report is None or report.step == self._last_step:
+            return  # a micro-batch that did not end a step
+        self._last_step = report.step
+        if self.main:
+            self._write(report)
+            self._save_if_due(trainer, pl_module, report.step)
+        if pl_module.stopped:
+            trainer.should_stop = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    # --- what they do -----------------------------------------------------------------------------------------------
+
+    def _write(self, report: StepReport) -> None:
+        assert self._metrics is not None
+        rate = self._speed.add(report.examples)
+        self._truncated += report.truncated
+        rates = {f"lr_{part}": lr for part, lr in report.rates.items()}
+        row = {"loss": report.loss, **rates, "grad_norm": report.grad_norm, "examples_per_s": round(rate, 1)}
+        self._metrics.write(stage=self.stage.config.name, step=report.step, tokens=report.tokens, **row)
+        self._board.write(report.step, **row)
+        self._progress.update(report, rate)
+
+    def _save_if_due(self, trainer: pl.Trainer, module: StageModule, step: int) -> None:
+        due = step % self.stage.run.checkpoint_every == 0 or step == self.stage.steps or module.stopped
+        if not due or step == self._saved:
+            return
+        state = {
+            "stage": self.stage.config.name,
+            "steps": self.stage.steps,
+            "data": self.stage.data_digest,
+            "frozen": self.frozen,
+            "scaler": trainer.precision_plugin.state_dict() or None,
+        }
+        optimizer = optim.state_tensors(trainer.optimizers[0])
+        tensors = parts.trained_tensors(module.model, module.stage)
+        folder = self.stage.folder / "checkpoints"
+        checkpoint.save(folder, step, tensors, optimizer, state, self.stage.run.keep_checkpoints)
+        self._saved = step

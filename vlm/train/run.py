@@ -1,0 +1,66 @@
+"""`run`: a whole training run. This module stays light: what must be refused is refused before torch is imported."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlm.train.config import RunConfig
+from vlm.train.rundir import open_run
+from vlm.train.signals import StopSignal
+
+log = logging.getLogger("vlm")
+
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+
+
+def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False) -> Path:
+    """Train all stages of `config`, each from the last one's model, and return the directory of the final model.
+
+    Everything is written below `config.out` (see `vlm.train.rundir`). Killed at any moment and started again with
+    `resume=True`, the run ends with the same weights, on a CPU bit for bit.
+
+    Args:
+        resume: continue the run in `config.out` after its newest complete checkpoint; without a run there, start one.
+        skip_bad: leave out annotations that are wrong, and list them, instead of refusing the file.
+
+    Raises:
+        VLMError: anything the caller can mend: configuration, data, a directory in use, a non-finite loss, a full disk.
+        Stopped: (a SystemExit with code 143 or 130) SIGTERM or SIGINT came; a checkpoint was saved.
+    """
+    main = is_main_process()
+    with StopSignal() as stop, open_run(config, resume=resume, main=main), _log_to(config.out, main):
+        from vlm.train.stages import run_stages
+
+        return run_stages(config, main=main, skip_bad=skip_bad, stop=stop)
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, as torchrun, SLURM or Lightning's launcher tell by environment variables."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANK_VARIABLES)
+
+
+@contextmanager
+def _log_to(out: Path, main: bool) -> Iterator[None]:
+    """Copy what the package logs to `train.log`, from INFO on; ranks above 0 log only errors."""
+    level = log.level
+    if not main:
+        log.setLevel(logging.ERROR)
+        yield
+        log.setLevel(level)
+        return
+    handler = logging.FileHandler(out / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    if log.getEffectiveLevel() > logging.INFO:
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException as error:
+        log.error("stopped: %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,210 @@
+"""One stage, from a model to a trained model: Lightning's loop with our data order, records and checkpoints."""
+
+import logging
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from vlm.data import Example
+from vlm.errors import CheckpointError, ConfigError
+from vlm.processor import Processor
+from vlm.train import checkpoint, parts
+from vlm.train.augment import pipeline
+from vlm.train.config import RunConfig, StageConfig
+from vlm.train.data import MicroBatches, loader
+from vlm.train.modules import StageModule, module_class
+from vlm.train.plan import Mixture, StepSampler, stage_seed, steps_of
+from vlm.train.quiet import quiet_lightning
+from vlm.train.recorder import Recorder
+from vlm.train.signals import Stopped, StopSignal
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with everything that is decided before its first step."""
+
+    run: RunConfig
+    config: StageConfig
+    seed: int
+    examples: list[Example]
+    val: list[Example]
+    mixture: Mixture
+    data_digest: str
+    """Of the training examples; a checkpoint of other data is refused."""
+
+    @property
+    def steps(self) -> int:
+        if self.config.steps is not None:
+            return self.config.steps
+        assert self.config.epochs is not None
+        return steps_of(self.config.epochs, self.mixture.epoch_length, self.config.batch_size)
+
+    @property
+    def folder(self) -> Path:
+        return self.run.out / self.config.name
+
+    @property
+    def precision(self) -> str:
+        return self.config.precision or self.run.precision
+
+    def dataset(self, processor: Processor) -> MicroBatches:
+        return MicroBatches(
+            self.examples,
+            self.mixture,
+            processor,
+            max_text_length=self.config.max_text_length,
+            augmentations=pipeline(self.config.augment),
+            cache_images_mb=self.run.data.cache_images_mb,
+        )
+
+
+def make_stage(
+    run: RunConfig, index: int, examples: list[Example], counts: tuple[int, ...], val: list[Example], digest: str
+) -> Stage:
+    """The stage at `index`; `counts` are the numbers of examples of the files that `examples` came from."""
+    seed = stage_seed(run.seed, index)
+    mixture = Mixture(counts, tuple(source.repeat for source in run.data.sources()), seed)
+    return Stage(run, run.stages[index], seed, examples, val, mixture, digest)
+
+
+def train_stage(stage: Stage, model: nn.Module, processor: Processor, recorder: Recorder, stop: StopSignal) -> None:
+    """Train `model` in place up to the stage's last step.
+
+    Raises:
+        Stopped: a signal came; a checkpoint was saved.
+        VLMError: anything a user can mend.
+    """
+    trainer = make_trainer(stage, recorder)
+    with parts.frozen(model, stage.config):
+        rows = parts.manifest(model, stage.config)
+        frozen = parts.frozen_digests(model, stage.config)
+        resumed = _restore(stage, model, frozen)
+        parts.check_manifest(model, stage.config, rows, "while the checkpoint was read")
+        start = resumed.step if resumed else 0
+        module = _module(stage, model, processor, rows, resumed, stop)
+        recorder.begin(stage, rows, frozen, start, resumed.state.get("scaler") if resumed else None)
+        if start < stage.steps:
+            _fit(trainer, module, stop)
+        _check_frozen(stage, model, frozen)
+        recorder.end(frozen)
+    if module.stopped:
+        raise Stopped(stop.signum or signal.SIGTERM)
+
+
+def make_trainer(stage: Stage, recorder: Recorder) -> pl.Trainer:
+    """Lightning's trainer, with everything off that this package does itself. Raises `ConfigError`."""
+    run = stage.run
+    try:
+        with quiet_lightning():
+            trainer = pl.Trainer(
+                accelerator=run.accelerator,
+                devices=_devices(run),
+                num_nodes=run.nodes,
+                strategy=run.strategy,
+                precision=PRECISIONS[stage.precision],  # type: ignore[arg-type]
+                deterministic=run.deterministic,
+                max_epochs=1,  # one pass over the sampler, which holds all steps of the stage
+                accumulate_grad_batches=stage.config.accumulate,
+                callbacks=[recorder],
+                use_distributed_sampler=False,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=0,
+                num_sanity_val_steps=0,
+            )
+    except pl.utilities.exceptions.MisconfigurationException as error:
+        raise ConfigError(f"stage {stage.config.name}: {str(error).splitlines()[0]}") from error
+    return trainer
+
+
+def _devices(run: RunConfig) -> int:
+    """Lightning's `auto` is one process on a CPU already, but says so with a warning."""
+    if run.devices != "auto":
+        return run.devices
+    return torch.cuda.device_count() if run.accelerator != "cpu" and torch.cuda.is_available() else 1
+
+
+def _fit(trainer: pl.Trainer, module: StageModule, stop: StopSignal) -> None:
+    stop.saving_possible = True
+    try:
+        with quiet_lightning():
+            trainer.fit(module)
+    finally:
+        stop.saving_possible = False
+
+
+def _module(
+    stage: Stage,
+    model: nn.Module,
+    processor: Processor,
+    rows: list[parts.Row],
+    resumed: checkpoint.Checkpoint | None,
+    stop: StopSignal,
+) -> StageModule:
+    dataset = stage.dataset(processor)
+
+    def make_loader(rank: int, world: int) -> Any:
+        # Lightning has just put its own signal handlers in; ours save first and give the right exit code.
+        stop.install()
+        sampler = StepSampler(
+            resumed.step if resumed else 0,
+            stage.steps,
+            stage.config.batch_size,
+            accumulate=stage.config.accumulate,
+            rank=rank,
+            world=world,
+        )
+        return loader(dataset, sampler, workers=stage.run.workers, pin_memory=torch.cuda.is_available())
+
+    return module_class(stage.config)(
+        model,
+        stage.config,
+        rows,
+        steps=stage.steps,
+        seed=stage.seed,
+        make_loader=make_loader,
+        optimizer_state=resumed.optimizer if resumed else None,
+        should_stop=lambda: stop.signum != 0,
+        # The gradient scaler of fp16 cannot look at the gradients before a fused step.
+        fused=stage.precision != "fp16",
+    )
+
+
+def _restore(stage: Stage, model: nn.Module, frozen: dict[str, str]) -> checkpoint.Checkpoint | None:
+    """Put the newest complete checkpoint of the stage into the model, if there is one."""
+    found = checkpoint.newest(stage.folder / "checkpoints")
+    if found is None:
+        return None
+    for name, value in {"data": stage.data_digest, "frozen": frozen, "steps": stage.steps}.items():
+        if found.state.get(name) != value:
+            raise CheckpointError(
+                f"{found.path}: {name} changed since this checkpoint was written (then {found.state.get(name)!r}, "
+                f"now {value!r}); put it back, or start again in another `out`"
+            )
+    tensors = parts.trained_tensors(model, stage.config)
+    if set(tensors) != set(found.model):
+        odd = sorted(set(tensors) ^ set(found.model))
+        raise CheckpointError(f"{found.path}: its tensors are not those that train now: {', '.join(odd[:5])}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(found.model[name])
+    log.info("stage %s: resumed at step %d of %d from %s", stage.config.name, found.step, stage.steps, found.path)
+    return found
+
+
+def _check_frozen(stage: Stage, model: nn.Module, before: dict[str, str]) -> None:
+    after = parts.frozen_digests(model, stage.config)
+    changed = [part for part in before if before[part] != after[part]]
+    if changed:
+        raise CheckpointError(f"stage {stage.config.name}: frozen parts changed during training: {', '.join(changed)}")

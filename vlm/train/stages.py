@@ -1,0 +1,230 @@
+"""The stages of a run, one after the other: read the data, make the first model, train, publish each stage's model."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from vlm import settings
+from vlm.build import new
+from vlm.checkpoints import load, save
+from vlm.data import Example, read_jsonl
+from vlm.errors import ConfigError, DataError
+from vlm.model import VLM
+from vlm.processor import Processor
+from vlm.train import checkpoint, metrics
+from vlm.train.config import ModelConfig, RunConfig
+from vlm.train.data import check_lengths
+from vlm.train.processes import barrier, join_process_group
+from vlm.train.quiet import quiet_transformers
+from vlm.train.recorder import Recorder
+from vlm.train.signals import StopSignal
+from vlm.train.stage import Stage, make_stage, train_stage
+
+log = logging.getLogger(__name__)
+
+
+def run_stages(config: RunConfig, *, main: bool, skip_bad: bool, stop: StopSignal) -> Path:
+    """See `vlm.train.run`."""
+    began = time.monotonic()
+    join_process_group()
+    examples, counts, skipped = read_sources(config, skip_bad)
+    val = _read_val(config, skip_bad)
+    digest = data_digest(examples)
+    stages = [make_stage(config, i, examples, counts, val, digest) for i in range(len(config.stages))]
+    start = config.out / "start"
+    if main and checkpoint.problem(start):
+        with quiet_transformers():
+            model, processor = make_model(config.model)
+            _publish_model(model, processor, start, {"model": settings.to_dict(config.model)})
+    barrier()
+    finished: list[str] = []
+    with _global_random_state(), quiet_transformers():
+        for stage in stages:
+            start = _run_stage(stage, start, finished, main, stop)
+            finished.append(stage.config.name)
+    final = config.out / "model"
+    if main:
+        _finish(config, start, final, skipped, time.monotonic() - began)
+    barrier()
+    return final
+
+
+def _run_stage(stage: Stage, start: Path, finished: list[str], main: bool, stop: StopSignal) -> Path:
+    """Train one stage from the model at `start`, unless it is finished already; returns its model directory."""
+    target = stage.folder / "model"
+    if checkpoint.problem(target) is None:
+        log.info("stage %s: finished before", stage.config.name)
+        return target
+    # Loaded even when it was just saved: a run that was interrupted has no other way, and both must do the same.
+    model, processor = load(start, dtype="float32")
+    _check_precision(stage, model)
+    check_lengths(stage.examples, processor, stage.config.max_text_length)
+    recorder = Recorder(main, finished)
+    try:
+        train_stage(stage, model, processor, recorder, stop)
+    finally:
+        recorder.close()
+    stop.raise_if_stopped()
+    if main:
+        _publish_model(model, processor, target, _provenance(stage))
+    barrier()
+    return target
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def read_sources(config: RunConfig, skip_bad: bool) -> tuple[list[Example], tuple[int, ...], int]:
+    """All training examples, how many came from each file, and how many annotations were skipped.
+
+    Raises `DataError` with the problems of all files together.
+    """
+    examples: list[Example] = []
+    counts, problems, skipped = [], [], 0
+    for source in config.data.sources():
+        try:
+            own, bad = read_jsonl(source.path, image_root=source.image_root, require=("suffix",), skip_bad=skip_bad)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if not own:
+            problems.append(f"{source.path}: no usable example")
+        for problem in bad:
+            log.warning("skipped %s:%s: %s: %s", problem.file, problem.line, problem.code, problem.message)
+        examples += own
+        counts.append(len(own))
+        skipped += len(bad)
+    if problems:
+        raise DataError("\n".join(problems))
+    if skipped:
+        log.warning("%d annotations skipped, %d kept", skipped, len(examples))
+    return examples, tuple(counts), skipped
+
+
+def _read_val(config: RunConfig, skip_bad: bool) -> list[Example]:
+    if config.data.val is None:
+        return []
+    return read_jsonl(config.data.val, image_root=config.data.image_root, require=("suffix",), skip_bad=skip_bad)[0]
+
+
+def data_digest(examples: list[Example]) -> str:
+    """sha256 over what is trained on, in order; folders do not count, so data may move."""
+    digest = hashlib.sha256()
+    for example in examples:
+        image = example.image.name if isinstance(example.image, Path) else "image in memory"
+        digest.update(json.dumps([example.id, image, example.prefix, example.suffix]).encode())
+    return digest.hexdigest()
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def make_model(config: ModelConfig) -> tuple[VLM, Processor]:
+    """The model a run starts from, in float32. Raises `VLMError`."""
+    if config.path is not None:
+        return load(config.path, dtype="float32")
+    options: dict[str, Any] = {"encoder_kind": config.encoder_kind, "image": config.image or None, "seed": config.seed}
+    return new(
+        _part(config.encoder, "encoder"),
+        config.projector,
+        _part(config.decoder, "decoder"),
+        config.tokenizer,
+        **options,
+    )
+
+
+def _part(value: str | dict[str, Any] | None, name: str) -> Any:
+    """A checkpoint's path as it is; keys and values as a transformers configuration."""
+    if not isinstance(value, dict):
+        return value
+    settings_of_part = dict(value)
+    kind = settings_of_part.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(kind, **settings_of_part)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.{name}: model_type {kind!r} is not known to transformers; for example siglip_vision_model or gemma"
+        ) from error
+
+
+def _publish_model(model: VLM, processor: Processor, target: Path, provenance: dict[str, Any]) -> None:
+    """Write a complete model directory, with `training.json` beside the weights, in one step."""
+    temporary = target.with_suffix(".tmp")
+    with checkpoint.clean_failure(temporary, target):
+        shutil.rmtree(temporary, ignore_errors=True)
+        save(model, processor, temporary)
+        (temporary / "training.json").write_text(json.dumps(provenance, indent=1) + "\n")
+        checkpoint.publish(temporary, target)
+
+
+def _provenance(stage: Stage) -> dict[str, Any]:
+    versions = json.loads((stage.run.out / "versions.json").read_text())[-1]["libraries"]
+    return {
+        "stage": stage.config.name,
+        "steps": stage.steps,
+        "config": settings.to_dict(stage.run),
+        "data_sha256": stage.data_digest,
+        "examples": len(stage.examples),
+        "libraries": versions,
+    }
+
+
+def _check_precision(stage: Stage, model: VLM) -> None:
+    decoder = model.config.text_config.model_type
+    if stage.precision == "fp16" and decoder.startswith("gemma") and not stage.run.force_fp16:
+        raise ConfigError(
+            f"stage {stage.config.name}: precision fp16 overflows in {decoder}; use bf16, or set force_fp16: true"
+        )
+    if stage.precision == "fp16" and (stage.run.accelerator == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError(f"stage {stage.config.name}: precision fp16 needs a GPU; use bf16 or fp32")
+
+
+def _finish(config: RunConfig, last: Path, final: Path, skipped: int, seconds: float) -> None:
+    """`model/` (hard links to the last stage's files where the disk can), the loss curve and a summary."""
+    temporary = final.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(last, temporary, copy_function=_link)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    metrics.plot(config.out / "metrics.csv", config.out / "loss.png")
+    failures = config.out / "failures.jsonl"
+    summary = {
+        "model": str(final),
+        "seconds": round(seconds, 1),
+        "steps": len(metrics.read(config.out / "metrics.csv")),
+        "skipped_annotations": skipped,
+        "failed_images": len(failures.read_text().splitlines()) if failures.exists() else 0,
+    }
+    (config.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    log.info("trained model: %s (%.0f s)", final, seconds)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def _global_random_state() -> Iterator[None]:
+    """Training seeds the global generators before every micro-batch; the caller gets its own state back."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
