@@ -9,9 +9,9 @@ Names resolve when they are used, so importing this package does not import torc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# public name -> the module that defines it
+# public name -> the module that defines it (no module may be called like a function here: importing it would hide the function)
 _HOMES = {
-    "run": "run",
+    "run": "runner",
     "load_config": "config",
     "RunConfig": "config",
     "ModelConfig": "config",
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vlm.train.config import load_config as load_config
     from vlm.train.modules import FrozenEncoderModule as FrozenEncoderModule
     from vlm.train.modules import FullModule as FullModule
-    from vlm.train.run import run as run
+    from vlm.train.runner import run as run
 
 
 def __getattr__(name: str) -> Any:
