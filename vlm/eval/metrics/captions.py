@@ -1,8 +1,8 @@
 """BLEU, ROUGE-L and CIDEr-D as pycocoevalcap 1.2 computes them, on captions that are tokenised already.
 
 The functions `bleu`, `rouge_l` and `cider_d` take token texts (tokens joined by one blank), so that they can be
-compared with the official code apart from the tokenizer; the registered metrics tokenise first. What pycocoevalcap calls
-CIDEr is CIDEr-D: clipped counts, a length penalty with sigma 6, times 10.
+compared with the official code apart from the tokenizer; the registered metrics tokenise first. What pycocoevalcap
+calls CIDEr is CIDEr-D: clipped counts, a length penalty with sigma 6, times 10.
 """
 
 from __future__ import annotations

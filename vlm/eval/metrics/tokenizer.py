@@ -32,7 +32,7 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _NEGATION = re.compile(r"(.*[^n])(n['’]t)", re.DOTALL)
-_CLITIC = re.compile(r"(.+?)(['’](?:s|m|d|re|ve|ll|t))", re.DOTALL)
+_CLITIC = re.compile(r"(.+?)(['’](?:s|m|d|re|ve|ll))", re.DOTALL)
 # pycocoevalcap's list, less its upper-case bracket names, which never occur in lower-cased text.
 _DROPPED = frozenset(
     {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"', "’", "‘", "“", "”", "…"}

@@ -1,0 +1,146 @@
+"""Line charts as inline SVG: no picture files, sharp at any size, colours from the page (light or dark)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+Point = tuple[float, float]
+
+_WIDTH, _HEIGHT = 560, 290
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 30, 44
+_MAX_POINTS = 400  # per line; longer ones are averaged in equal groups, more would not be seen
+NUM_COLOURS = 6
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A chart of one or more lines.
+
+    Attributes:
+        title: heading above the chart.
+        series: name of a line -> its (x, y) points in the order of x. Points that are not finite are left out.
+        x_label, y_label: axis names; say the unit.
+        log_y: logarithmic y axis; points with y <= 0 are left out then.
+        marks: (x, label) of vertical lines, such as the start of a stage.
+    """
+
+    title: str
+    series: Mapping[str, Sequence[Point]]
+    x_label: str = "step"
+    y_label: str = ""
+    log_y: bool = False
+    marks: Sequence[tuple[float, str]] = ()
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis: data range, pixel range, ticks as (value, text)."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: list[tuple[float, str]]
+
+    def at(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def draw(curve: Curve) -> str:
+    """The chart as a self-contained `<svg>` element followed by its legend."""
+    lines = {name: _clean(points, curve.log_y) for name, points in curve.series.items()}
+    shown = [point for points in lines.values() for point in points]
+    if not shown:
+        return '<p class="empty">no points to draw</p>'
+    # On a logarithmic axis the lines are drawn in log10(y); only the tick labels know.
+    x_axis = _axis([x for x, _ in shown], _LEFT, _WIDTH - _RIGHT)
+    y_values = [y for _, y in shown]
+    y_axis = (_log_axis if curve.log_y else _axis)(y_values, _HEIGHT - _BOTTOM, _TOP)
+    parts = [_grid(x_axis, y_axis, curve)]
+    for index, points in enumerate(lines.values()):
+        path = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in points)
+        colour = f"var(--line-{index % NUM_COLOURS})"
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        if len(points) <= 20:
+            parts += [
+                f'<circle cx="{x_axis.at(x):.1f}" cy="{y_axis.at(y):.1f}" r="3" fill="{colour}"/>' for x, y in points
+            ]
+    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(curve.title)}">{"".join(parts)}</svg>'
+    return svg + _legend(list(lines))
+
+
+def _legend(names: Sequence[str]) -> str:
+    keys = (
+        f'<span><i style="background:var(--line-{index % NUM_COLOURS})"></i>{escape(name)}</span>'
+        for index, name in enumerate(names)
+    )
+    return f'<div class="legend">{"".join(keys)}</div>'
+
+
+def _clean(points: Sequence[Point], log_y: bool) -> list[Point]:
+    kept = [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]
+    if log_y:
+        kept = [(x, math.log10(y)) for x, y in kept]
+    size = math.ceil(len(kept) / _MAX_POINTS)
+    groups = [kept[start : start + size] for start in range(0, len(kept), size)] if size > 1 else [[p] for p in kept]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _axis(values: Sequence[float], start: float, end: float) -> _Axis:
+    low, high = _widen(min(values), max(values))
+    step = _nice_step((high - low) / 5)
+    low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    count = round((high - low) / step)
+    return _Axis(low, high, start, end, [(low + i * step, _label(low + i * step, step)) for i in range(count + 1)])
+
+
+def _log_axis(logs: Sequence[float], start: float, end: float) -> _Axis:
+    low, high = _widen(min(logs), max(logs))
+    digits = (1, 2, 5) if high - low < 3 else (1,)
+    powers = range(math.floor(low) - 1, math.ceil(high) + 1)
+    ticks = sorted(power + math.log10(digit) for power in powers for digit in digits)
+    below = [tick for tick in ticks if tick <= low]
+    above = [tick for tick in ticks if tick >= high]
+    low, high = (below[-1] if below else low), (above[0] if above else high)
+    return _Axis(low, high, start, end, [(tick, f"{10**tick:.3g}") for tick in ticks if low <= tick <= high])
+
+
+def _widen(low: float, high: float) -> tuple[float, float]:
+    return (low, high) if high > low else (low - max(abs(low) * 0.1, 0.5), high + max(abs(high) * 0.1, 0.5))
+
+
+def _nice_step(raw: float) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that is at least `raw`."""
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= raw * 0.999)
+
+
+def _label(value: float, step: float) -> str:
+    if abs(value) < step / 2:
+        return "0"
+    if abs(value) >= 10_000 and step >= 1000:
+        return f"{value / 1000:g}k"
+    return f"{value:.{max(0, -math.floor(math.log10(step)))}f}"
+
+
+def _grid(x_axis: _Axis, y_axis: _Axis, curve: Curve) -> str:
+    bottom, parts = _HEIGHT - _BOTTOM, []
+    for value, text in y_axis.ticks:
+        y = y_axis.at(value)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+    for value, text in x_axis.ticks:
+        x = x_axis.at(value)
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 19}" text-anchor="middle">{escape(text)}</text>')
+    for value, text in curve.marks:
+        if x_axis.low <= value <= x_axis.high:
+            x = x_axis.at(value)
+            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+            parts.append(f'<text x="{x + 5:.1f}" y="{_TOP + 10}">{escape(text)}</text>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(curve.x_label)}</text>')
+    parts.append(f'<text x="{_LEFT - 7}" y="{_TOP - 15}" text-anchor="start" dx="-44">{escape(curve.y_label)}</text>')
+    return "".join(parts)
