@@ -1,9 +1,9 @@
 """Every refusal meant for a user is a `VLMError`.
 
-The message is one text that says what was got, what was expected and what to do, and it names the sample, file or key. The command
-line prints it as `error: ...` and exits with code 2; anything else that escapes is a bug and keeps its traceback.
+The message is one text that says what was got, what was expected and what to do, and it names the sample, file or key.
+The command line prints it as `error: ...` and exits with code 2; anything else that escapes is a bug and keeps its
+traceback.
 """
-
 
 import difflib
 from collections.abc import Iterable
@@ -36,7 +36,8 @@ class TrainingError(VLMError):
 class ImageError(VLMError):
     """An image that cannot be used.
 
-    `code` is a short stable string (`vlm.images.CODES` lists them with their meaning): programs compare it, people read the message.
+    `code` is a short stable string (`vlm.images.CODES` lists them with their meaning): programs compare it, people read
+    the message.
     """
 
     def __init__(self, code: str, message: str) -> None:
