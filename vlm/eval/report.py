@@ -258,7 +258,7 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML page.
 
-    The order on the page is stats, summary, sections, curves, gallery; give everything in `sections` to choose another one.
+    The order on the page is stats, summary, sections, curves, gallery; to choose another, give all in `sections`.
 
     Args:
         path: the file to write; folders are made. It is replaced in one step, so a reader never sees half a page.

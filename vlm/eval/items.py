@@ -1,0 +1,130 @@
+"""The items of an evaluation: their gold texts, their identity, their kinds, and the shuffled-images control."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from vlm.data import Example
+from vlm.errors import DataError
+
+_LISTED = 10
+
+
+def gold_texts(example: Example, reads: Literal["references", "answers"]) -> tuple[str, ...]:
+    """What a prediction is compared with: the field that the metric reads, else the other one, else the suffix."""
+    first, second = example.references, example.answers
+    if reads == "answers":
+        first, second = second, first
+    return first or second or (() if example.suffix is None else (example.suffix,))
+
+
+def check(examples: Sequence[Example]) -> None:
+    """Raise DataError for no items at all, ids that occur twice, and items without any gold text; each is named."""
+    if not examples:
+        raise DataError("there is nothing to evaluate: the data holds no items")
+    twice = [key for key, count in Counter(example.id for example in examples).items() if count > 1]
+    if twice:
+        raise DataError(f"every item needs an id of its own; occurring more than once: {_listed(twice)}")
+    bare = [
+        f"{example.file}:{example.line} ({example.id})" for example in examples if not gold_texts(example, "references")
+    ]
+    if bare:
+        raise DataError(
+            f"{len(bare)} items have nothing to be compared with: {_listed(bare)}; add suffix, references or answers"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def image_name(example: Example) -> str:
+    """A name of the image that is equal for equal images and does not depend on where the data folder lies."""
+    if isinstance(example.image, Image.Image):
+        pixels = hashlib.sha256(example.image.tobytes()).hexdigest()[:32]
+        return f"pixels {example.image.mode} {example.image.size} {pixels}"
+    return os.path.relpath(example.image, Path(example.file).parent) if example.file else str(example.image)
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """sha256 over what predictions depend on: ids, prompts, and the images' names and sizes in bytes.
+
+    Gold texts are left out: when they are corrected, the predictions stay valid and are only scored again.
+    """
+    total = hashlib.sha256()
+    for example in examples:
+        size = os.path.getsize(example.image) if _is_file(example.image) else -1
+        total.update(repr((example.id, example.prefix, image_name(example), size)).encode("utf-8", "surrogatepass"))
+    return total.hexdigest()
+
+
+def _is_file(image: Path | Image.Image) -> bool:
+    return not isinstance(image, Image.Image) and os.path.isfile(image)
+
+
+def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example]:
+    """Every item gets the image of another one, never its own: what can be scored then, the text alone gives away.
+
+    Items that share an image are kept together in a shuffled circle; turning the circle by the size of the largest such
+    group moves every item to another image:
+
+        images  A A A B C C   turned by 3:  B C C A A A
+
+    Raises:
+        DataError: one image belongs to more than half of the items, so that no such exchange exists.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(image_name(example), []).append(index)
+    largest = max(groups, key=lambda name: len(groups[name]))
+    turn = len(groups[largest])
+    if 2 * turn > len(examples):
+        raise DataError(
+            f"images cannot be exchanged: {turn} of {len(examples)} items have the image {largest}; at most half may"
+        )
+    rng = random.Random(seed)
+    names = sorted(groups)
+    rng.shuffle(names)
+    circle = [index for name in names for index in rng.sample(groups[name], len(groups[name]))]
+    shuffled = list(examples)
+    for place, index in enumerate(circle):
+        donor = circle[(place + turn) % len(circle)]
+        shuffled[index] = replace(examples[index], image=examples[donor].image)
+    return shuffled
+
+
+def prompt_kind(prefix: str) -> str:
+    """A kind for the breakdown, from the prompt alone: "answer en What colour is it?" -> "answer: what colour".
+
+    PaliGemma's task word is kept ("caption en" -> "caption"); of a question the first two words.
+    """
+    words = prefix.lower().replace("?", " ").replace(",", " ").split()
+    if not words:
+        return "(empty prompt)"
+    task, rest = words[0], words[1:]
+    if task not in ("answer", "caption", "cap", "ocr", "describe", "detect", "segment"):
+        return " ".join(words[:2])
+    if task != "answer":
+        return task
+    question = rest[1:] if rest and len(rest[0]) == 2 and len(rest) > 1 else rest  # drop the language code
+    return f"answer: {' '.join(question[:2])}"
+
+
+def plan(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """Positions of the examples in batches of similar prompt length, so that little is padded.
+
+    The plan depends on the data alone. A run that resumes therefore forms the same batches as one that was never
+    stopped, and even the last bits of its numbers agree.
+    """
+    order = sorted(range(len(examples)), key=lambda index: (len(examples[index].prefix), index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

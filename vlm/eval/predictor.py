@@ -1,0 +1,144 @@
+"""What the harness asks for predictions, and the one that runs our own models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    from vlm.model import VLM
+    from vlm.processor import Processor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How text is generated; greedy unless `num_beams` is above 1. Part of what identifies a set of predictions."""
+
+    max_new_tokens: int = 64
+    num_beams: int = 1
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class Predictor(Protocol):
+    """Anything that answers prompts about images. The answer to an item must not depend on its batch mates."""
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """RGB shown behind transparent pixels when an image is decoded."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the predictions (weights, preprocessing), as JSON values."""
+        ...
+
+    def predict(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
+    ) -> list[str]:
+        """One text per prompt, in order. `images` are upright RGB; `ids` are for error messages."""
+        ...
+
+
+class ModelPredictor:
+    """A `vlm` model with its processor, through `vlm.generate`.
+
+    Args:
+        model, processor: what `vlm.load` returns.
+        name: what reports call it, such as the directory it came from.
+    """
+
+    def __init__(self, model: VLM, processor: Processor, *, name: str) -> None:
+        self.model = model
+        self.processor = processor
+        self.name = name
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        return self.processor.image_transform.background
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of weights and processor, the weights' dtype, and the image transform in words."""
+        return {
+            "weights_sha256": hash_weights(self.model),
+            "processor_sha256": hash_processor(self.processor),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "images": self.processor.image_transform.describe(),
+        }
+
+    def predict(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
+    ) -> list[str]:
+        from vlm.generation import generate
+
+        return generate(
+            self.model,
+            self.processor,
+            images,
+            prompts,
+            ids=ids,
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.num_beams,
+            batch_size=len(prompts),
+        )
+
+
+def as_predictor(
+    model: str | Path | tuple[VLM, Processor] | Predictor, *, device: str | None, dtype: str | None
+) -> tuple[Predictor, str]:
+    """A predictor and its name, from a model directory or hub id, a (model, processor) pair, or a predictor.
+
+    A directory is opened on `device`, by default the first GPU if there is one, else the CPU. A pair stays where it is
+    unless `device` is given; its dtype is its own.
+
+    Raises:
+        ConfigError: `dtype` with a pair, or `device` or `dtype` with a predictor.
+        CheckpointError, GenerationError: as `vlm.load`.
+    """
+    from vlm.errors import ConfigError
+
+    if isinstance(model, str | Path):
+        import torch
+
+        from vlm.checkpoints import load
+
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return ModelPredictor(*load(model, dtype=dtype, device=chosen), name=str(model)), str(model)
+    if dtype is not None:
+        raise ConfigError(
+            f"dtype={dtype!r} can only be chosen when a model directory is opened; convert the model itself"
+        )
+    if isinstance(model, tuple):
+        network, processor = model
+        name = type(network).__name__
+        if device:
+            network.to(device)  # type: ignore[arg-type]  # transformers wraps `to` with a wrong signature
+        return ModelPredictor(network, processor, name=name), name
+    if device is not None:
+        raise ConfigError(f"device={device!r} cannot be applied to a {type(model).__name__}; place it yourself")
+    return model, type(model).__name__
+
+
+def hash_weights(model: VLM) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all parameters and saved buffers, in the order of their names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def hash_processor(processor: Processor) -> str:
+    """sha256 over the tokenizer's whole definition and every number of the image transform."""
+    definition: Any = processor.tokenizer.backend_tokenizer.to_str()
+    numbers = json.dumps(processor.image_transform.to_dict(), sort_keys=True)
+    return hashlib.sha256(f"{numbers}\n{definition}".encode("utf-8", "surrogatepass")).hexdigest()

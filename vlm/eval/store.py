@@ -1,0 +1,150 @@
+"""Predictions on disk: appended as they are made, complete after a kill at any moment.
+
+`predictions.jsonl` holds one record a line; `predictions.settings.json` beside it says what they belong to. A run that
+is started again with the same settings goes on where the last one stopped; with others it is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from vlm.errors import ConfigError, DataError
+
+PREDICTIONS = "predictions.jsonl"
+SETTINGS = "predictions.settings.json"
+
+
+class PredictionStore:
+    """The predictions of one run, open for appending; a context manager.
+
+    Args:
+        folder: made if it does not exist.
+        settings: everything that decides the predictions, as JSON values.
+
+    Raises:
+        ConfigError: the folder holds predictions of other settings, or another process is writing there.
+        DataError: a line of the file is damaged, or an id occurs twice.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / PREDICTIONS
+        self.records: dict[str, dict[str, Any]] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = open(self.path, "ab+")  # noqa: SIM115 - closed by __exit__
+        try:
+            self._lock()
+            self._read()
+            self._check_settings(settings)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> PredictionStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write records, each with a new `id`, in one call, and wait until they are on the disk."""
+        new = list(records)
+        for record in new:
+            assert record["id"] not in self.records, f"{record['id']!r} was predicted twice"
+        self._file.write(b"".join(encode(record) for record in new))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.records.update((record["id"], record) for record in new)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self.folder}: another evaluation is writing here; give another output folder"
+            ) from None
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):  # the writer was killed in the middle of a line; that item is predicted again
+            self._file.truncate(whole)
+        for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
+            record = _parse(line, f"{self.path}:{number}")
+            if record["id"] in self.records:
+                raise DataError(f"{self.path}:{number}: id {record['id']!r} occurs twice; delete {self.folder}")
+            self.records[record["id"]] = record
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        path = self.folder / SETTINGS
+        wanted = json.loads(json.dumps(settings))
+        if not self.records:
+            write_json(path, wanted)  # before the first prediction, so that none is ever without its settings
+            return
+        if not path.is_file():
+            raise ConfigError(f"{self.path} has predictions but {SETTINGS} is missing; give another output folder")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = [_difference(key, found.get(key), wanted.get(key)) for key in sorted({*found, *wanted})]
+        told = [line for line in differing if line]
+        if told:
+            raise ConfigError(
+                f"{self.folder} holds {len(self.records)} predictions made with other settings ({'; '.join(told)});"
+                " give another output folder, or delete this one to predict again"
+            )
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """One line of JSON in UTF-8. A lone surrogate becomes its JSON escape, so every text comes back as it was."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step: a reader, or a run after a kill, sees the old or the new one, never half."""
+    _replace(path, json.dumps(value, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace") + b"\n")
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file in one step."""
+    _replace(path, b"".join(encode(record) for record in records))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: damaged line ({error}); delete the file to predict again") from None
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("id", "prediction")):
+        raise DataError(f"{where}: expected an object with the texts id and prediction, got {line[:80]!r}")
+    return record
+
+
+def _difference(key: str, found: Any, wanted: Any) -> str:
+    if found == wanted:
+        return ""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        inner = (_difference(f"{key}.{name}", found.get(name), wanted.get(name)) for name in sorted({*found, *wanted}))
+        return "; ".join(line for line in inner if line)
+    return f"{key}: there {_short(found)}, now {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
