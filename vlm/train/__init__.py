@@ -9,7 +9,7 @@ Names resolve when they are used, so importing this package does not import torc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# public name -> the module that defines it (no module may be called like a function here: importing it would hide the function)
+# public name -> the module that defines it; a module called like a function would hide it once imported
 _HOMES = {
     "run": "runner",
     "load_config": "config",
