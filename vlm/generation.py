@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import GenerationConfig
 
 from vlm.config import VLMConfig
@@ -31,7 +33,7 @@ def check_dtype(config: VLMConfig, dtype: torch.dtype, *, force: bool = False) -
 def generate(
     model: VLM,
     processor: Processor,
-    images: Sequence[ImageSource | Sequence[ImageSource]] | None,
+    images: Sequence[ImageSource | Sequence[ImageSource]] | ImageSource | None,
     prompts: Sequence[str] | str,
     *,
     ids: Sequence[str] | None = None,
@@ -79,6 +81,8 @@ def generate(
     if batch_size < 1:
         raise GenerationError(f"batch_size is {batch_size}, expected at least 1")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if isinstance(images, str | Path | bytes | Image.Image):
+        images = [images]
     texts: list[str] = []
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -94,14 +98,16 @@ def generate_ids(model: VLM, batch: Batch, settings: GenerationConfig) -> torch.
     """Generate for one batch made without suffixes; returns int64[B, N], the new tokens only, padded after EOS."""
     if batch.labels is not None:
         raise GenerationError("this batch was made for training (it has labels, padding right); make it without suffix")
-    was_training = model.training
+    # Each module's own mode comes back: model.train() would wake a frozen tower that is in eval mode.
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         output = model.generate(  # type: ignore[misc]
             **batch.to(model.device), generation_config=settings
         )
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return output[:, batch.input_ids.shape[1] :]
 
 
@@ -132,6 +138,8 @@ def generation_config(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        # A generated placeholder would ask for an image that is not there.
+        suppress_tokens=[processor.image_token_id],
         **{name: value for name, value in sampling.items() if name in used},
     )
 

@@ -38,6 +38,7 @@ DECODERS: dict[str, type[PreTrainedModel]] = {
     "gemma3_text": Gemma3TextModel,
 }
 """Decoder classes by transformers' `model_type`."""
+NAFLEX_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
 @dataclass
@@ -148,7 +149,7 @@ class VLMModel(VLMPreTrainedModel):
                 )
             return embeds, None
         tokens, counts = self.project(encoded)
-        check_placeholders(placeholders, counts)
+        images_per_sample(placeholders, counts)
         tokens = tokens.to(embeds.dtype)
         return embeds.masked_scatter(placeholders[..., None], tokens), tokens
 
@@ -247,8 +248,9 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
             inputs_embeds, image_tokens = self.model.embed(input_ids, encoded)
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
-        if position_ids is None and past_key_values is None and not isinstance(attention_mask, dict):
-            position_ids = masks.position_ids(attention_mask, sequence_ids)
+        if position_ids is None and not isinstance(attention_mask, dict):
+            # The end of the row: with a filled cache the attention mask covers the cached tokens too.
+            position_ids = masks.position_ids(attention_mask, sequence_ids)[:, -inputs_embeds.shape[1] :]
         out = self.model(
             inputs_embeds,
             attention_mask,
@@ -340,6 +342,39 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
             raise DataError("generation needs the attention_mask of the batch; pass the processor's whole batch")
         return decoder_masks(config, inputs_embeds, attention_mask, token_type_ids, None, past_key_values)
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Copies of each sample for beams. The library repeats each image in place (a a b b), but a sample with two
+        images needs them as a group (a b a b)."""
+        pixels = {name: model_kwargs.pop(name, None) for name in ("pixel_values", *NAFLEX_INPUTS)}
+        placeholders = None if input_ids is None else input_ids == self.config.image_token_id
+        input_ids, expanded = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if expand_size > 1 and pixels["pixel_values"] is not None:
+            if placeholders is None:
+                raise DataError("generation with pixel_values needs input_ids, which hold the placeholders")
+            groups = images_per_sample(placeholders, self._image_token_counts(**pixels))
+            order = torch.tensor(
+                [i for group in groups for _ in range(expand_size) for i in group], device=placeholders.device
+            )
+            pixels = {name: None if value is None else value[order] for name, value in pixels.items()}
+        return input_ids, {**expanded, **{name: value for name, value in pixels.items() if value is not None}}
+
+    def _image_token_counts(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **_: Any) -> Tensor:
+        """int64[M], the decoder tokens that each image will give."""
+        if spatial_shapes is None:
+            vision = self.config.vision_config
+            rows = vision.image_size // vision.patch_size
+            spatial_shapes = torch.full((pixel_values.shape[0], 2), rows)
+        num_tokens: Any = self.model.multi_modal_projector.num_tokens
+        return torch.tensor([num_tokens((rows, columns)) for rows, columns in spatial_shapes.tolist()])
+
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
     ) -> dict[str, Any]:
@@ -388,10 +423,16 @@ def decoder_masks(
         token_type_ids: int[B, S] or [B, T], of the new tokens at the end; None while decoding one token at a time.
 
     Raises:
-        DataError: a multi-token input without token_type_ids, or prefix tokens after a filled cache.
+        DataError: a first input without token_type_ids, prefix tokens after a filled cache, or an attention mask that
+            leaves the cached tokens out.
     """
     num_new = inputs_embeds.shape[1]
     total = attention_mask.shape[1]
+    if total == num_new and past_key_values is not None and int(past_key_values.get_seq_length()):
+        raise DataError(
+            f"attention_mask covers the {num_new} new tokens only, but the cache holds"
+            f" {int(past_key_values.get_seq_length())} more; it must cover cached and new tokens"
+        )
     types = layer_types(config)
     window = getattr(config.text_config, "sliding_window", None)
     result: dict[str, Tensor] = {}
@@ -404,13 +445,14 @@ def decoder_masks(
                     " processor's whole batch: model(**batch)"
                 )
             allowed = masks.prefix_lm_mask(attention_mask, token_type_ids, sequence_ids, window=layer_window)
-            allowed = _pad_keys(allowed, _num_keys(past_key_values, layer, num_new))
+            keys, _ = _key_range(past_key_values, layer, total, num_new)
+            allowed = _pad_keys(allowed, keys)
         else:
             if token_type_ids is not None and bool((token_type_ids[:, -num_new:] == 0).any()):
                 raise DataError(
                     "prefix tokens after a filled cache would not be seen by it; pass the whole prefix at once"
                 )
-            keys, first = _cache_keys(past_key_values, layer, total, num_new)
+            keys, first = _key_range(past_key_values, layer, total, num_new)
             allowed = masks.decode_mask(attention_mask, num_new, keys, first, window=layer_window)
         result[layer_type] = masks.additive(allowed, inputs_embeds.dtype)
     return result
@@ -427,62 +469,50 @@ def _pad_keys(allowed: Tensor, num_keys: int) -> Tensor:
     return nn.functional.pad(allowed, (0, num_keys - allowed.shape[-1]))
 
 
-def _num_keys(cache: Any, layer: int, num_new: int) -> int:
-    """Keys that a first forward sees: its own tokens, or all slots of a static cache."""
-    if cache is None or not getattr(cache, "is_compileable", False):
-        return num_new
-    return max(num_new, _layer_capacity(cache, layer))
-
-
-def _cache_keys(cache: Any, layer: int, total: int, num_new: int) -> tuple[int, int]:
-    """(number of keys, position of the first key) that attention will see in this layer."""
+def _key_range(cache: Any, layer: int, total: int, num_new: int) -> tuple[int, int]:
+    """(number of keys, position of the first key) that attention will see in this layer: every token so far without a
+    cache, else what the cache will return (all slots of a static one, the last ones of a sliding one)."""
     if cache is None:
         return total, 0
-    held = cache.layers[layer]
-    if getattr(cache, "is_compileable", False):
-        capacity = _layer_capacity(cache, layer)
-        if not getattr(held, "is_sliding", False) or total <= capacity:
-            return capacity, 0
-        return capacity, total - capacity
-    if getattr(held, "is_sliding", False):
-        kept = min(total - num_new, held.sliding_window - 1)
-        return kept + num_new, total - num_new - kept
-    return total, 0
+    keys, first = cache.get_mask_sizes(num_new, layer)
+    return int(keys), int(first)
 
 
-def _layer_capacity(cache: Any, layer: int) -> int:
-    return int(cache.layers[layer].max_cache_len)
-
-
-def check_placeholders(placeholders: Tensor, counts: Tensor) -> None:
-    """Each sample must have exactly as many placeholders as its images have tokens.
+def images_per_sample(placeholders: Tensor, counts: Tensor) -> list[list[int]]:
+    """Which images belong to which sample: each must have exactly as many placeholders as its images have tokens.
 
     Args:
         placeholders: bool[B, S].
         counts: int64[M], tokens of each image, in order.
 
+    Returns:
+        for each sample the indices of its images.
+
     Raises:
         DataError: names the first sample that differs, with both numbers.
     """
-    expected = placeholders.sum(1).tolist()
-    got = counts.tolist()
+    tokens = counts.tolist()
+    groups: list[list[int]] = []
     image = 0
-    for sample, wanted in enumerate(expected):
-        have = 0
-        while have < wanted and image < len(got):
-            have += got[image]
+    for sample, wanted in enumerate(placeholders.sum(1).tolist()):
+        group: list[int] = []
+        while sum(tokens[i] for i in group) < wanted and image < len(tokens):
+            group.append(image)
             image += 1
+        have = sum(tokens[i] for i in group)
         if have != wanted:
             raise DataError(
                 f"sample {sample} of the batch has {wanted} image placeholders, but its images give {have} tokens;"
                 f" placeholders are written by the"
                 " processor only, and its image_transform must be the tower's"
             )
-    if image != len(got):
+        groups.append(group)
+    if image != len(tokens):
         raise DataError(
-            f"{len(got)} images, but the placeholders of the batch take only the first {image}; one image list per"
+            f"{len(tokens)} images, but the placeholders of the batch take only the first {image}; one image list per"
             f" sample"
         )
+    return groups
 
 
 AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)
