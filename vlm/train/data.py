@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data import Example
-from vlm.errors import DataError, ImageError, TrainingError, VLMError
+from vlm.errors import DataError, ImageError, VLMError
 from vlm.images import load_image
 from vlm.processor import Batch, Processor
 from vlm.train.augment import Augmentation
@@ -101,7 +101,9 @@ class MicroBatches(Dataset[MicroBatch]):
                 index = self.mixture.substitute(position, attempt)
                 continue
             return index, self._augment(image, position, index)
-        raise DataError(f"{IN_A_ROW} images in a row could not be decoded; last: {item.failures[-1].message}")
+        raise DataError(
+            f"{IN_A_ROW} images in a row could not be decoded, see failures.jsonl; the last: {item.failures[-1].message}"
+        )
 
     def _image(self, index: int) -> Image.Image:
         if index in self._cache:
@@ -175,18 +177,3 @@ def _start_worker(_worker: int) -> None:
     set_parent_death_signal = 1
     if Path("/proc/self").exists():
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def loading_error(error: Exception) -> TrainingError | None:
-    """A loader's own failure (a worker that died or hangs) as a sentence, or None when it is something else."""
-    text = str(error)
-    if "DataLoader timed out" in text:
-        return TrainingError(
-            f"loading a micro-batch took longer than {LONGEST_WAIT_S} s; look for a hanging file system or a huge image"
-        )
-    if "DataLoader worker" in text and "exited unexpectedly" in text or "killed by signal" in text:
-        return TrainingError(
-            f"a data loading process died ({text.splitlines()[0]}); often it ran out of memory: lower workers or "
-            f"cache_images_mb"
-        )
-    return None

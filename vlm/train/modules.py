@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vlm.errors import TrainingError
+from vlm.errors import TrainingError, VLMError
 from vlm.processor import Batch
 from vlm.train import optim, parts
 from vlm.train.config import StageConfig
@@ -70,12 +70,14 @@ class StageModule(pl.LightningModule):
         make_loader: Callable[[int, int], Any],
         optimizer_state: Mapping[str, Tensor] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        inspect: Callable[[MicroBatch], VLMError | None] = lambda item: item.error,
         fused: bool = True,
     ) -> None:
         super().__init__()
         self.model, self.stage, self.rows = model, stage, rows
         self.steps, self.seed, self.fused = steps, seed, fused
-        self.make_loader, self.optimizer_state, self.should_stop = make_loader, optimizer_state, should_stop
+        self.make_loader, self.optimizer_state = make_loader, optimizer_state
+        self.should_stop, self.inspect = should_stop, inspect
         self.report: StepReport | None = None
         self.stopped = False
         self._micros: list[tuple[Tensor, Tensor, MicroBatch]] = []
@@ -153,13 +155,14 @@ class StageModule(pl.LightningModule):
 
     def _agree_on_errors(self, item: MicroBatch) -> None:
         """Raise the error of a micro-batch on every rank at once, or the others would wait for this one for ever."""
+        error = self.inspect(item)
         if self.trainer.world_size > 1:
-            failed = torch.tensor(float(item.error is not None), device=self.device)
+            failed = torch.tensor(float(error is not None), device=self.device)
             dist.all_reduce(failed)
-            if item.error is None and failed.item() > 0:
+            if error is None and failed.item() > 0:
                 raise TrainingError("another process could not load its micro-batch; its message says why")
-        if item.error is not None:
-            raise item.error
+        if error is not None:
+            raise error
 
     def _totals(self) -> dict[str, float]:
         """Sums over the micro-batches of this step, then over ranks."""

@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 
+from vlm.errors import VLMError
 from vlm.train import checkpoint, optim, parts
 from vlm.train.data import MicroBatch
+from vlm.train.failures import Failures
 from vlm.train.metrics import MetricsFile
 from vlm.train.modules import StageModule, StepReport
 from vlm.train.progress import Progress, Speed, TensorBoard
+from vlm.train.validate import Validator
 
 if TYPE_CHECKING:
     from vlm.train.stage import Stage
@@ -29,13 +32,22 @@ class Recorder(pl.Callback):
         self.main, self.finished = main, finished
         self._metrics: MetricsFile | None = None
 
-    def begin(self, stage: "Stage", rows: list[parts.Row], frozen: dict[str, str], start: int, scaler: Any) -> None:
+    def begin(
+        self,
+        stage: "Stage",
+        rows: list[parts.Row],
+        frozen: dict[str, str],
+        start: int,
+        scaler: Any,
+        validator: Validator | None,
+    ) -> None:
         """Called before the first step, at optimizer step `start`."""
-        self.stage, self.rows, self.frozen, self._scaler = stage, rows, frozen, scaler
+        self.stage, self.rows, self.frozen, self._scaler, self._validator = stage, rows, frozen, scaler, validator
         self._last_step, self._saved = start, start
+        name, out = stage.config.name, stage.run.out
+        self._failures = Failures(out, stage.run.bad_image_share)
         if not self.main:
             return
-        name, out = stage.config.name, stage.run.out
         stage.folder.mkdir(parents=True, exist_ok=True)
         parts.write_manifest(stage.folder / "manifest.json", rows, stage=name, frozen_before=frozen)
         log.info("stage %s: %d steps of %d examples\n%s", name, stage.steps, stage.config.batch_size, parts.table(rows))
@@ -77,8 +89,9 @@ class Recorder(pl.Callback):
         if report is None or report.step == self._last_step:
             return  # a micro-batch that did not end a step
         self._last_step = report.step
+        val_loss = self._validate_if_due(pl_module, report.step)
         if self.main:
-            self._write(report)
+            self._write(report, val_loss)
             self._save_if_due(trainer, pl_module, report.step)
         if pl_module.stopped:
             trainer.should_stop = True
@@ -88,12 +101,28 @@ class Recorder(pl.Callback):
 
     # --- what they do -----------------------------------------------------------------------------------------------
 
-    def _write(self, report: StepReport) -> None:
+    def inspect(self, item: MicroBatch) -> VLMError | None:
+        """The error of a micro-batch: its own, or that too many images have failed by now."""
+        too_many = self._failures.add(item)
+        return item.error or too_many
+
+    def _validate_if_due(self, module: StageModule, step: int) -> float | None:
+        every = self.stage.run.validate_every
+        if self._validator is None or not (step == self.stage.steps or (every and step % every == 0)):
+            return None
+        loss = self._validator(module)
+        if self.main:
+            log.info("%s %d/%d  held-out loss %.4f", self.stage.config.name, step, self.stage.steps, loss)
+        return loss
+
+    def _write(self, report: StepReport, val_loss: float | None) -> None:
         assert self._metrics is not None
         rate = self._speed.add(report.examples)
         self._truncated += report.truncated
         rates = {f"lr_{part}": lr for part, lr in report.rates.items()}
         row = {"loss": report.loss, **rates, "grad_norm": report.grad_norm, "examples_per_s": round(rate, 1)}
+        if val_loss is not None:
+            row["val_loss"] = val_loss
         self._metrics.write(stage=self.stage.config.name, step=report.step, tokens=report.tokens, **row)
         self._board.write(report.step, **row)
         self._progress.update(report, rate)

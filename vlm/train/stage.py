@@ -17,11 +17,13 @@ from vlm.train import checkpoint, parts
 from vlm.train.augment import pipeline
 from vlm.train.config import RunConfig, StageConfig
 from vlm.train.data import MicroBatches, loader
+from vlm.train.failures import explain
 from vlm.train.modules import StageModule, module_class
 from vlm.train.plan import Mixture, StepSampler, stage_seed, steps_of
 from vlm.train.quiet import quiet_lightning
 from vlm.train.recorder import Recorder
 from vlm.train.signals import Stopped, StopSignal
+from vlm.train.validate import Validator
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +92,9 @@ def train_stage(stage: Stage, model: nn.Module, processor: Processor, recorder: 
         resumed = _restore(stage, model, frozen)
         parts.check_manifest(model, stage.config, rows, "while the checkpoint was read")
         start = resumed.step if resumed else 0
-        module = _module(stage, model, processor, rows, resumed, stop)
-        recorder.begin(stage, rows, frozen, start, resumed.state.get("scaler") if resumed else None)
+        module = _module(stage, model, processor, rows, resumed, recorder, stop)
+        validator = _validator(stage, processor, trainer.world_size)
+        recorder.begin(stage, rows, frozen, start, resumed.state.get("scaler") if resumed else None, validator)
         if start < stage.steps:
             _fit(trainer, module, stop)
         _check_frozen(stage, model, frozen)
@@ -140,8 +143,20 @@ def _fit(trainer: pl.Trainer, module: StageModule, stop: StopSignal) -> None:
     try:
         with quiet_lightning():
             trainer.fit(module)
+    except RuntimeError as error:
+        explained = explain(error, module.stage)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         stop.saving_possible = False
+
+
+def _validator(stage: Stage, processor: Processor, world: int) -> Validator | None:
+    if not stage.val:
+        return None
+    size = max(1, stage.config.batch_size // (stage.config.accumulate * world))
+    return Validator(stage.val, processor, size, max_text_length=stage.config.max_text_length)
 
 
 def _module(
@@ -150,6 +165,7 @@ def _module(
     processor: Processor,
     rows: list[parts.Row],
     resumed: checkpoint.Checkpoint | None,
+    recorder: Recorder,
     stop: StopSignal,
 ) -> StageModule:
     dataset = stage.dataset(processor)
@@ -176,6 +192,7 @@ def _module(
         make_loader=make_loader,
         optimizer_state=resumed.optimizer if resumed else None,
         should_stop=lambda: stop.signum != 0,
+        inspect=recorder.inspect,
         # The gradient scaler of fp16 cannot look at the gradients before a fused step.
         fused=stage.precision != "fp16",
     )

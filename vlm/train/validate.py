@@ -1,0 +1,54 @@
+"""Loss on held-out examples, with the same processor, model and reduction as training."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from vlm.data import Example
+from vlm.errors import DataError
+from vlm.processor import Processor
+from vlm.train.data import MicroBatches
+from vlm.train.modules import StageModule
+from vlm.train.plan import Key, Mixture
+
+
+class Validator:
+    """The mean loss over all of `examples`, each counted once, shared by the ranks.
+
+    Args:
+        size: examples per forward pass.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], processor: Processor, size: int, *, max_text_length: int | None = None
+    ) -> None:
+        self._data = MicroBatches(
+            examples, Mixture((len(examples),), (1.0,), seed=0), processor, max_text_length=max_text_length
+        )
+        count = len(examples)
+        self._keys = [Key(0, 0, first, min(size, count - first)) for first in range(0, count, size)]
+
+    @torch.no_grad()
+    def __call__(self, module: StageModule) -> float:
+        """Called on every rank. Raises `DataError` for an example that cannot be read."""
+        trainer = module.trainer
+        totals = torch.zeros(2, dtype=torch.float64, device=module.device)
+        module.model.eval()
+        try:
+            for key in self._keys[module.global_rank :: trainer.world_size]:
+                item = self._data[key]
+                if item.failures:
+                    item.error = DataError(f"validation: {item.failures[0].message}; validation data must be complete")
+                if item.error is not None:
+                    raise item.error
+                assert item.batch is not None
+                with trainer.precision_plugin.forward_context():
+                    out = module.compute(item.batch.to(module.device))
+                totals += torch.stack([out.loss_sum, torch.as_tensor(out.loss_weight)]).double()
+        finally:
+            # Frozen parts stay in eval mode whatever is asked of them.
+            module.model.train()
+        if trainer.world_size > 1:
+            dist.all_reduce(totals)
+        return float(totals[0] / totals[1])
