@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 # public name -> the module that defines it
 _HOMES = {
     "evaluate": "harness",
-    "Predictor": "harness",
-    "table": "harness",
+    "Predictor": "predictor",
+    "table": "results",
     "write_report": "report",
     "breakdown": "report",
     "Curve": "charts",
@@ -32,9 +32,8 @@ __all__ = list(_HOMES)
 if TYPE_CHECKING:
     from . import metrics as metrics
     from .charts import Curve as Curve
-    from .harness import Predictor as Predictor
     from .harness import evaluate as evaluate
-    from .harness import table as table
+    from .predictor import Predictor as Predictor
     from .report import Curves as Curves
     from .report import Figure as Figure
     from .report import Gallery as Gallery
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from .report import Text as Text
     from .report import breakdown as breakdown
     from .report import write_report as write_report
+    from .results import table as table
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Evaluate a model: predict every item, score, write results and a page.
 
-    results = evaluate("runs/x/model", "test.jsonl", "exact_match,cider", "runs/x/eval")
-    print(table(results))
+    outcome = evaluate("runs/x/model", "test.jsonl", "exact_match,cider", "runs/x/eval")
+    print(table(outcome))
 
 Into OUT go `predictions.jsonl` (as they are made; a killed run goes on where it stopped), `items.jsonl` (every item
 with prediction, gold texts and scores), `results.json` and `report.html`.
@@ -9,25 +9,23 @@ with prediction, gold texts and scores), `results.json` and `report.html`.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-import vlm
 from vlm.data import Example, Problem, read_jsonl
 from vlm.errors import ConfigError, DataError, ImageError
 from vlm.images import load_image
 
-from . import items, page_of_results
-from .metrics import Metric, MetricResult, registry
+from . import items, results, results_page
+from .metrics import registry
 from .predictor import Decoding, Predictor, as_predictor
 from .progress import Progress
+from .results import Record
 from .store import PredictionStore, write_json, write_lines
 
 if TYPE_CHECKING:
@@ -41,8 +39,6 @@ MAX_BAD_IN_A_ROW = 100
 """So many undecodable images one after another mean a broken disk or a wrong folder, not bad luck: the run stops."""
 
 _DECODERS = 2  # threads that decode images while the model works; Pillow releases the interpreter lock
-
-Record = dict[str, Any]
 
 
 def evaluate(
@@ -111,47 +107,25 @@ def evaluate(
         _predict(predictor, shown, store, batch_size, decoding, progress)
         records = [store.records[example.id] for example in examples]
     _refuse_if_all_bad(records)
-    scored = _score(chosen, examples, records)
+    scored = results.score(chosen, examples, records)
     kind = kind_of or (lambda example: items.prompt_kind(example.prefix))
     kinds = {example.id: kind(example) for example in examples}
-    results = {
-        **_figures(scored, kinds, records, problems),
+    outcome = {
+        **results.figures(scored, kinds, records, problems),
         "model": {"name": name, **settings["model"]},
         "data": {"source": _source(data), "sha256": settings["data_sha256"], "limit": limit},
-        "prompts": {"format": "[image tokens][BOS]prefix\\n", "examples": _first_of_each_kind(examples, kinds)},
+        "prompts": {"format": "[image tokens][BOS]prefix\\n", "examples": results.one_prompt_per_kind(examples, kinds)},
         "decoding": settings["decoding"],
         "images_shuffled_with_seed": settings["images_shuffled_with_seed"],
         "run": {"batch_size": batch_size, "resumed_items": resumed, "seconds": round(time.monotonic() - started, 2)},
-        "versions": _versions(),
+        "versions": results.versions(),
     }
     folder = Path(out)
-    write_lines(folder / ITEMS, _item_lines(examples, records, scored, kinds))
-    write_json(folder / RESULTS, results)
+    write_lines(folder / ITEMS, results.item_lines(examples, records, scored, kinds))
+    write_json(folder / RESULTS, outcome)
     if report:
-        page_of_results.write(folder / REPORT, results, shown, records, scored, kinds)
-    return results
-
-
-def table(results: dict[str, Any]) -> str:
-    """The scores of `evaluate` as plain text, for a terminal or a log."""
-    rows = [("metric", "value", "95 % interval", "items")]
-    for name, result in results["metrics"].items():
-        ends = result["interval_95"]
-        interval = "" if ends is None else f"{ends[0]:.4f} - {ends[1]:.4f}"
-        rows.append((name, f"{result['value']:.4f}", interval, str(result["num_items"])))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]).rstrip() for row in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    if results["images_shuffled_with_seed"] is not None:
-        lines.append("control: every item was shown another item's image")
-    if results["failures"]:
-        lines.append(f"{len(results['failures'])} images could not be decoded and count as wrong:")
-        lines += [f"  {failure['id']}: {failure['code']}: {failure['message']}" for failure in results["failures"][:10]]
-    if results["skipped_annotations"]:
-        lines.append(f"{len(results['skipped_annotations'])} broken annotations were left out (see {RESULTS})")
-    return "\n".join(lines)
+        results_page.write(folder / REPORT, outcome, shown, records, scored, kinds)
+    return outcome
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
@@ -257,72 +231,5 @@ def _refuse_if_all_bad(records: Sequence[Record]) -> None:
         raise DataError(f"none of the {len(records)} images could be decoded; the first: {first['message']}")
 
 
-# --- Results ----------------------------------------------------------------------------------------------------------
-
-
-def _score(chosen: Sequence[Metric], examples: Sequence[Example], records: Sequence[Record]) -> list[MetricResult]:
-    said = {record["id"]: record["prediction"] for record in records}
-    return [
-        registry.compute(metric.name, said, {ex.id: items.gold_texts(ex, metric.reads) for ex in examples})
-        for metric in chosen
-    ]
-
-
-def _figures(
-    scored: Sequence[MetricResult], kinds: dict[str, str], records: Sequence[Record], problems: Sequence[Problem]
-) -> dict[str, Any]:
-    failures = [{"id": record["id"], **record["error"]} for record in records if "error" in record]
-    return {
-        "metrics": {result.name: result.summary() for result in scored},
-        "num_items": len(records),
-        "num_empty_predictions": sum(not record["prediction"].strip() for record in records),
-        "skipped": len(failures) + len(problems),
-        "failures": failures,
-        "skipped_annotations": [
-            {"file": str(problem.file), "line": problem.line, "code": problem.code, "message": problem.message}
-            for problem in problems
-        ],
-        "by_kind": {result.name: _by_kind(result, kinds) for result in scored},
-    }
-
-
-def _by_kind(result: MetricResult, kinds: dict[str, str]) -> dict[str, dict[str, float]]:
-    groups: dict[str, list[float]] = {}
-    for key, score in result.per_item.items():
-        groups.setdefault(kinds[key], []).append(score)
-    return {kind: {"mean": sum(group) / len(group), "num_items": len(group)} for kind, group in sorted(groups.items())}
-
-
-def _item_lines(
-    examples: Sequence[Example], records: Sequence[Record], scored: Sequence[MetricResult], kinds: dict[str, str]
-) -> Iterator[Record]:
-    for example, record in zip(examples, records, strict=True):
-        gold = {"suffix": example.suffix, "references": example.references, "answers": example.answers}
-        scores = {result.name: result.per_item[example.id] for result in scored}
-        yield {
-            **record,
-            **{key: value for key, value in gold.items() if value},
-            "kind": kinds[example.id],
-            "scores": scores,
-        }
-
-
-def _first_of_each_kind(examples: Sequence[Example], kinds: dict[str, str], limit: int = 8) -> list[str]:
-    first: dict[str, str] = {}
-    for example in examples:
-        first.setdefault(kinds[example.id], example.prefix)
-    return list(first.values())[:limit]
-
-
 def _source(data: str | Path | Sequence[Example]) -> str:
     return str(data) if isinstance(data, str | Path) else f"{len(data)} examples in memory"
-
-
-def _versions() -> dict[str, str]:
-    found = {"vlm": vlm.__version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "Pillow", "numpy"):
-        try:
-            found[package.lower()] = version(package)
-        except PackageNotFoundError:
-            found[package.lower()] = "not installed"
-    return found
