@@ -1,0 +1,294 @@
+"""One way from a file, bytes or a Pillow image to upright, opaque 8-bit RGB; all else is an `ImageError` with a code.
+
+`Image.open(path).convert("RGB")` gives silently wrong pixels for many real files: sideways photos, hidden colours
+behind alpha, 16-bit scans saturated to white. It also raises a dozen exception types, waits for ever on a FIFO and
+decodes bombs. What is decided here:
+
+- the format is decided by content, among `FORMATS`; of several frames the first counts;
+- EXIF, XMP and TIFF orientation is applied; metadata that cannot be read is ignored, it never costs the pixels;
+- transparency is composited on a background colour;
+- grey with more than 8 bits is scaled linearly (16 bits: v / 257); 32-bit integers and floats have no known range and
+  are refused, and so is LAB;
+- colour profiles are ignored and CMYK is converted plainly, because SigLIP saw unmanaged pixels in training;
+- bytes, pixels and JPEG scans are bounded before anything is decoded.
+"""
+
+import io
+import os
+import re
+import stat
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from vlm.errors import ImageError
+
+CODES = {
+    "missing": "no file has this name",
+    "unreadable": "the system refuses to open or read the file",
+    "not-regular": "a directory, pipe, socket or device, not a file",
+    "empty": "a file of 0 bytes",
+    "too-large": "more bytes, pixels or JPEG scans than the limits allow",
+    "not-an-image": "the content is that of no known image format",
+    "unsupported-format": "an image or document of a format that is not read",
+    "unsupported-mode": "pixels without a known range or colour space: 32-bit integers, floats, LAB",
+    "truncated": "the pixel data ends too early",
+    "corrupt": "the pixel data or the header is damaged",
+}
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""Pillow's names of the formats that are read. MPO, a JPEG with further pictures behind it, counts as JPEG."""
+
+MAX_SCAN_COVERS = 16
+"""How often the scans of a JPEG may cover `max_pixels`; progressive files have about ten scans, a bomb thousands."""
+
+# What Pillow raises on damaged files, found by feeding it damaged files. DecompressionBombError is handled by name.
+_PILLOW_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 274, 258, 262
+_ADVICE = "convert it to PNG or JPEG"
+# (pattern at the start of the content, what it is, code)
+_OTHER_CONTENT = [
+    (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC/HEIF image (Pillow needs the pillow-heif plugin)", "unsupported-format"),
+    (rb"....ftypavi[fs]", "an AVIF image with a damaged header", "corrupt"),
+    (rb"....ftyp", "a video (ISO media)", "unsupported-format"),
+    (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "a JPEG XL image", "unsupported-format"),
+    (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 image", "unsupported-format"),
+    (rb"8BPS", "a Photoshop file", "unsupported-format"),
+    (rb"%PDF", "a PDF document", "unsupported-format"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript file", "unsupported-format"),
+    (rb"P[1-7fF][\s#]", "a PNM image", "unsupported-format"),
+    (rb"\x00\x00[\x01\x02]\x00", "an icon", "unsupported-format"),
+    (
+        rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg",
+        "an SVG",
+        "unsupported-format",
+    ),
+    (rb"PK\x03\x04", "a ZIP archive", "not-an-image"),
+    (rb"\x1f\x8b", "a gzip file", "not-an-image"),
+    (rb"version https://git-lfs", "a Git LFS pointer; fetch the file with `git lfs pull`", "not-an-image"),
+    (rb"(\xef\xbb\xbf)?\s*<", "a web page or XML, perhaps a failed download", "not-an-image"),
+    (rb"(\xef\xbb\xbf)?\s*[{\[]", "JSON text", "not-an-image"),
+    (rb"\xff\xd8\xff|\x89PNG|GIF8|BM|II\*\x00|MM\x00\*|RIFF....WEBP", "an image whose header is damaged", "corrupt"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLimits:
+    """Bounds that are checked before decoding."""
+
+    max_bytes: int = 64 * 2**20
+    """Size of the file."""
+    max_pixels: int = 64_000_000
+    """Width times height, from the header."""
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def load_image(
+    source: str | Path | bytes | Image.Image,
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),
+    limits: ImageLimits = DEFAULT_LIMITS,
+) -> Image.Image:
+    """An image as an upright Pillow image of mode RGB.
+
+    Args:
+        source: path, encoded bytes, or a Pillow image. A Pillow image that is upright RGB already comes back as it is.
+        background: red, green and blue, 0 to 255, that show through transparent pixels.
+        limits: bounds on the size.
+
+    Raises:
+        ImageError: whatever is wrong with the image; `code` is a key of `CODES`.
+    """
+    if isinstance(source, Image.Image):
+        name, image = f"{source.format or 'Pillow'} image of {source.width}x{source.height} px", source
+    else:
+        name = f"image of {len(source)} bytes" if isinstance(source, bytes) else shown(source)
+        data = source if isinstance(source, bytes) else _read_file(source, name, limits.max_bytes)
+        image = _open(data, name, limits)
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns about odd metadata of files that decode well.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            image.load()
+            method = _TRANSPOSE.get(_orientation(image))
+            flat = _flatten(image, background, name)
+            if flat is image is not source:
+                flat = image.copy()  # lets go of the encoded bytes, which a Pillow file image keeps
+            return flat if method is None else flat.transpose(method)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too-large", f"{name}: {error}") from error
+    except _PILLOW_ERRORS as error:
+        raise _damaged(error, name) from error
+
+
+def shown(path: str | Path) -> str:
+    """A path for a message: as it is when it prints on one line, else escaped (control characters, broken UTF-8)."""
+    text = str(path)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-150:]}"
+
+
+def _read_file(path: str | Path, name: str, max_bytes: int) -> bytes:
+    """The bytes of a regular file of bounded size. Never waits: a FIFO opens at once, and is refused."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("not-regular", f"{name}: a directory, pipe or device; expected an image file")
+            if status.st_size > max_bytes:
+                raise _too_many_bytes(name, status.st_size, max_bytes)
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(max_bytes + 1)  # the file may be growing
+        finally:
+            os.close(descriptor)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError("missing", f"{name}: no such file{_no_urls(name)}") from error
+    except OSError as error:
+        raise ImageError("unreadable", f"{name}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL byte or a lone surrogate in the name
+        raise ImageError("missing", f"{name}: no file can have this name ({error})") from error
+    if len(data) > max_bytes:
+        raise _too_many_bytes(name, len(data), max_bytes)
+    return data
+
+
+def _no_urls(name: str) -> str:
+    return " (URLs are not fetched; download it first)" if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name) else ""
+
+
+def _too_many_bytes(name: str, got: int, limit: int) -> ImageError:
+    return ImageError("too-large", f"{name}: {got:,} bytes; at most {limit:,} are read, {_ADVICE} or make it smaller")
+
+
+def _open(data: bytes, name: str, limits: ImageLimits) -> Image.Image:
+    """A Pillow image whose header has been read and whose size is within the limits; nothing is decoded yet."""
+    if not data:
+        raise ImageError("empty", f"{name}: empty; fetch or export it again")
+    if len(data) > limits.max_bytes:
+        raise _too_many_bytes(name, len(data), limits.max_bytes)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            image = Image.open(io.BytesIO(data), formats=_known_formats())
+    except UnidentifiedImageError as error:
+        raise _unidentified(data, name) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too-large", f"{name}: {error}") from error
+    except _PILLOW_ERRORS as error:
+        raise _damaged(error, name) from error
+    pixels = image.width * image.height
+    if pixels == 0:
+        raise ImageError("corrupt", f"{name}: the header says {image.width}x{image.height} px")
+    if pixels > limits.max_pixels:
+        size = f"{image.width}x{image.height} = {pixels:,} px"
+        raise ImageError("too-large", f"{name}: {size}; at most {limits.max_pixels:,} are decoded, make it smaller")
+    if image.format in ("JPEG", "MPO"):
+        # Inside coded data 0xff is always followed by 0 or a restart mark, so this counts real scans.
+        scans = data.count(b"\xff\xda")
+        if scans * pixels > MAX_SCAN_COVERS * limits.max_pixels:
+            raise ImageError("too-large", f"{name}: a JPEG of {scans} scans of {pixels:,} px; save it as baseline JPEG")
+    return image
+
+
+def _known_formats() -> list[str]:
+    """`FORMATS` without what this Pillow was built without (it raises KeyError for names it does not know)."""
+    if "WEBP" not in Image.OPEN:
+        Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _unidentified(data: bytes, name: str) -> ImageError:
+    for pattern, what, code in _OTHER_CONTENT:
+        if re.match(pattern, data[:1024], re.DOTALL):
+            advice = f"; {_ADVICE}" if code == "unsupported-format" else ""
+            return ImageError(code, f"{name}: the content is {what}{advice}")
+    return ImageError("not-an-image", f"{name}: the content is no image; expected one of {', '.join(FORMATS)}")
+
+
+def _damaged(error: BaseException, name: str) -> ImageError:
+    """The refusal for an exception of Pillow's."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, MemoryError) or "too large" in text.lower():
+        return ImageError("too-large", f"{name}: too large to decode ({text})")
+    truncated = isinstance(error, EOFError) or "truncated" in text.lower()
+    return ImageError("truncated" if truncated else "corrupt", f"{name}: damaged image data ({text}); fetch it again")
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the picture is turned, 1 to 8, as its EXIF or XMP says; 1 (upright) where that cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except _PILLOW_ERRORS:
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _flatten(image: Image.Image, background: tuple[int, int, int], name: str) -> Image.Image:
+    """Any mode to RGB, transparency composited on the background."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = _to_8_bits(image)
+    if image.mode in ("I", "F", "LAB") or image.mode.startswith("I;"):
+        what = {"LAB": "LAB colours", "F": "32-bit float pixels"}.get(image.mode, "32-bit integer pixels")
+        raise ImageError("unsupported-mode", f"{name}: {what}; their range is not known, convert it to 8-bit RGB")
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        layers = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(canvas, layers).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 9 to 16 bits as L, or as LA where a PNG names one transparent value; scaled linearly and rounded.
+
+    Pillow's own conversion cuts everything above 255 to white.
+    """
+    import numpy as np
+
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    top = 2**bits - 1
+    values = np.asarray(image).astype(np.uint32)
+    grey = ((np.minimum(values, top) * 255 + top // 2) // top).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero; Pillow turns these round for 8 bits only
+        grey = 255 - grey
+    key = image.info.get("transparency")
+    if not isinstance(key, int):
+        return Image.fromarray(grey)
+    alpha = np.where(values == key, 0, 255).astype(np.uint8)
+    return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
