@@ -156,7 +156,7 @@ def test_every_kind_of_transparency() -> None:
     palette = Image.new("P", (16, 8), 0)
     palette.putpalette([*RED, *GREEN])
     palette.paste(1, (8, 0, 16, 8))
-    shapes = [
+    shapes: list[tuple[Image.Image | bytes, tuple[int, int, int]]] = [
         (encode(half_transparent("LA"), "PNG"), (76, 76, 76)),
         (encode(grey, "PNG", transparency=7), (0, 0, 0)),
         (encode(colour, "PNG", transparency=(1, 2, 3)), RED),
