@@ -1,0 +1,274 @@
+"""The demo from start to end: draw, train in two stages, score on held-out scenes, show.
+
+Every step leaves a file behind and is skipped when that is there, so an interrupted demo goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import random
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm.demo import captions, dataset, show
+from vlm.errors import ConfigError
+
+log = logging.getLogger("vlm")
+
+ASSETS = Path(__file__).parent / "assets"
+RECIPE = Path(__file__).with_name("recipe.yaml")
+NEW_TOKENS = {"answer": 8, "caption": 64}
+LIBRARIES = ("torch", "transformers", "lightning", "pillow", "sentencepiece")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; the defaults are the demo's, smaller ones make a quick test."""
+
+    train_scenes: int = dataset.TRAIN_SCENES
+    test_scenes: int = dataset.TEST_SCENES
+    overrides: tuple[str, ...] = ()
+    """Changes to the training recipe, such as `stages.0.steps=10`."""
+    pretrain_steps: int | None = None
+    """Of each start checkpoint; None: as many as it takes."""
+
+
+def main(
+    out: str | Path = "demo",
+    *,
+    from_scratch: bool = False,
+    pretrain: bool = False,
+    seed: int = 0,
+    size: Size | None = None,
+) -> dict[str, Any]:
+    """Run the demo in the directory `out`, or go on with it, and return what `out/demo.json` holds.
+
+    Args:
+        out: everything is written below it; made if missing.
+        from_scratch: first make the start checkpoints in `out/start`, instead of using those of the package.
+        pretrain: make only the start checkpoints (`out/siglip`, `out/gemma`) and return their sizes in bytes.
+        seed: of data, weights and training; the start checkpoints of the package are those of seed 0.
+
+    Raises:
+        ConfigError: `out` holds a demo with other settings.
+        Stopped: (a SystemExit) interrupted; running it again goes on.
+    """
+    out, size = Path(out), size or Size()
+    if pretrain:
+        return _pretrain(out, seed, size)
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, {"seed": seed, "from_scratch": from_scratch, "size": repr(size)})
+    with _Clock(out / "seconds.json") as clock:
+        start = out / "start" if from_scratch else ASSETS
+        if from_scratch:
+            _pretrain(start, seed, size)
+        log.info("drawing scenes")
+        dataset.write(out / "data", seed, size.train_scenes, size.test_scenes)
+        model = _train(out, start, seed, size)
+        answers = Answers(out, seed, size)
+        scores = answers.score(model, out / "train" / "start")
+        facts = {
+            "seconds": round(clock.seconds(), 1),
+            "peak_memory_gb": round(peak_memory_gb(), 2),
+            **scores,
+            "seed": seed,
+            "versions": versions(),
+        }
+        show.write_report(out, facts, answers)
+    (out / "demo.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    show.print_results(out, facts, answers)
+    return facts
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Remember what this directory is for, or refuse to mix two demos in it."""
+    file = out / "settings.json"
+    text = json.dumps(settings, indent=1) + "\n"
+    if not file.exists():
+        file.write_text(text, encoding="utf-8")
+    elif file.read_text(encoding="utf-8") != text:
+        raise ConfigError(f"{out} holds a demo with other settings ({file}); give another --out, or remove it")
+
+
+def _pretrain(folder: Path, seed: int, size: Size) -> dict[str, Any]:
+    from vlm.demo.pretrain import pretrain
+
+    steps = {} if size.pretrain_steps is None else dict.fromkeys(("tower_steps", "decoder_steps"), size.pretrain_steps)
+    pretrain(folder, seed=seed, **steps)
+    return {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.glob("*/*"))}
+
+
+def _train(out: Path, start: Path, seed: int, size: Size) -> Path:
+    """Both stages through `vlm train`'s own entry, from a configuration that the user can read and run again."""
+    from vlm import train
+
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    recipe["out"] = str(out / "train")
+    recipe["seed"] = seed
+    recipe["model"] |= {"encoder": str(start / "siglip"), "decoder": str(start / "gemma"), "seed": seed}
+    recipe["data"]["train"] = str(out / "data" / "train.jsonl")
+    file = out / "train.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    train.run(train.load_config(file, size.overrides), resume=True)
+    if not (out / "model").exists():
+        partial = out / "model.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(out / "train" / "model", partial)
+        partial.rename(out / "model")
+    return out / "model"
+
+
+class Answers:
+    """What the models said to the test set, kept in `out/predictions`, and how it is scored."""
+
+    def __init__(self, out: Path, seed: int, size: Size) -> None:
+        self.folder = out / "predictions"
+        self.folder.mkdir(exist_ok=True)
+        self.data = out / "data"
+        self.seed = seed
+        self.questions = dataset.read_lines(self.data / "test_questions.jsonl")
+        self.captions = dataset.read_lines(self.data / "test_captions.jsonl")
+        self.scenes = dataset.test_set(seed, size.test_scenes)
+        self.said: dict[str, dict[str, str]] = {}
+
+    def score(self, model: Path, untrained: Path) -> dict[str, Any]:
+        """All figures of `demo.json` that come from predictions."""
+        with _Models() as models:
+            self._predict("answers", models, model, self.questions)
+            self._predict("captions", models, model, self.captions)
+            self._predict("answers_shuffled", models, model, self.shuffled())
+            self._predict("answers_untrained", models, untrained, self.questions)
+        return {
+            "vqa_accuracy": self.accuracy("answers"),
+            "vqa_accuracy_shuffled": self.accuracy("answers_shuffled"),
+            "vqa_accuracy_untrained": self.accuracy("answers_untrained"),
+            "vqa_accuracy_question_only": self._question_only(),
+            "caption_accuracy": round(sum(v.true for v in self.verdicts().values()) / len(self.captions), 4),
+            "cider": self._cider(),
+            "vqa_accuracy_by_kind": self.by_kind("answers"),
+            "num_questions": len(self.questions),
+            "num_captions": len(self.captions),
+        }
+
+    def shuffled(self) -> list[dict[str, Any]]:
+        """The questions, each with the picture of another scene."""
+        pictures = sorted({line["image"] for line in self.questions})
+        random.Random(f"shuffle {self.seed}").shuffle(pictures)
+        other = dict(zip(pictures, pictures[1:] + pictures[:1], strict=True))
+        return [{**line, "image": other[line["image"]]} for line in self.questions]
+
+    def accuracy(self, name: str) -> float:
+        right = [self.said[name][line["id"]] == line["suffix"] for line in self.questions]
+        return round(sum(right) / len(right), 4)
+
+    def by_kind(self, name: str) -> dict[str, float]:
+        """Kind of question -> accuracy."""
+        groups: dict[str, list[bool]] = {}
+        for line in self.questions:
+            groups.setdefault(line["kind"], []).append(self.said[name][line["id"]] == line["suffix"])
+        return {kind: round(sum(right) / len(right), 4) for kind, right in sorted(groups.items())}
+
+    def verdicts(self) -> dict[str, captions.Verdict]:
+        """Caption id -> is it true of its scene?"""
+        pairs = zip(self.captions, self.scenes, strict=True)
+        return {line["id"]: captions.check(scene, self.said["captions"][line["id"]]) for line, scene in pairs}
+
+    def _question_only(self) -> float:
+        """Accuracy of the best constant answer to each kind of question: what needs no picture and no model."""
+        counts: dict[str, dict[str, int]] = {}
+        for line in self.questions:
+            kind = counts.setdefault(line["kind"], {})
+            kind[line["suffix"]] = kind.get(line["suffix"], 0) + 1
+        return round(sum(max(answers.values()) for answers in counts.values()) / len(self.questions), 4)
+
+    def _cider(self) -> float:
+        from vlm.eval import metrics
+
+        references = {line["id"]: tuple(line["references"]) for line in self.captions}
+        return round(metrics.compute("cider", self.said["captions"], references).value, 4)
+
+    def _predict(self, name: str, models: _Models, model: Path, lines: Sequence[dict[str, Any]]) -> None:
+        file = self.folder / f"{name}.jsonl"
+        if not file.exists():
+            log.info("predicting: %s", name)
+            texts = models.generate(model, [self.data / line["image"] for line in lines], lines)
+            rows = [{**line, "prediction": text} for line, text in zip(lines, texts, strict=True)]
+            partial = file.with_suffix(".part")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            os.replace(partial, file)
+        self.said[name] = {row["id"]: row["prediction"] for row in dataset.read_lines(file)}
+
+
+class _Models:
+    """Loads a model when it is first asked something, and only then."""
+
+    def __enter__(self) -> _Models:
+        self._loaded: dict[Path, Any] = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loaded.clear()
+
+    def generate(self, path: Path, images: list[Path], lines: Sequence[dict[str, Any]]) -> list[str]:
+        import vlm
+
+        if path not in self._loaded:
+            self._loaded[path] = vlm.load(path)
+        model, processor = self._loaded[path]
+        prompts = [line["prefix"] for line in lines]
+        longest = max(NEW_TOKENS[prompt.split()[0]] for prompt in prompts)
+        return vlm.generate(model, processor, images, prompts, max_new_tokens=longest, batch_size=125)
+
+
+class _Clock:
+    """Seconds spent in a directory over all runs of the demo in it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.before = float(json.loads(file.read_text())) if file.exists() else 0.0
+
+    def __enter__(self) -> _Clock:
+        self._start = time.monotonic() - process_age()
+        return self
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self._start
+
+    def __exit__(self, *_: object) -> None:
+        self.file.write_text(json.dumps(self.seconds()))
+
+
+_IMPORTED = time.monotonic()
+
+
+def process_age() -> float:
+    """Seconds since this module was imported, so that the first clock counts the imports too."""
+    return time.monotonic() - _IMPORTED
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, in GB."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def versions() -> dict[str, str]:
+    """Library -> installed version."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,199 @@
+"""Pictures of coloured shapes, drawn with Pillow: the world that the demo's models see.
+
+A scene is a few things on a light background.  Each thing has a colour, a shape, a size and a cell of a 3 x 3 grid,
+and no two things of a scene share both colour and shape, so "the red circle" names one thing.  Eight (colour, shape)
+pairs are held out: `draw_scene(rng, held_out=False)` never makes them, and every test scene contains at least one.
+
+Everything here is a pure function of a `random.Random`, so the same seed draws the same pictures.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 72
+"""Pixels on a side."""
+CELL = IMAGE_SIZE // 3
+SUPERSAMPLE = 4
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "black": (0, 0, 0),
+    "gray": (128, 128, 128),
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "teal": (0, 128, 128),
+    "brown": (165, 42, 42),
+}
+DARKEST = {
+    "black": 1.0,
+    "gray": 0.75,
+    "red": 0.85,
+    "green": 0.6,
+    "blue": 0.7,
+    "yellow": 0.85,
+    "teal": 0.8,
+    "brown": 0.75,
+}
+"""How far a colour may be darkened before it could be mistaken for another (1 = not at all)."""
+SHAPES = ("circle", "rectangle", "triangle", "star", "cross")
+SIZES = ("small", "large")
+RADIUS = {"small": (4.5, 6.0), "large": (9.0, 11.0)}
+"""Pixels from a thing's centre to its farthest side."""
+ROWS = ("top", "", "bottom")
+COLUMNS = ("left", "", "right")
+
+PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+HELD_OUT = frozenset((colour, SHAPES[(2 * i) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+"""The (colour, shape) pairs no training picture, caption or question contains: one for each colour."""
+SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape of a scene; `row` and `column` are 0..2, lengths are pixels, `turn` is degrees."""
+
+    colour: str
+    shape: str
+    size: str
+    row: int
+    column: int
+    x: float
+    y: float
+    radius: float
+    aspect: float
+    turn: float
+    rgb: tuple[int, int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def place(self) -> str:
+        """ "top left" ... "bottom right"; the middle cell is "center"."""
+        return " ".join(filter(None, (ROWS[self.row], COLUMNS[self.column]))) or "center"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things in reading order (row by row, left to right) on one background colour."""
+
+    things: tuple[Thing, ...]
+    background: tuple[int, int, int]
+
+
+PLACES = tuple(" ".join(filter(None, (row, column))) or "center" for row in ROWS for column in COLUMNS)
+
+
+def make_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
+    """A scene of 1 to 4 things.  With `held_out` at least one thing is a held-out pair, without it none is."""
+    count = rng.choices((1, 2, 3, 4), weights=(1, 3, 3, 2))[0]
+    pairs = _pairs(rng, count, held_out)
+    cells = sorted(rng.sample(range(9), count))
+    things = tuple(_thing(rng, pair, divmod(cell, 3)) for pair, cell in zip(pairs, cells, strict=True))
+    return Scene(things, _background(rng))
+
+
+def make_loose_thing(rng: random.Random) -> Scene:
+    """One seen thing of any size (3 to 20 pixels radius) anywhere in the picture, for the tower's pretraining."""
+    thing = _thing(rng, rng.choice(SEEN), (1, 1))
+    radius = 3 * (20 / 3) ** rng.random()
+    x, y = (rng.uniform(radius, IMAGE_SIZE - radius) for _ in range(2))
+    loose = {**thing.__dict__, "radius": radius, "x": x, "y": y, "turn": rng.choice((0.0, thing.turn))}
+    return Scene((Thing(**loose),), _background(rng))
+
+
+def _pairs(rng: random.Random, count: int, held_out: bool) -> list[tuple[str, str]]:
+    if not held_out:
+        pairs = _related_pairs(rng, count, SEEN)
+    else:
+        pairs = _related_pairs(rng, count, PAIRS)
+        while HELD_OUT.isdisjoint(pairs):
+            pairs = _related_pairs(rng, count, PAIRS)
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _related_pairs(rng: random.Random, count: int, allowed: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
+    """Distinct pairs; every second one shares a colour or a shape with the first, so that counting is not trivial."""
+    pairs = [rng.choice(allowed)]
+    while len(pairs) < count:
+        like = [p for p in allowed if p[0] == pairs[0][0] or p[1] == pairs[0][1]]
+        pair = rng.choice(like if rng.random() < 0.5 else allowed)
+        if pair not in pairs:
+            pairs.append(pair)
+    return pairs
+
+
+def _thing(rng: random.Random, pair: tuple[str, str], cell: tuple[int, int]) -> Thing:
+    colour, shape = pair
+    row, column = cell
+    size = rng.choice(SIZES)
+    radius = rng.uniform(*RADIUS[size])
+    slack = CELL / 2 - radius
+    x, y = (CELL * (k + 0.5) + rng.uniform(-slack, slack) for k in (column, row))
+    aspect = rng.uniform(0.5, 1.0)
+    turn = rng.uniform(-15, 15) + (90 if shape == "rectangle" and rng.random() < 0.5 else 0)
+    shade = rng.uniform(DARKEST[colour], 1.0)
+    red, green, blue = (min(255, round(shade * c + rng.uniform(0, 20))) for c in COLOURS[colour])
+    return Thing(colour, shape, size, row, column, x, y, radius, aspect, turn, (red, green, blue))
+
+
+def _background(rng: random.Random) -> tuple[int, int, int]:
+    red, green, blue = (rng.randint(225, 255) for _ in range(3))
+    return red, green, blue
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The scene as an RGB picture of IMAGE_SIZE x IMAGE_SIZE, edges smoothed."""
+    side = IMAGE_SIZE * SUPERSAMPLE
+    canvas = Image.new("RGB", (side, side), scene.background)
+    pen = ImageDraw.Draw(canvas)
+    for thing in scene.things:
+        x, y, radius = (SUPERSAMPLE * v for v in (thing.x, thing.y, thing.radius))
+        if thing.shape == "circle":
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=thing.rgb)
+        else:
+            pen.polygon(_outline(thing, x, y, radius), fill=thing.rgb)
+    return canvas.reduce(SUPERSAMPLE)
+
+
+def _outline(thing: Thing, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    """Corners in pixels: the unit shape, stretched, turned and moved.  The centre (x, y) is always inside."""
+    angle = math.radians(thing.turn)
+    cos, sin = radius * math.cos(angle), radius * math.sin(angle)
+    return [(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _unit_shape(thing.shape, thing.aspect)]
+
+
+def _unit_shape(shape: str, aspect: float) -> list[tuple[float, float]]:
+    """Corners in a circle of radius 1 or a little more, y downwards."""
+    if shape == "rectangle":
+        return [(-1, -aspect), (1, -aspect), (1, aspect), (-1, aspect)]
+    if shape == "triangle":
+        return [(0, -1), (1, 0.8), (-1, 0.8)]
+    if shape == "star":
+        spokes = [(math.pi * k / 5, 1.1 if k % 2 == 0 else 0.45) for k in range(10)]
+        return [(r * math.sin(a), -r * math.cos(a)) for a, r in spokes]
+    if shape == "cross":
+        w = 0.33
+        return [
+            (-w, -1),
+            (w, -1),
+            (w, -w),
+            (1, -w),
+            (1, w),
+            (w, w),
+            (w, 1),
+            (-w, 1),
+            (-w, w),
+            (-1, w),
+            (-1, -w),
+            (-w, -w),
+        ]
+    raise ValueError(f"unknown shape {shape!r}, expected one of {', '.join(SHAPES)}")
