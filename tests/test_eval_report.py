@@ -25,6 +25,7 @@ from vlm.eval import (
     write_report,
 )
 from vlm.eval.charts import draw
+from vlm.eval.metrics import registry
 from vlm.eval.page import text
 
 HOSTILE = "<script>alert(1)</script>\"onload='x' &amp; \ud800 \x00 \x9b"
@@ -178,6 +179,25 @@ def test_charts_stay_inside_their_frame(points: list[tuple[float, float]], log_y
 def test_figures_keep_their_size(tmp_path: Path) -> None:
     html = Curves([Figure(Image.new("RGB", (900, 300)), caption="loss")]).html()
     assert embedded(html)[0].size == (900, 300) and "loss" in html
+
+
+def test_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block but the first, which needs a trained model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+    document = Path(__file__).parent.parent / "docs" / "evaluation.md"
+    blocks = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4 and "evaluate(" in blocks[0]
+    for block in blocks[1:]:
+        exec(compile(block, str(document), "exec"), {})
+    assert registry.compute("mean_words", {"1": "a b", "2": "a"}, {"1": ("x",), "2": ("x",)}).value == 1.5
+    assert "exact_match" in (tmp_path / "report.html").read_text()
+
+
+def test_documentation_lists_every_metric() -> None:
+    document = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = [name for name in registry.names() if f"`{name}`" not in document]
+    assert rows == ["bleu_2", "bleu_3"]  # inside `bleu_1` ... `bleu_4`
 
 
 def test_text_keeps_every_printable_character() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class MetricResult:
 
 
 def bootstrap(
-    statistics: np.ndarray,
+    statistics: np.ndarray | Sequence[float],
     reduce: Callable[[np.ndarray], np.ndarray] | None = None,
     *,
     seed: int = 0,
