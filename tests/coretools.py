@@ -54,12 +54,14 @@ def loud(encoder: str, decoder: str, attention: str | None = None, **settings: A
     return model, processor
 
 
-def shake(model: torch.nn.Module, scale: float = 0.15, seed: int = 7) -> None:
-    """Add seeded noise to every parameter (a fresh projector is zero: the image would not matter)."""
+def shake(model: torch.nn.Module, scale: float = 0.3, seed: int = 7) -> None:
+    """Add seeded noise to every parameter (a fresh projector is zero: the image would not matter). Less on the tied
+    vocabulary: with large embeddings a model repeats its input for ever."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (scale / 6 if "embed_tokens" in name else scale))
 
 
 def picture(seed: int, size: tuple[int, int] = (28, 28)) -> Image.Image:

@@ -247,7 +247,7 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
                 encoded = self.encode(pixel_values, pixel_attention_mask, spatial_shapes)
             inputs_embeds, image_tokens = self.model.embed(input_ids, encoded)
         if attention_mask is None:
-            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
+            attention_mask = no_padding(inputs_embeds, past_key_values)
         if position_ids is None and not isinstance(attention_mask, dict):
             # The end of the row: with a filled cache the attention mask covers the cached tokens too.
             position_ids = masks.position_ids(attention_mask, sequence_ids)[:, -inputs_embeds.shape[1] :]
@@ -339,7 +339,7 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
     ) -> dict[str, Tensor]:
         """Masks ahead of a compiled step with a static cache (called by generate())."""
         if attention_mask is None:
-            raise DataError("generation needs the attention_mask of the batch; pass the processor's whole batch")
+            attention_mask = no_padding(inputs_embeds, past_key_values)
         return decoder_masks(config, inputs_embeds, attention_mask, token_type_ids, None, past_key_values)
 
     def _expand_inputs_for_generation(
@@ -456,6 +456,14 @@ def decoder_masks(
             allowed = masks.decode_mask(attention_mask, num_new, keys, first, window=layer_window)
         result[layer_type] = masks.additive(allowed, inputs_embeds.dtype)
     return result
+
+
+def no_padding(inputs_embeds: Tensor, past_key_values: Any) -> Tensor:
+    """The attention mask of a batch without padding, int64[B, T], for cached and new tokens (generate() drops a mask
+    that holds no zero)."""
+    held = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    rows, new = inputs_embeds.shape[:2]
+    return torch.ones(rows, held + new, dtype=torch.int64, device=inputs_embeds.device)
 
 
 def layer_types(config: VLMConfig) -> dict[str, int]:

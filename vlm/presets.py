@@ -32,7 +32,7 @@ _DECODER: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 8,
     "max_position_embeddings": 512,
-    "vocab_size": 1,  # grows to the tokenizer's
+    "vocab_size": 4,  # the control tokens; grows to the tokenizer's
 }
 
 

@@ -1,0 +1,130 @@
+"""Image transforms: values, filters, modes, grids, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from coretools import picture
+from PIL import Image
+from torch.nn import functional as F
+
+from vlm.errors import ConfigError
+from vlm.transforms import ImageTransform, patchify, resize_float
+
+SQUASH = {"mode": "squash", "patch_size": 14, "image_size": 28, "resample": "bilinear"}
+
+
+def test_squash_is_pillows_resize_normalised() -> None:
+    image = picture(1, (50, 33))
+    out = ImageTransform(**SQUASH)([image])
+    array = np.asarray(image.resize((28, 28), Image.Resampling.BILINEAR), dtype=np.float32)
+    wanted = torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
+    assert out.pixel_values.shape == (1, 3, 28, 28) and out.pixel_values.dtype == torch.float32
+    assert torch.allclose(out.pixel_values[0], wanted, atol=1e-6)
+    assert out.grids == [(2, 2)] and out.pixel_attention_mask is None and out.spatial_shapes is None
+
+
+def test_an_image_of_the_right_size_is_untouched() -> None:
+    image = picture(2)
+    for resample in ("nearest", "bilinear", "bicubic", "lanczos"):
+        out = ImageTransform(**{**SQUASH, "resample": resample})([image]).pixel_values[0]
+        back = ((out + 1) * 127.5).round().permute(1, 2, 0).byte().numpy()
+        assert np.array_equal(back, np.asarray(image))
+
+
+def test_black_and_white_are_minus_one_and_one() -> None:
+    for colour, value in (("black", -1.0), ("white", 1.0)):
+        out = ImageTransform(**SQUASH)([Image.new("RGB", (9, 70), colour)]).pixel_values
+        assert torch.all(out == value)
+
+
+def test_mean_and_std_are_per_channel() -> None:
+    transform = ImageTransform(**SQUASH, mean=(0.0, 0.25, 0.5), std=(1.0, 0.5, 0.25))
+    out = transform([Image.new("RGB", (28, 28), (255, 0, 255))]).pixel_values[0, :, 0, 0]
+    assert torch.allclose(out, torch.tensor([1.0, -0.5, 2.0]))
+
+
+@pytest.mark.parametrize(("size", "box"), [((56, 28), (0, 7, 28, 21)), ((10, 40), (10, 0, 17, 28))])
+def test_letterbox_keeps_the_aspect_ratio(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    """A blue image on a red background: blue exactly in the expected box."""
+    transform = ImageTransform(**{**SQUASH, "mode": "letterbox"}, background=(255, 0, 0))
+    out = transform([Image.new("RGB", size, (0, 0, 255))]).pixel_values[0]
+    left, top, right, bottom = box
+    blue = torch.zeros(28, 28, dtype=torch.bool)
+    blue[top:bottom, left:right] = True
+    assert torch.equal(out[2] == 1, blue) and torch.equal(out[0] == 1, ~blue)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1000), (1000, 1), (1, 1)])
+def test_extreme_shapes(width: int, height: int) -> None:
+    for mode in ("squash", "letterbox"):
+        out = ImageTransform(**{**SQUASH, "mode": mode})([Image.new("RGB", (width, height))])
+        assert out.pixel_values.shape == (1, 3, 28, 28) and torch.isfinite(out.pixel_values).all()
+
+
+def test_patchify_layout() -> None:
+    """Row-major patches; inside a patch (y, x, channel)."""
+    image = torch.arange(3 * 4 * 6).float().view(3, 4, 6)
+    out = patchify(image, 2)
+    assert out.shape == (6, 12)
+    for row in range(2):
+        for column in range(3):
+            patch = image[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].permute(1, 2, 0).flatten()
+            assert torch.equal(out[row * 3 + column], patch)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(5, 9), (40, 30), (20, 16), (3, 40)])
+def test_two_axis_resize_equals_one_call(mode: str, size: tuple[int, int]) -> None:
+    """Where torch's own call is right (no output of width 1) the separable form gives the same numbers."""
+    image = torch.rand(3, 20, 16, generator=torch.Generator().manual_seed(0))
+    wanted = F.interpolate(image[None], size=size, mode=mode, align_corners=False, antialias=True)[0]
+    assert torch.allclose(resize_float(image, size, mode), wanted, atol=1e-5)
+    assert torch.allclose(resize_float(image[None], size, mode)[0], wanted, atol=1e-5)
+
+
+def test_round_trip_of_the_numbers() -> None:
+    for transform in (
+        ImageTransform(**SQUASH, mean=(0.1, 0.2, 0.3)),
+        ImageTransform(mode="naflex", patch_size=16, max_num_patches=77, resample="bilinear", background=(1, 2, 3)),
+    ):
+        assert ImageTransform.from_dict(transform.to_dict()) == transform
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "squahs"}, "did you mean 'squash'"),
+        ({"resample": "cubic"}, "unknown resample filter 'cubic'"),
+        ({"image_size": None}, "needs image_size"),
+        ({"image_size": 0}, "needs image_size"),
+        ({"patch_size": -1}, "needs patch_size"),
+        ({"patch_size": 14.0}, "needs patch_size"),
+        ({"mode": "naflex"}, "needs max_num_patches"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be positive"),
+    ],
+)
+def test_bad_settings(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ImageTransform(**{**SQUASH, **changes})
+
+
+def test_bad_keys() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'image_size'"):
+        ImageTransform.from_dict({**SQUASH, "imagesize": 28})
+    with pytest.raises(ConfigError, match="no 'mode'"):
+        ImageTransform.from_dict({"patch_size": 14, "image_size": 28})
+
+
+def test_naflex_refuses_a_filter_it_cannot_apply() -> None:
+    transform = ImageTransform(mode="naflex", patch_size=14, max_num_patches=4, resample="lanczos")
+    with pytest.raises(ConfigError, match="lanczos"):
+        transform([picture(1)])
+
+
+def test_describe_names_unseen_pixels() -> None:
+    assert "the last 6 px" in ImageTransform(mode="squash", patch_size=14, image_size=384).describe()
+    assert "never seen" not in ImageTransform(mode="squash", patch_size=14, image_size=378).describe()
+    naflex = ImageTransform(mode="naflex", patch_size=16, max_num_patches=256)
+    assert "256 patches" in naflex.describe() and "256x256" in naflex.describe() and naflex.max_patches == 256
