@@ -64,6 +64,11 @@ def examples_of(colours: Sequence[str]) -> list[Example]:
     ]
 
 
+def as_picture(example: Example) -> Image.Image:
+    assert isinstance(example.image, Image.Image)
+    return example.image
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -233,7 +238,7 @@ def test_nobody_keeps_the_own_image(seed: int) -> None:
 
 def test_equal_pictures_in_memory_count_as_one_image() -> None:
     shuffled = items.shuffle_images(examples_of(["red", "red", "blue", "blue"]), 0)
-    assert [example.image.getpixel((0, 0)) for example in shuffled] == [
+    assert [as_picture(example).getpixel((0, 0)) for example in shuffled] == [
         COLOURS[c] for c in ("blue", "blue", "red", "red")
     ]
     with pytest.raises(DataError, match="3 of 4 items have the image"):

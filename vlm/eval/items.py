@@ -63,13 +63,14 @@ def digest(examples: Sequence[Example]) -> str:
     """
     total = hashlib.sha256()
     for example in examples:
-        size = os.path.getsize(example.image) if _is_file(example.image) else -1
-        total.update(repr((example.id, example.prefix, image_name(example), size)).encode("utf-8", "surrogatepass"))
+        parts = (example.id, example.prefix, image_name(example), _num_bytes(example.image))
+        total.update(repr(parts).encode("utf-8", "surrogatepass"))
     return total.hexdigest()
 
 
-def _is_file(image: Path | Image.Image) -> bool:
-    return not isinstance(image, Image.Image) and os.path.isfile(image)
+def _num_bytes(image: Path | Image.Image) -> int:
+    """Size of an image file; -1 where there is none."""
+    return -1 if isinstance(image, Image.Image) or not os.path.isfile(image) else os.path.getsize(image)
 
 
 def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example]:

@@ -45,7 +45,8 @@ th, td { padding: .5rem .9rem; text-align: left; border-bottom: 1px solid var(--
 tr:last-child td { border-bottom: 0; }
 th { font-size: .78rem; letter-spacing: .04em; text-transform: uppercase; color: var(--soft); font-weight: 600; }
 th.num { text-align: right; }
-td small { display: block; color: var(--soft); font-size: .8rem; max-width: 44rem; }
+.noted td { border-bottom: 0; padding-bottom: .1rem; }
+.why { color: var(--soft); font-size: .82rem; line-height: 1.45; padding-top: 0; }
 .bar { position: relative; height: 10px; min-width: 110px; background: var(--track); border-radius: 5px; }
 .bar i { position: absolute; inset: 0 auto 0 0; background: var(--accent); border-radius: 5px; opacity: .85; }
 .bar u { position: absolute; top: -3px; bottom: -3px; border: 1.5px solid var(--ink); border-width: 0 1.5px; }
@@ -94,7 +95,7 @@ footer p { max-width: none; overflow-wrap: anywhere; }
 @media (max-width: 560px) {
   main { padding: 1.6rem .9rem 3rem; }
   .stats { grid-template-columns: 1fr 1fr; } .stat b { font-size: 1.35rem; }
-  th, td { padding: .45rem .6rem; } .graph { display: none; }
+  th, td { padding: .45rem .5rem; } td { font-size: .88rem; } .graph { display: none; }
   svg text { font-size: 16px; }
   .gallery.small { grid-template-columns: 1fr 1fr; gap: .7rem; }
 }

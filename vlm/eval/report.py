@@ -144,14 +144,18 @@ class Scores:
 
     @staticmethod
     def _row(row: Score, with_interval: bool, with_items: bool) -> str:
-        note = f"<small>{text(row.note)}</small>" if row.note else ""
-        cells = f"<td>{text(row.name)}{note}</td><td class='num'><b>{_value(row.value, row.percent)}</b></td>"
+        name = text(row.name).replace("_", "_<wbr>")  # a long metric name may break where a reader would break it
+        cells = f"<td>{name}</td><td class='num'><b>{_value(row.value, row.percent)}</b></td>"
         if with_interval:
             ends = [_value(end, row.percent) for end in row.interval or ()]
             cells += f"<td class='num'>{' – '.join(ends)}</td>"
         cells += f"<td class='graph'>{_bar(row)}</td>"
         cells += f"<td class='num'>{'' if row.num_items is None else f'{row.num_items:,}'}</td>" if with_items else ""
-        return f"<tr>{cells}</tr>"
+        if not row.note:
+            return f"<tr>{cells}</tr>"
+        # A row of its own: beside the numbers a sentence would be squeezed into a column of single words on a phone.
+        width = 3 + with_interval + with_items
+        return f"<tr class='noted'>{cells}</tr><tr><td class='why' colspan='{width}'>{text(row.note)}</td></tr>"
 
 
 @dataclass(frozen=True)
