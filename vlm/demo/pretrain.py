@@ -13,6 +13,7 @@ same bytes whatever the number of cores.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import multiprocessing
@@ -46,7 +47,7 @@ LOOSE_SHARE = 0.25
 """Share of the tower's pictures that show one thing of any size anywhere."""
 PIECES = 500
 """Upper bound of the tokenizer's own pieces: 256 bytes, Gemma's special pieces, and every word of the demo as one."""
-TOWER_STEPS = 3000
+TOWER_STEPS = 2400
 TOWER_BATCH = 64
 DECODER_STEPS = 2500
 DECODER_BATCH = 32
@@ -63,6 +64,18 @@ VISION = {
 }
 GRID = scenes.IMAGE_SIZE // VISION["patch_size"]
 """Patches on a side."""
+PREPROCESSOR = {
+    "image_processor_type": "SiglipImageProcessor",
+    "do_resize": True,
+    "size": {"height": scenes.IMAGE_SIZE, "width": scenes.IMAGE_SIZE},
+    "resample": 2,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+"""What SigLIP's processors record: bilinear (2) resize, values in [-1, 1]."""
 TEXT = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -223,7 +236,7 @@ def pretrain_tower(out: Path, seed: int, steps: int) -> None:
     batches = (tower_batch(rng, words, TOWER_BATCH) for _ in range(steps))
     parameters = [*model.parameters(), *captioner.parameters()]
     _train("siglip", parameters, batches, lambda b: tower_loss(model, captioner, b), steps, weight_decay=0.05)
-    _save(model, out / "siglip")
+    _save(model, out / "siglip", {"preprocessor_config.json": PREPROCESSOR})
 
 
 # --- The decoder ----------------------------------------------------------------------------------------------------
@@ -371,10 +384,12 @@ def _train(
             log.info("%s: step %d of %d, loss %.3f, %.0f s", name, step, steps, loss.item(), time.monotonic() - started)
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save(model: Any, folder: Path, files: dict[str, Any] | None = None) -> None:
     """Write the checkpoint with its weights last, so that a folder with weights is complete."""
     finished = folder.with_name(folder.name + ".part")
     model.half().save_pretrained(finished)
+    for name, content in (files or {}).items():
+        (finished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     folder.mkdir(exist_ok=True)
     for file in sorted(finished.iterdir(), key=lambda f: f.suffix == ".safetensors"):
         os.replace(file, folder / file.name)

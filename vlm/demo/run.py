@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ log = logging.getLogger("vlm")
 
 ASSETS = Path(__file__).parent / "assets"
 RECIPE = Path(__file__).with_name("recipe.yaml")
-NEW_TOKENS = {"answer": 8, "caption": 64}
+MAX_NEW_TOKENS = 56
+"""The longest caption has 48 words and commas."""
+BATCH_SIZE = 125
 LIBRARIES = ("torch", "transformers", "lightning", "pillow", "sentencepiece")
 
 
@@ -69,6 +72,10 @@ def main(
         return _pretrain(out, seed, size)
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, {"seed": seed, "from_scratch": from_scratch, "size": repr(size)})
+    if (out / "demo.json").exists():
+        facts = json.loads((out / "demo.json").read_text(encoding="utf-8"))
+        show.print_results(out, facts, Answers(out, seed, size))
+        return facts
     with _Clock(out / "seconds.json") as clock:
         start = out / "start" if from_scratch else ASSETS
         if from_scratch:
@@ -77,11 +84,11 @@ def main(
         dataset.write(out / "data", seed, size.train_scenes, size.test_scenes)
         model = _train(out, start, seed, size)
         answers = Answers(out, seed, size)
-        scores = answers.score(model, out / "train" / "start")
+        answers.collect(model, out / "train" / "start")
         facts = {
             "seconds": round(clock.seconds(), 1),
             "peak_memory_gb": round(peak_memory_gb(), 2),
-            **scores,
+            **answers.scores(),
             "seed": seed,
             "versions": versions(),
         }
@@ -106,13 +113,18 @@ def _pretrain(folder: Path, seed: int, size: Size) -> dict[str, Any]:
 
     steps = {} if size.pretrain_steps is None else dict.fromkeys(("tower_steps", "decoder_steps"), size.pretrain_steps)
     pretrain(folder, seed=seed, **steps)
-    return {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.glob("*/*"))}
+    made = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.glob("*/*"))}
+    for name, size_in_bytes in made.items():
+        log.info("%9d bytes  %s", size_in_bytes, folder / name)
+    return made
 
 
 def _train(out: Path, start: Path, seed: int, size: Size) -> Path:
     """Both stages through `vlm train`'s own entry, from a configuration that the user can read and run again."""
     from vlm import train
 
+    if not (start / "siglip").exists():
+        raise ConfigError(f"{start} holds no start checkpoints; make them with `vlm demo --pretrain --out {start}`")
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     recipe["out"] = str(out / "train")
     recipe["seed"] = seed
@@ -140,15 +152,23 @@ class Answers:
         self.questions = dataset.read_lines(self.data / "test_questions.jsonl")
         self.captions = dataset.read_lines(self.data / "test_captions.jsonl")
         self.scenes = dataset.test_set(seed, size.test_scenes)
-        self.said: dict[str, dict[str, str]] = {}
 
-    def score(self, model: Path, untrained: Path) -> dict[str, Any]:
+    @cached_property
+    def said(self) -> dict[str, dict[str, str]]:
+        """Name of a file in `predictions` -> id -> what the model said; complete once `collect` is through."""
+        files = sorted(self.folder.glob("*.jsonl"))
+        return {file.stem: {row["id"]: row["prediction"] for row in dataset.read_lines(file)} for file in files}
+
+    def collect(self, model: Path, untrained: Path) -> None:
+        """Ask the models whatever they have not been asked in an earlier run."""
+        loaded: dict[Path, Any] = {}
+        self._predict("answers", loaded, model, self.questions)
+        self._predict("captions", loaded, model, self.captions)
+        self._predict("answers_shuffled", loaded, model, self.shuffled())
+        self._predict("answers_untrained", loaded, untrained, self.questions)
+
+    def scores(self) -> dict[str, Any]:
         """All figures of `demo.json` that come from predictions."""
-        with _Models() as models:
-            self._predict("answers", models, model, self.questions)
-            self._predict("captions", models, model, self.captions)
-            self._predict("answers_shuffled", models, model, self.shuffled())
-            self._predict("answers_untrained", models, untrained, self.questions)
         return {
             "vqa_accuracy": self.accuracy("answers"),
             "vqa_accuracy_shuffled": self.accuracy("answers_shuffled"),
@@ -198,37 +218,22 @@ class Answers:
         references = {line["id"]: tuple(line["references"]) for line in self.captions}
         return round(metrics.compute("cider", self.said["captions"], references).value, 4)
 
-    def _predict(self, name: str, models: _Models, model: Path, lines: Sequence[dict[str, Any]]) -> None:
+    def _predict(self, name: str, loaded: dict[Path, Any], model: Path, lines: Sequence[dict[str, Any]]) -> None:
         file = self.folder / f"{name}.jsonl"
-        if not file.exists():
-            log.info("predicting: %s", name)
-            texts = models.generate(model, [self.data / line["image"] for line in lines], lines)
-            rows = [{**line, "prediction": text} for line, text in zip(lines, texts, strict=True)]
-            partial = file.with_suffix(".part")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            os.replace(partial, file)
-        self.said[name] = {row["id"]: row["prediction"] for row in dataset.read_lines(file)}
-
-
-class _Models:
-    """Loads a model when it is first asked something, and only then."""
-
-    def __enter__(self) -> _Models:
-        self._loaded: dict[Path, Any] = {}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loaded.clear()
-
-    def generate(self, path: Path, images: list[Path], lines: Sequence[dict[str, Any]]) -> list[str]:
+        if file.exists():
+            return
         import vlm
 
-        if path not in self._loaded:
-            self._loaded[path] = vlm.load(path)
-        model, processor = self._loaded[path]
+        if model not in loaded:
+            loaded[model] = vlm.load(model)
+        log.info("predicting: %s", name)
+        images = [self.data / line["image"] for line in lines]
         prompts = [line["prefix"] for line in lines]
-        longest = max(NEW_TOKENS[prompt.split()[0]] for prompt in prompts)
-        return vlm.generate(model, processor, images, prompts, max_new_tokens=longest, batch_size=125)
+        texts = vlm.generate(*loaded[model], images, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
+        rows = [{**line, "prediction": text} for line, text in zip(lines, texts, strict=True)]
+        partial = file.with_suffix(".part")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, file)
 
 
 class _Clock:
@@ -239,7 +244,7 @@ class _Clock:
         self.before = float(json.loads(file.read_text())) if file.exists() else 0.0
 
     def __enter__(self) -> _Clock:
-        self._start = time.monotonic() - process_age()
+        self._start = time.monotonic()
         return self
 
     def seconds(self) -> float:
@@ -247,14 +252,6 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.file.write_text(json.dumps(self.seconds()))
-
-
-_IMPORTED = time.monotonic()
-
-
-def process_age() -> float:
-    """Seconds since this module was imported, so that the first clock counts the imports too."""
-    return time.monotonic() - _IMPORTED
 
 
 def peak_memory_gb() -> float:
