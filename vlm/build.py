@@ -88,7 +88,8 @@ def new(
         text_config=text_config,
         image_token_id=image_token_id(tokenizer),
     )
-    model = VLM(config)
+    with torch.random.fork_rng():  # the weights drawn here are all replaced below, each part from its own stream
+        model = VLM(config)
     inner = model.model
     _fill(inner.vision_tower, encoder, lambda: part("vlm.encoders", kind).Encoder._from_config(vision_config), seed)
     _seeded(seed, "projector", lambda: init_weights(inner.multi_modal_projector))
@@ -108,7 +109,9 @@ def _vision(encoder: str | Path | PreTrainedConfig, kind: str | None) -> tuple[s
         matching = [name for name in kinds("vlm.encoders") if isinstance(encoder, part("vlm.encoders", name).Config)]
         if not matching:
             raise ConfigError(f"no encoder takes a {type(encoder).__name__}; known: {', '.join(kinds('vlm.encoders'))}")
-        return kind or matching[0], copy.deepcopy(encoder)
+        config = copy.deepcopy(encoder)
+        config.vision_use_head = False  # the pooling head would never get a gradient
+        return kind or matching[0], config
     values = read_json(encoder, "config.json")
     source = TOWER_KINDS.get(str(values.get("model_type")))
     if source is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
 from vlm.images import load_image
 from vlm.loss import IGNORE
 from vlm.masks import position_ids
@@ -191,11 +191,19 @@ class Processor:
         if len(set(counts.values())) > 1:
             shown = ", ".join(f"{count} {name}" for name, count in counts.items())
             raise DataError(f"each sample needs one of each, got {shown} (first sample: {names[:1]})")
+        for name, suffix in zip(names, suffixes or [], strict=False):
+            if suffix is None:
+                raise DataError(f"sample {name!r}: the suffix is None in a training batch; give each sample a target")
 
     def _pixels(self, groups: list[list[ImageSource]], names: list[str]) -> Pixels | None:
-        background = self.image_transform.background
-        loaded = [load_image(image, background=background) for group in groups for image in group]
+        loaded = [self._load(image, name) for group, name in zip(groups, names, strict=True) for image in group]
         return self.image_transform(loaded) if loaded else None
+
+    def _load(self, image: ImageSource, name: str) -> Image.Image:
+        try:
+            return load_image(image, background=self.image_transform.background)
+        except ImageError as error:
+            raise ImageError(error.code, f"sample {name!r}: {error}") from error
 
     def _image_tokens(self, groups: list[list[ImageSource]], pixels: Pixels | None) -> list[int]:
         grids = iter(pixels.grids if pixels is not None else [])
@@ -257,6 +265,12 @@ class Processor:
                 f" expected a processor saved by vlm"
             )
         try:
-            return cls(AutoTokenizer.from_pretrained(str(path), **hub), values["image_transform"])
+            tokenizer = AutoTokenizer.from_pretrained(str(path), **hub)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: no tokenizer that can be opened; save the processor again ({error})"
+            ) from error
+        try:
+            return cls(tokenizer, values["image_transform"])
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from error

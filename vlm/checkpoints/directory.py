@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from vlm.checkpoints.parts import weight_files
+from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.generation import check_dtype
 from vlm.model import VLM
@@ -35,23 +38,40 @@ def load(
         (model in eval mode, processor).
 
     Raises:
-        CheckpointError: tensors are missing or unexpected, or model and processor do not belong together.
+        CheckpointError: tensors are missing, unexpected or mis-shaped, a file is missing or broken, or model and processor do not belong together.
         GenerationError: float16 without `force_fp16`.
+        ConfigError: an unknown dtype, or an attention backend that would drop the decoder's soft-cap.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json in this directory; give the directory that vlm.save wrote")
     if not Path(path).exists() and str(path).count("/") != 1:
         raise CheckpointError(f"{path}: no such directory, and not a hub id (owner/name)")
     processor = Processor.from_pretrained(path)
-    kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    opened: Any = VLM.from_pretrained(
-        str(path), dtype=_dtype(dtype), use_safetensors=True, output_loading_info=True, **kwargs
-    )
-    model, info = opened
-    check_report(str(path), info)
+    model = _open(path, _dtype(dtype))
     check_pair(str(path), model, processor)
     check_dtype(model.config, model.dtype, force=force_fp16)
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
     return model.to(device).eval() if device is not None else model.eval(), processor
+
+
+def _open(path: str | Path, dtype: Any) -> VLM:
+    """The model of a directory or hub id, every tensor accounted for."""
+    try:
+        kind = VLMConfig.get_config_dict(str(path))[0].get("model_type")
+        if kind != VLMConfig.model_type:
+            raise CheckpointError(f"{path}: config.json has model_type {kind!r}, expected {VLMConfig.model_type!r}")
+        if Path(path).is_dir():
+            weight_files(path)
+        # Mis-shaped tensors are let through here, to be listed with the missing and unexpected ones.
+        opened: Any = VLM.from_pretrained(
+            str(path), dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error}") from error
+    model, info = opened
+    check_report(str(path), info)
+    return model
 
 
 def save(model: VLM, processor: Processor, path: str | Path, *, max_shard_size: str = "5GB") -> Path:
