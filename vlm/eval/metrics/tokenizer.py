@@ -9,6 +9,7 @@ currency signs or most abbreviations. `VERSION` is part of the name of every rul
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 VERSION = "simple-1"
 
@@ -40,6 +41,7 @@ _DROPPED = frozenset(
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 
+@lru_cache(maxsize=1 << 18)  # BLEU, ROUGE-L and CIDEr each ask for the same captions
 def tokenize(text: str) -> str:
     """One caption to its tokens joined by one blank: "A dog's ball, isn't it?" -> "a dog 's ball is n't it"."""
     tokens: list[str] = []
