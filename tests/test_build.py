@@ -28,7 +28,7 @@ from vlm.encoders import siglip, siglip2_naflex
 from vlm.errors import CheckpointError, ConfigError
 from vlm.presets import TINY_CORPUS, tiny_decoder
 
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -36,7 +36,7 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 1,
@@ -45,7 +45,7 @@ TEXT = {
     "max_position_embeddings": 16,
     "projection_size": 32,
 }
-CAUSAL = {"gemma": GemmaForCausalLM, "gemma2": Gemma2ForCausalLM, "gemma3_text": Gemma3ForCausalLM}
+CAUSAL: dict[str, Any] = {"gemma": GemmaForCausalLM, "gemma2": Gemma2ForCausalLM, "gemma3_text": Gemma3ForCausalLM}
 OLD_ROWS = 403
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_round_trip_is_exact(encoder: str, decoder: str, tmp_path: Path) -> None
     assert all(torch.equal(batch[name], batch2[name]) for name in batch.keys())
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, again(**batch2).logits)
-    options = {"max_new_tokens": 8}
+    options: dict[str, Any] = {"max_new_tokens": 8}
     assert vlm.generate(model, processor, IMAGES, PROMPTS, **options) == vlm.generate(
         again, processor2, IMAGES, PROMPTS, **options
     )

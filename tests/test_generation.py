@@ -30,6 +30,11 @@ def settings(model: VLM, **changes: Any) -> GenerationConfig:
     return GenerationConfig(**{**values, "suppress_tokens": [model.config.image_token_id], **changes})
 
 
+def run(model: Any, batch: dict[str, Tensor], config: GenerationConfig) -> Any:
+    """transformers' generate: the whole sequences."""
+    return model.generate(**batch, generation_config=config)
+
+
 def extend(batch: dict[str, Tensor], token: Tensor) -> dict[str, Tensor]:
     """The batch with one suffix token more in each row."""
     column = token[:, None]
@@ -70,7 +75,7 @@ def test_greedy_equals_the_loop_without_cache(case: Case, cache: str | None) -> 
     model, _ = case.model()
     batch = lay_out(model, PROMPTS, "left")
     expected = reference_greedy(model, batch)
-    got = model.generate(**batch, generation_config=settings(model, cache_implementation=cache))
+    got = run(model, batch, settings(model, cache_implementation=cache))
     assert strip(got, batch["input_ids"].shape[1]) == expected
     assert len(set(map(tuple, expected))) == 3 and all(len(set(row)) > 2 for row in expected), expected
 
@@ -84,7 +89,7 @@ def test_rows_stop_at_their_own_eos(case: Case) -> None:
     eos = next(token for token in free[0][1:4] if token not in free[1][:3])
     expected = reference_greedy(model, batch, eos=eos)
     assert len(expected[0]) < NEW
-    got = model.generate(**batch, generation_config=settings(model, eos_token_id=eos))
+    got = run(model, batch, settings(model, eos_token_id=eos))
     length = batch["input_ids"].shape[1]
     assert strip(got, length, eos) == expected
     assert set(got[0, length + len(expected[0]) :].tolist()) <= {0}
@@ -98,7 +103,7 @@ def test_batch_size_does_not_matter(case: Case, cache: str | None) -> None:
     whole = reference_greedy(model, lay_out(model, PROMPTS, "left"))
     for line, expected in zip(PROMPTS, whole, strict=True):
         batch = lay_out(model, [line])
-        got = model.generate(**batch, generation_config=settings(model, cache_implementation=cache))
+        got = run(model, batch, settings(model, cache_implementation=cache))
         assert strip(got, batch["input_ids"].shape[1]) == [expected]
 
 
@@ -170,10 +175,10 @@ def test_beams_equal_beams_without_cache(case: Case) -> None:
     batch = lay_out(model, PROMPTS, "left")
     length = batch["input_ids"].shape[1]
     extra = {"num_beams": 3, "length_penalty": 0.0, "return_dict_in_generate": True, "output_scores": True}
-    cached = model.generate(**batch, generation_config=settings(model, **extra))
-    uncached = model.generate(**batch, generation_config=settings(model, **extra, use_cache=False))
+    cached = run(model, batch, settings(model, **extra))
+    uncached = run(model, batch, settings(model, **extra, use_cache=False))
     assert torch.equal(cached.sequences, uncached.sequences)
-    greedy = model.generate(**batch, generation_config=settings(model))
+    greedy = run(model, batch, settings(model))
     best, first = (
         log_likelihood(model, batch, cached.sequences[:, length:]),
         log_likelihood(model, batch, greedy[:, length:]),
@@ -186,7 +191,7 @@ def log_likelihood(model: VLM, batch: dict[str, Tensor], new: Tensor) -> Tensor:
     """float[B]: summed log-probability of the new tokens, EOS included, padding not."""
     start = batch["input_ids"].shape[1]
     whole = batch
-    for token in new.T:
+    for token in new.unbind(1):
         whole = extend(whole, token)
     scores = logits(model, whole)[:, start - 1 : -1]
     each = scores.log_softmax(-1).gather(-1, new[..., None])[..., 0]
@@ -216,7 +221,7 @@ def test_text_of_a_batch_equals_text_one_by_one(encoder: str) -> None:
     model, processor = loud(encoder, "gemma3_text", "sdpa", sliding_window=8)
     images = [picture(1, (70, 40)), picture(2, (30, 90)), picture(3, (50, 50))]
     for beams in (1, 3):
-        options = {"max_new_tokens": 8, "num_beams": beams}
+        options: dict[str, Any] = {"max_new_tokens": 8, "num_beams": beams}
         whole = vlm.generate(model, processor, images, PROMPT_TEXTS, **options)
         assert len(set(whole)) == 3 and all(isinstance(text, str) for text in whole)
         pairs = zip(images, PROMPT_TEXTS, strict=True)
@@ -235,18 +240,18 @@ def test_sampling_is_repeatable_and_leaves_the_random_state() -> None:
     model, processor = loud("siglip", "gemma")
     images = [picture(i) for i in range(3)]
 
-    def run(seed: int | None, **extra: Any) -> list[str]:
+    def draw(seed: int | None, **extra: Any) -> list[str]:
         return vlm.generate(
             model, processor, images, PROMPT_TEXTS, do_sample=True, seed=seed, max_new_tokens=8, **extra
         )
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = run(3)
+    first = draw(3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert run(3) == first and run(4) != first
-    assert run(3, top_k=1) == vlm.generate(model, processor, images, PROMPT_TEXTS, max_new_tokens=8)
-    assert run(None) != run(None)
+    assert draw(3) == first and draw(4) != first
+    assert draw(3, top_k=1) == vlm.generate(model, processor, images, PROMPT_TEXTS, max_new_tokens=8)
+    assert draw(None) != draw(None)
 
 
 def test_sampling_follows_the_model_distribution() -> None:
@@ -271,9 +276,9 @@ def test_sampling_follows_the_model_distribution() -> None:
 @pytest.mark.parametrize("decoder", ["gemma", "gemma2", "gemma3_text"])
 def test_bfloat16_generates(decoder: str) -> None:
     """bfloat16 follows its own uncached loop, up to near ties: the chosen token is within rounding of the best."""
-    model = copy.deepcopy(loud("siglip", decoder)[0]).to(torch.bfloat16)
+    model = copy.deepcopy(loud("siglip", decoder)[0]).bfloat16()
     batch = lay_out(model, PROMPTS, "left")
-    out = model.generate(**batch, generation_config=settings(model))
+    out = run(model, batch, settings(model))
     length = batch["input_ids"].shape[1]
     for step in range(length, out.shape[1]):
         scores = logits(model, batch)[:, -1].float()
@@ -295,8 +300,8 @@ def test_a_placeholder_is_never_generated() -> None:
         row = model.lm_head.weight[processor.image_token_id]
         row.copy_(hidden / hidden.norm() * 50)
         assert int(model(**batch).logits[0, -1].argmax()) == processor.image_token_id
-    for options in ({}, {"num_beams": 2}):
-        assert "<image>" not in vlm.generate(model, processor, picture(1), text, max_new_tokens=4, **options)[0]
+    for beams in (1, 2):
+        assert "<image>" not in vlm.generate(model, processor, picture(1), text, max_new_tokens=4, num_beams=beams)[0]
 
 
 def test_training_batch_is_refused() -> None:

@@ -240,7 +240,7 @@ def test_the_attention_soft_cap_matters() -> None:
 @pytest.mark.parametrize("decoder", ["gemma", "gemma2", "gemma3_text"])
 def test_bfloat16_has_the_same_mask(decoder: str) -> None:
     """In bfloat16 too a future token and padding change nothing at all, bit for bit."""
-    model = copy.deepcopy(loud("siglip", decoder)[0]).to(torch.bfloat16)
+    model = copy.deepcopy(loud("siglip", decoder)[0]).bfloat16()
     batch = lay_out(model, PLAIN)
     real = batch["attention_mask"].bool()
     before = logits(model, batch)

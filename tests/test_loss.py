@@ -122,8 +122,13 @@ def test_full_logits_never_exist_in_training() -> None:
     called = []
     handle = model.lm_head.register_forward_hook(lambda *_: called.append(1))
     saved: list[tuple[int, ...]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
     try:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(tuple(t.shape)), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             out = model(**batch)
         assert not called and out.logits is None
         model(**without_labels(batch))

@@ -63,7 +63,9 @@ def test_the_documented_tables_are_the_tested_ones() -> None:
     assert found == [TABLES[name][3] for name in ("prefix and suffix", "padding right", "padding left", "packed")]
 
 
-def rule(attention, types, sequences, window, query, key) -> bool:
+def rule(
+    attention: list[int], types: list[int], sequences: list[int], window: int | None, query: int, key: int
+) -> bool:
     """Who sees whom, in words: one token at a time."""
     if not attention[query] or not attention[key]:
         return query == key and not attention[query]

@@ -80,9 +80,10 @@ def test_precomputed_features_equal_pixels() -> None:
         images = [picture(1, (60, 30)), picture(2, (20, 90))]
         batch = processor(images, ["caption en", "no"], ["a red square", "yes"])
         with torch.no_grad():
+            assert batch.pixel_values is not None
             encoded = model.encode(batch.pixel_values, batch.pixel_attention_mask, batch.spatial_shapes)
             rest = {name: batch[name] for name in batch.keys() if "pixel" not in name and name != "spatial_shapes"}
-            called = []
+            called: list[int] = []
             handle = model.model.vision_tower.register_forward_hook(lambda *_, called=called: called.append(1))
             assert torch.equal(model(**rest, encoded=encoded).loss, model(**batch).loss)
             handle.remove()

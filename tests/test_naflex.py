@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,7 +231,7 @@ def test_mask_and_grid_must_agree() -> None:
         model.model.vision_tower(**batch)
 
 
-def test_fixed_tower_read_as_naflex_is_the_same_function(tmp_path) -> None:
+def test_fixed_tower_read_as_naflex_is_the_same_function(tmp_path: Path) -> None:
     """At its own grid: the patch convolution became the equal linear layer, the position grid needs no resize."""
     config = SiglipVisionConfig(
         hidden_size=32,

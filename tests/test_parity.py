@@ -1,11 +1,12 @@
 """The same weights in transformers' PaliGemmaForConditionalGeneration give the same logits, loss and greedy ids.
 
-transformers needs care to be right (see the comments): it gets `token_type_ids`, and for Gemma 2 eager attention, because
-5.17's sdpa drops the soft-cap."""
+transformers needs care to be right (see the comments): it gets `token_type_ids`, and for Gemma 2 eager attention,
+because 5.17's sdpa drops the soft-cap."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ CASES = [("gemma", None), ("gemma2", 4096), ("gemma2", 8)]
 def twin(model: VLM) -> PaliGemmaForConditionalGeneration:
     """transformers' PaliGemma with the very same tensors."""
     config = model.config
+    assert config.image_token_id is not None
     theirs = PaliGemmaForConditionalGeneration._from_config(
         PaliGemmaConfig(
             vision_config=copy.deepcopy(config.vision_config).to_dict(),
@@ -78,8 +80,9 @@ def test_gradients_equal_paligemma() -> None:
     theirs(**{name: value for name, value in batch.items() if name != "position_ids"}).loss.backward()
     wanted = dict(theirs.named_parameters())
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and wanted[name].grad is not None, name
-        assert torch.allclose(parameter.grad, wanted[name].grad, atol=1e-6, rtol=1e-4), name
+        theirs_grad = wanted[name].grad
+        assert parameter.grad is not None and theirs_grad is not None, name
+        assert torch.allclose(parameter.grad, theirs_grad, atol=1e-6, rtol=1e-4), name
 
 
 @pytest.mark.parametrize(("decoder", "window"), CASES)
@@ -89,10 +92,16 @@ def test_greedy_ids_equal_paligemma(decoder: str, window: int | None) -> None:
     theirs = twin(model)
     batch = lay_out(model, [[sample(5, 0, 1)], [sample(9, 0, 2)]], "left")
     inputs = {name: value for name, value in batch.items() if name != "position_ids"}
-    options = {"max_new_tokens": 10, "do_sample": False, "suppress_tokens": [model.config.image_token_id]}
+    options: dict[str, Any] = {
+        "max_new_tokens": 10,
+        "do_sample": False,
+        "suppress_tokens": [model.config.image_token_id],
+    }
     length = batch["input_ids"].shape[1]
-    got = model.generate(**batch, **options)[:, length:]
-    assert torch.equal(got, theirs.generate(**inputs, **options)[:, length:])
+    one: Any = model
+    two: Any = theirs
+    got = one.generate(**batch, **options)[:, length:]
+    assert torch.equal(got, two.generate(**inputs, **options)[:, length:])
     assert len(set(got.flatten().tolist())) > 5
 
 

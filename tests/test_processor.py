@@ -12,7 +12,7 @@ from coretools import loud, picture
 
 from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
 from vlm.presets import tiny
-from vlm.processor import Batch, Processor
+from vlm.processor import Batch, ImageSource, Processor
 from vlm.prompts import PromptEncoder, answer
 from vlm.tokenizer import TextEncoder
 
@@ -195,7 +195,7 @@ def test_a_bad_image_names_its_sample(processor: Processor, tmp_path: Path) -> N
 def test_images_from_paths_bytes_and_pillow(processor: Processor, tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     picture(3, (40, 30)).save(file)
-    sources = [file, str(file), file.read_bytes(), picture(3, (40, 30))]
+    sources: list[ImageSource] = [file, str(file), file.read_bytes(), picture(3, (40, 30))]
     values = processor(sources, ["no"] * 4).pixel_values
     assert values is not None and all(torch.equal(values[0], value) for value in values)
     single = processor(str(file), "no").pixel_values
@@ -224,7 +224,12 @@ def test_batch_splats_moves_and_pins(processor: Processor, monkeypatch: pytest.M
     assert isinstance(meta, Batch) and all(meta[name].is_meta for name in meta.keys()) and meta.ids == ["n"]
     assert not batch.input_ids.is_meta
     pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: (pinned.append(tensor), tensor)[1])
+
+    def pin(tensor: torch.Tensor, *_: object) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     assert batch.pin_memory().ids == ["n"] and len(pinned) == 6
     with pytest.raises(KeyError):
         batch["ids"]

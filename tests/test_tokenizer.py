@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -74,7 +76,7 @@ def test_tokens_are_added_once(tokenizer: Tokenizer) -> None:
     assert tokenizers.add_image_tokens(small) == 1152 and small.get_vocab() == tokenizer.get_vocab()
 
 
-def test_the_same_corpus_gives_the_same_tokenizer(tokenizer: Tokenizer, tmp_path) -> None:
+def test_the_same_corpus_gives_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     again = tokenizers.build(TINY_CORPUS * 20, vocab_size=400)
     assert again.get_vocab() == tokenizer.get_vocab()
     again.save_pretrained(tmp_path)

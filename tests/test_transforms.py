@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from vlm.errors import ConfigError
 from vlm.transforms import ImageTransform, patchify, resize_float
 
-SQUASH = {"mode": "squash", "patch_size": 14, "image_size": 28, "resample": "bilinear"}
+SQUASH: dict[str, Any] = {"mode": "squash", "patch_size": 14, "image_size": 28, "resample": "bilinear"}
 
 
 def test_squash_is_pillows_resize_normalised() -> None:
@@ -105,7 +107,7 @@ def test_round_trip_of_the_numbers() -> None:
         ({"std": (0.5, 0.0, 0.5)}, "std must be positive"),
     ],
 )
-def test_bad_settings(changes: dict, message: str) -> None:
+def test_bad_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ImageTransform(**{**SQUASH, **changes})
 

@@ -343,27 +343,19 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         return decoder_masks(config, inputs_embeds, attention_mask, token_type_ids, None, past_key_values)
 
     def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
         """Copies of each sample for beams. The library repeats each image in place (a a b b), but a sample with two
         images needs them as a group (a b a b)."""
         pixels = {name: model_kwargs.pop(name, None) for name in ("pixel_values", *NAFLEX_INPUTS)}
-        placeholders = None if input_ids is None else input_ids == self.config.image_token_id
-        input_ids, expanded = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
         if expand_size > 1 and pixels["pixel_values"] is not None:
-            if placeholders is None:
+            if input_ids is None:
                 raise DataError("generation with pixel_values needs input_ids, which hold the placeholders")
-            groups = images_per_sample(placeholders, self._image_token_counts(**pixels))
-            order = torch.tensor(
-                [i for group in groups for _ in range(expand_size) for i in group], device=placeholders.device
-            )
+            groups = images_per_sample(input_ids == self.config.image_token_id, self._image_token_counts(**pixels))
+            order = [image for group in groups for _ in range(expand_size) for image in group]
             pixels = {name: None if value is None else value[order] for name, value in pixels.items()}
+        expand: Any = GenerationMixin._expand_inputs_for_generation
+        input_ids, expanded = expand(self, expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         return input_ids, {**expanded, **{name: value for name, value in pixels.items() if value is not None}}
 
     def _image_token_counts(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **_: Any) -> Tensor:

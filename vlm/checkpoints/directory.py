@@ -38,7 +38,8 @@ def load(
         (model in eval mode, processor).
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or mis-shaped, a file is missing or broken, or model and processor do not belong together.
+        CheckpointError: tensors are missing, unexpected or mis-shaped, a file is missing or broken, or model and
+            processor do not belong together.
         GenerationError: float16 without `force_fp16`.
         ConfigError: an unknown dtype, or an attention backend that would drop the decoder's soft-cap.
     """
@@ -52,7 +53,9 @@ def load(
     check_dtype(model.config, model.dtype, force=force_fp16)
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
-    return model.to(device).eval() if device is not None else model.eval(), processor
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), processor
 
 
 def _open(path: str | Path, dtype: Any) -> VLM:
