@@ -102,7 +102,7 @@ class MicroBatches(Dataset[MicroBatch]):
                 continue
             return index, self._augment(image, position, index)
         raise DataError(
-            f"{IN_A_ROW} images in a row could not be decoded, see failures.jsonl; the last: {item.failures[-1].message}"
+            f"{IN_A_ROW} images in a row could not be decoded (see failures.jsonl); last: {item.failures[-1].message}"
         )
 
     def _image(self, index: int) -> Image.Image:

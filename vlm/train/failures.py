@@ -70,8 +70,8 @@ def explain(error: RuntimeError, stage: StageConfig) -> TrainingError | None:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "out of memory" in text or "can't allocate memory" in text:
         return TrainingError(
-            f"stage {stage.name}: out of memory ({text}); raise `accumulate` (now {stage.accumulate}), which leaves the "
-            f"result as it is, or lower batch_size (now {stage.batch_size}) or the image size"
+            f"stage {stage.name}: out of memory ({text}); raise `accumulate` (now {stage.accumulate}), which leaves "
+            f"the result as it is, or lower batch_size (now {stage.batch_size}) or the image size"
         )
     if "DataLoader timed out" in text:
         return TrainingError(

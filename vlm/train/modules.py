@@ -6,6 +6,7 @@ accumulation nor the number of processes changes the gradient. Only then are the
 """
 
 import hashlib
+import logging
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from vlm.train.config import StageConfig
 from vlm.train.data import MicroBatch
 from vlm.train.schedule import multiplier
 
+log = logging.getLogger(__name__)
+
 PIXELS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 MAX_SKIPPED = 20
 """fp16 steps in a row that may overflow (the loss scale is then lowered and the step left out) before the run stops."""
@@ -43,9 +46,6 @@ class StepReport:
     examples: int
     tokens: int
     """Supervised tokens."""
-    images_read: int
-    truncated: int
-    """Examples whose answer was cut."""
 
 
 class StageModule(pl.LightningModule):
@@ -125,6 +125,8 @@ class StageModule(pl.LightningModule):
         rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
         if not math.isfinite(loss):
             raise TrainingError(self._not_finite(f"the loss is {loss}", step, rates))
+        if self.report is None:
+            self._warn_of_missing_gradients()
         norm = self._normalise(totals["weight"])
         if not math.isfinite(norm):
             self._on_overflow(norm, step, rates)
@@ -138,8 +140,6 @@ class StageModule(pl.LightningModule):
             rates=rates,
             examples=int(totals["examples"]),
             tokens=int(totals["tokens"]),
-            images_read=int(totals["images_read"]),
-            truncated=int(totals["truncated"]),
         )
 
     def compute(self, batch: Batch) -> Any:
@@ -166,15 +166,12 @@ class StageModule(pl.LightningModule):
 
     def _totals(self) -> dict[str, float]:
         """Sums over the micro-batches of this step, then over ranks."""
-        items = [item for _, _, item in self._micros]
-        batches = [item.batch for item in items if item.batch is not None]
+        batches = [item.batch for _, _, item in self._micros if item.batch is not None]
         local = {
             "loss_sum": torch.stack([loss for loss, _, _ in self._micros]).double().sum(),
             "weight": torch.stack([torch.as_tensor(weight) for _, weight, _ in self._micros]).double().sum(),
             "examples": sum(len(batch) for batch in batches),
             "tokens": sum((batch.labels != -100).sum() for batch in batches if batch.labels is not None),
-            "images_read": sum(item.images_read for item in items),
-            "truncated": sum(len(batch.truncated) for batch in batches),
             "stop": float(self.should_stop()),
         }
         values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in local.values()])
@@ -193,6 +190,14 @@ class StageModule(pl.LightningModule):
         if math.isfinite(norm):
             torch._foreach_mul_(grads, scale)
         return norm
+
+    def _warn_of_missing_gradients(self) -> None:
+        missing = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        if missing and self.trainer.is_global_zero:
+            log.warning(
+                "stage %s: %d trainable parameters got no gradient, so they will not change: %s",
+                *(self.stage.name, len(missing), ", ".join(missing[:5])),
+            )
 
     def _on_overflow(self, norm: float, step: int, rates: dict[str, float]) -> None:
         """fp16: leave the step out (the gradient scaler does) unless it keeps happening; otherwise stop."""

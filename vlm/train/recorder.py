@@ -55,7 +55,6 @@ class Recorder(pl.Callback):
         self._board = TensorBoard(out / "tensorboard" / name)
         self._progress = Progress(name, start, stage.steps, stage.run.log_every)
         self._speed = Speed()
-        self._truncated = 0
 
     def end(self, frozen: dict[str, str]) -> None:
         """Called after the last step, when the frozen parts were compared."""
@@ -63,8 +62,6 @@ class Recorder(pl.Callback):
             path = self.stage.folder / "manifest.json"
             extra = {"stage": self.stage.config.name, "frozen_before": self.frozen, "frozen_after": frozen}
             parts.write_manifest(path, self.rows, **extra)
-            if self._truncated:
-                log.warning("%d answers were cut to max_text_length during this stage", self._truncated)
         self.close()
 
     def close(self) -> None:
@@ -118,7 +115,6 @@ class Recorder(pl.Callback):
     def _write(self, report: StepReport, val_loss: float | None) -> None:
         assert self._metrics is not None
         rate = self._speed.add(report.examples)
-        self._truncated += report.truncated
         rates = {f"lr_{part}": lr for part, lr in report.rates.items()}
         row = {"loss": report.loss, **rates, "grad_norm": report.grad_norm, "examples_per_s": round(rate, 1)}
         if val_loss is not None:

@@ -47,8 +47,10 @@ def _log_to(out: Path, main: bool) -> Iterator[None]:
     level = log.level
     if not main:
         log.setLevel(logging.ERROR)
-        yield
-        log.setLevel(level)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
         return
     handler = logging.FileHandler(out / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -58,7 +60,9 @@ def _log_to(out: Path, main: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        log.error("stopped: %s: %s", type(error).__name__, error)
+        # For the file only: whoever catches the exception tells the person.
+        text = f"stopped: {type(error).__name__}: {error}"
+        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None))
         raise
     finally:
         log.setLevel(level)

@@ -70,7 +70,12 @@ def _run_stage(stage: Stage, start: Path, finished: list[str], main: bool, stop:
     # Loaded even when it was just saved: a run that was interrupted has no other way, and both must do the same.
     model, processor = load(start, dtype="float32")
     _check_precision(stage, model)
-    check_lengths(stage.examples, processor, stage.config.max_text_length)
+    cut = check_lengths(stage.examples, processor, stage.config.max_text_length)
+    if cut:
+        log.warning(
+            "stage %s: %d of %d answers are longer than max_text_length and will be cut",
+            *(stage.config.name, cut, len(stage.examples)),
+        )
     recorder = Recorder(main, finished)
     try:
         train_stage(stage, model, processor, recorder, stop)

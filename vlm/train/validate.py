@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from vlm.data import Example
-from vlm.errors import DataError
+from vlm.errors import DataError, VLMError
 from vlm.processor import Processor
 from vlm.train.data import MicroBatches
 from vlm.train.modules import StageModule
@@ -33,22 +33,24 @@ class Validator:
     def __call__(self, module: StageModule) -> float:
         """Called on every rank. Raises `DataError` for an example that cannot be read."""
         trainer = module.trainer
-        totals = torch.zeros(2, dtype=torch.float64, device=module.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=module.device)
+        error: VLMError | None = None
         module.model.eval()
-        try:
-            for key in self._keys[module.global_rank :: trainer.world_size]:
-                item = self._data[key]
-                if item.failures:
-                    item.error = DataError(f"validation: {item.failures[0].message}; validation data must be complete")
-                if item.error is not None:
-                    raise item.error
-                assert item.batch is not None
-                with trainer.precision_plugin.forward_context():
-                    out = module.compute(item.batch.to(module.device))
-                totals += torch.stack([out.loss_sum, torch.as_tensor(out.loss_weight)]).double()
-        finally:
-            # Frozen parts stay in eval mode whatever is asked of them.
-            module.model.train()
+        for key in self._keys[module.global_rank :: trainer.world_size]:
+            item = self._data[key]
+            if item.failures:
+                item.error = DataError(f"validation: {item.failures[0].message}; validation data must be complete")
+            if item.batch is None or item.error is not None:
+                error = item.error
+                break
+            with trainer.precision_plugin.forward_context():
+                out = module.compute(item.batch.to(module.device))
+            totals[:2] += torch.stack([out.loss_sum, torch.as_tensor(out.loss_weight)]).double()
+        # Frozen parts stay in eval mode whatever is asked of them.
+        module.model.train()
+        totals[2] = float(error is not None)
         if trainer.world_size > 1:
             dist.all_reduce(totals)
+        if error is not None or totals[2] > 0:
+            raise error or DataError("validation failed in another process; its message says why")
         return float(totals[0] / totals[1])
