@@ -1,0 +1,16 @@
+"""The `vlm` command line: `main` starts it, the commands are in `vlm.cli.commands`."""
+
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command (`argv` without the program's name; by default that of the process) and return its exit code."""
+    from vlm.cli.commands import app
+
+    try:
+        app(args=None if argv is None else list(argv), prog_name="vlm")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0

@@ -1,0 +1,79 @@
+"""`vlm caption` and `vlm ask`: one prompt about some images, an answer or an error for each."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from PIL import Image
+
+from vlm.cli import console
+from vlm.errors import ImageError
+from vlm.images import load_image, shown
+
+
+def ask_about(
+    paths: Sequence[str], prompt: str, model: str, *, device: str, dtype: str | None, as_json: bool, **generation: Any
+) -> int:
+    """Print an answer for each image, in order, as batches finish; returns the exit code.
+
+    An image that cannot be decoded is one line on stderr, or with `as_json` a JSON line with `error` and `code`.
+
+    Args:
+        generation: `batch_size`, `max_new_tokens` and `num_beams` of `vlm.generate`.
+    """
+    num_bad = 0
+    for path, outcome in _outcomes(paths, prompt, model, device, dtype, generation):
+        if isinstance(outcome, ImageError):
+            num_bad += 1
+            values = {"error": str(outcome), "code": outcome.code}
+        else:
+            values = {"text": outcome}
+        if as_json:
+            print(json.dumps({"image": path, "prompt": prompt, **values}), flush=True)
+        elif "error" in values:
+            print(f"error: {values['code']}: {values['error']}", file=sys.stderr)
+        else:
+            line = " ".join(values["text"].split())
+            print(f"{shown(path)}: {line}" if len(paths) > 1 else line, flush=True)
+    if num_bad and len(paths) > 1:
+        print(f"{num_bad} of {len(paths)} images could not be read", file=sys.stderr)
+    return console.OK if not num_bad else console.REFUSED if num_bad == len(paths) else console.SKIPPED
+
+
+def _outcomes(
+    paths: Sequence[str], prompt: str, model: str, device: str, dtype: str | None, generation: dict[str, Any]
+) -> Iterator[tuple[str, str | ImageError]]:
+    """(path, answer or error) for each path."""
+    # Before torch is imported: a wrong path should not take seconds to say so. Stops at the first image that decodes.
+    if all(isinstance(_decode(path), ImageError) for path in paths):
+        yield from ((path, outcome) for path in paths if isinstance(outcome := _decode(path), ImageError))
+        return
+    net, processor = _open(model, device, dtype)
+    from vlm.generation import generate
+
+    size = generation["batch_size"]
+    for start in range(0, len(paths), size):
+        chunk = [(path, _decode(path, processor.image_transform.background)) for path in paths[start : start + size]]
+        good = [(path, image) for path, image in chunk if not isinstance(image, ImageError)]
+        images, ids = [image for _, image in good], [shown(path) for path, _ in good]
+        texts = iter(generate(net, processor, images, [prompt] * len(good), ids=ids, **generation) if good else [])
+        yield from ((path, item if isinstance(item, ImageError) else next(texts)) for path, item in chunk)
+
+
+def _decode(path: str, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image | ImageError:
+    try:
+        return load_image(path, background=background)
+    except ImageError as error:
+        return error
+
+
+def _open(model: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+    import torch
+
+    from vlm.checkpoints import load
+
+    console.quiet_transformers()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load(model, dtype=dtype, device=device)

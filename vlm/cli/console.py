@@ -1,0 +1,85 @@
+"""How a command ends: exit codes, one-line errors, logging on stderr.
+
+    0    done
+    2    refused: one line `error: ...` on stderr (further lines only where several things are wrong), no traceback
+    3    finished, but items were skipped; they are listed
+    130  stopped by Ctrl-C      143  stopped by SIGTERM
+
+Anything else is a bug of ours and keeps its traceback.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from vlm.errors import VLMError
+
+OK, REFUSED, SKIPPED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
+
+
+@contextmanager
+def endings() -> Iterator[None]:
+    """Around a command: its log goes to stderr, and an exception that is meant for the user becomes its exit code.
+
+    Raises `SystemExit` instead of these exceptions, so that nothing above (click, for one) picks another code.
+    """
+    logger, handler, level = _log_to_stderr()
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(sys.stdout, "reconfigure"):
+        # A caption or file name that the terminal's encoding cannot show is no reason to lose the rest.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(OK) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except VLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(REFUSED) from error
+    except OSError as error:  # a full disk, a folder that cannot be written, a hub that cannot be reached
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(REFUSED) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _log_to_stderr() -> tuple[logging.Logger, logging.Handler, int]:
+    """Show what the package logs; returns what is needed to undo it. Other packages keep their own ways."""
+    logger = logging.getLogger("vlm")
+    level = logger.level
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return logger, handler, level
+
+
+def quiet_transformers() -> None:
+    """No progress bars for reading weights; imports transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+class _OneLine(logging.Formatter):
+    """The message alone; warnings and errors say what they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def _terminate(signum: int, _frame: FrameType | None) -> None:
+    # As an exception, so that files are closed and `finally` runs; a second signal ends the process at once.
+    signal.signal(signum, signal.SIG_DFL)
+    raise SystemExit(TERMINATED)
