@@ -138,3 +138,18 @@ def test_a_tokenizer_without_placeholder_is_refused(tokenizer: Tokenizer) -> Non
 
     with pytest.raises(ConfigError, match="no <image> token"):
         tokenizers.image_token_id(Bare())
+
+
+def test_added_control_tokens_are_split_too() -> None:
+    """Real Gemma tokenizers hold more control tokens, special or merely added; a newline or blanks added as a token
+    are ordinary text and stay whole."""
+    tokenizer = tokenizers.build(TINY_CORPUS * 20, vocab_size=400)
+    tokenizer.add_tokens(["<start_of_turn>", "[multimodal]", "    "])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<end_of_turn>"]})
+    encode = TextEncoder(tokenizer)
+    ids = {tokenizer.convert_tokens_to_ids(t) for t in ("<start_of_turn>", "[multimodal]", "<end_of_turn>", "<image>")}
+    assert len(ids) == 4
+    for text in ("<start_of_turn>user<end_of_turn>", "a [multimodal] b", "<start_of_turn><start_of_turn><image>"):
+        assert not ids & set(encode(text)) and decode(tokenizer, encode(text)) == text
+    blanks = encode("a    b")
+    assert tokenizer.convert_tokens_to_ids("    ") in blanks and decode(tokenizer, blanks) == "a    b"
