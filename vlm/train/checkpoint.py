@@ -57,7 +57,7 @@ def save(
     temporary = target.with_suffix(".tmp")
     with clean_failure(temporary, target):
         folder.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         _check_room(folder, [*model.values(), *optimizer.values()])
         temporary.mkdir()
         save_file({name: t.detach().contiguous() for name, t in model.items()}, temporary / "model.safetensors")
@@ -133,18 +133,17 @@ def _steps(folder: Path) -> list[Path]:
 def _delete_old(folder: Path, keep: int) -> None:
     for path in _steps(folder)[:-keep]:
         _remove(path)
-    for path in folder.glob("step-*.tmp"):
+    for path in [*folder.glob("step-*.tmp"), *folder.glob("step-*.old")]:
         shutil.rmtree(path)
 
 
 def _remove(path: Path) -> None:
-    """Delete a directory so that a half-deleted one can never look like a checkpoint."""
+    """Delete a directory, renamed first, so that a half-deleted one never looks like a checkpoint."""
     if path.exists():
-        doomed = path.with_suffix(".tmp")
-        if doomed != path:
-            if doomed.exists():
-                shutil.rmtree(doomed)
-            path.rename(doomed)
+        doomed = path.with_suffix(".old")
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        path.rename(doomed)
         shutil.rmtree(doomed)
 
 
