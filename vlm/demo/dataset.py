@@ -67,7 +67,7 @@ def _write_test(folder: Path, seed: int, count: int) -> None:
     for number, scene in enumerate(test_set(seed, count)):
         image = f"images/test-{number:04d}.png"
         scenes.draw(scene).save(folder / image)
-        for index, question in enumerate(questions.ask(rng, scene, TEST_QUESTIONS, held_out=True)):
+        for index, question in enumerate(questions.ask(rng, scene, TEST_QUESTIONS)):
             line = {"id": f"test-{number:04d}-{index}", "image": image, "kind": question.kind}
             prefix = ANSWER_PROMPT.format(question.text)
             asked.append({**line, "prefix": prefix, "suffix": question.answer, "answers": [question.answer]})

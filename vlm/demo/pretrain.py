@@ -6,9 +6,9 @@
 * `gemma/`: a small Gemma with its tokenizer, trained on text only: it reads a description of a scene and then captions
   it or answers questions about it, in PaliGemma's format (prefix attended both ways, loss on the suffix).
 
-Neither has seen a held-out (colour, shape) pair, and the decoder has never seen a picture: tying the two together is
-what the demo itself shows. Each part trains in a process of its own on one thread, so that the same seed gives the
-same bytes whatever the number of cores.
+Neither has seen or read of anything in its held-out place, and the decoder has never seen a picture: tying the two
+together is what the demo itself shows. Each part trains in a process of its own on one thread, so that the same seed
+gives the same bytes whatever the number of cores.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ LOOSE_SHARE = 0.25
 """Share of the tower's pictures that show one thing of any size anywhere."""
 PIECES = 500
 """Upper bound of the tokenizer's own pieces: 256 bytes, Gemma's special pieces, and every word of the demo as one."""
-TOWER_STEPS = 2400
+TOWER_STEPS = 2000
 TOWER_BATCH = 64
-DECODER_STEPS = 2500
+DECODER_STEPS = 2200
 DECODER_BATCH = 32
 QUESTIONS = 5
 """Per description, besides one caption."""
@@ -246,8 +246,9 @@ def pretrain_tower(out: Path, seed: int, steps: int) -> None:
 class Page:
     """A batch of described scenes, each with its questions behind it; every question sees the description and itself.
 
-    The description has GRID x GRID positions, each a bag of words (the sum of their embeddings): the place, and what
-    stands there. A linear projection of patch features can give just that, so the decoder's reading carries over.
+    The description has GRID x GRID positions, each a bag of words (the sum of their embeddings): what stands there and
+    where that is, or nothing. A linear projection of patch features can give just that, so the decoder's reading
+    carries over.
     """
 
     bags: Tensor
@@ -292,14 +293,13 @@ def _bags(rng: random.Random, scene: scenes.Scene, words: Callable[[str], list[i
         place: set(rng.sample(range(per_place**2), per_place**2 if thing.size == "large" else rng.randint(1, 3)))
         for place, thing in standing.items()
     }
-    bags = []
+    bags: list[list[int]] = []
     for row in range(GRID):
         for column in range(GRID):
             place = (row // per_place, column // per_place)
-            text = f" {scenes.PLACES[3 * place[0] + place[1]]}"
-            if row % per_place * per_place + column % per_place in covered.get(place, ()):
-                text = f" {standing[place].size} {standing[place].name}{text}"
-            bags.append(words(text))
+            here = row % per_place * per_place + column % per_place in covered.get(place, ())
+            thing = standing.get(place)
+            bags.append(words(f" {thing.size} {thing.name} {thing.place}") if here and thing else [])
     return _pad(bags, 6)
 
 
@@ -327,7 +327,7 @@ def _columns(row: list[tuple[Any, ...]]) -> tuple[list[Any], ...]:
 def decoder_loss(model: GemmaForCausalLM, page: Page) -> Tensor:
     embed = model.get_input_embeddings()
     known = (page.bags > 0)[..., None]
-    bags = (embed(page.bags) * known).sum(2) / known.sum(2).sqrt()
+    bags = (embed(page.bags) * known).sum(2) / known.sum(2).clamp(min=1).sqrt()
     mask = torch.zeros(page.visible.shape).masked_fill(~page.visible, torch.finfo(torch.float32).min)[:, None]
     hidden = model.model(
         inputs_embeds=torch.cat([bags, embed(page.ids)], dim=1),

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vlm.demo.scenes import COLOURS, HELD_OUT, PAIRS, SHAPES, Scene, Thing
+from vlm.demo.scenes import COLOURS, PAIRS, SHAPES, Scene, Thing
 
 RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
     "left of": lambda a, b: a.column < b.column,
@@ -25,26 +25,23 @@ class Question:
     answer: str
 
 
-def question(rng: random.Random, scene: Scene, kind: str, *, held_out: bool = False) -> Question | None:
-    """A question of this kind (a key of `KINDS`) about the scene, or None where it has no single correct answer.
-
-    Without `held_out` no held-out (colour, shape) pair is named, not even to be denied.
-    """
-    made = KINDS[kind](rng, scene, held_out)
+def question(rng: random.Random, scene: Scene, kind: str) -> Question | None:
+    """A question of this kind (a key of `KINDS`) about the scene, or None where it has no single correct answer."""
+    made = KINDS[kind](rng, scene)
     return None if made is None else Question(kind, *made)
 
 
-def ask(rng: random.Random, scene: Scene, count: int, *, held_out: bool = False) -> list[Question]:
+def ask(rng: random.Random, scene: Scene, count: int) -> list[Question]:
     """`count` questions of different kinds (fewer where the scene does not allow so many)."""
     kinds = rng.sample(sorted(KINDS), len(KINDS))
-    made = (question(rng, scene, kind, held_out=held_out) for kind in kinds)
+    made = (question(rng, scene, kind) for kind in kinds)
     return [q for q in made if q is not None][:count]
 
 
 Made = tuple[str, str] | None
 
 
-def _colour(rng: random.Random, scene: Scene, held_out: bool) -> Made:
+def _colour(rng: random.Random, scene: Scene) -> Made:
     shapes = [t.shape for t in scene.things]
     single = [t for t in scene.things if shapes.count(t.shape) == 1]
     if not single:
@@ -53,7 +50,7 @@ def _colour(rng: random.Random, scene: Scene, held_out: bool) -> Made:
     return rng.choice(("what color is the {}?", "what is the color of the {}?")).format(thing.shape), thing.colour
 
 
-def _shape(rng: random.Random, scene: Scene, held_out: bool) -> Made:
+def _shape(rng: random.Random, scene: Scene) -> Made:
     colours = [t.colour for t in scene.things]
     single = [t for t in scene.things if colours.count(t.colour) == 1]
     if not single:
@@ -62,7 +59,7 @@ def _shape(rng: random.Random, scene: Scene, held_out: bool) -> Made:
     return rng.choice(("what shape is {}?", "what is the {} shape?")).format(thing.colour), thing.shape
 
 
-def _count(rng: random.Random, scene: Scene, held_out: bool) -> Made:
+def _count(rng: random.Random, scene: Scene) -> Made:
     sort = rng.choice(("all", "shape", "colour"))
     if sort == "all":
         return "how many shapes are there?", str(len(scene.things))
@@ -73,17 +70,17 @@ def _count(rng: random.Random, scene: Scene, held_out: bool) -> Made:
     return f"how many {colour} shapes are there?", str(sum(t.colour == colour for t in scene.things))
 
 
-def _where(rng: random.Random, scene: Scene, held_out: bool) -> Made:
+def _where(rng: random.Random, scene: Scene) -> Made:
     thing = rng.choice(scene.things)
     return f"where is the {thing.name}?", thing.place
 
 
-def _size(rng: random.Random, scene: Scene, held_out: bool) -> Made:
+def _size(rng: random.Random, scene: Scene) -> Made:
     thing = rng.choice(scene.things)
     return rng.choice(("what size is the {}?", "is the {} small or large?")).format(thing.name), thing.size
 
 
-def _neighbour(rng: random.Random, scene: Scene, held_out: bool) -> Made:
+def _neighbour(rng: random.Random, scene: Scene) -> Made:
     """What stands on one side of a thing, where exactly one other thing does."""
     options = []
     for relation, holds in RELATIONS.items():
@@ -94,20 +91,20 @@ def _neighbour(rng: random.Random, scene: Scene, held_out: bool) -> Made:
     return rng.choice(options) if options else None
 
 
-def _exists(rng: random.Random, scene: Scene, held_out: bool) -> Made:
+def _exists(rng: random.Random, scene: Scene) -> Made:
     """Yes and no in equal parts; two in three of the absent pairs mix a colour and a shape that are in the picture."""
     present = {(t.colour, t.shape) for t in scene.things}
     template = rng.choice(("is there a {}?", "is a {} present?"))
     if rng.random() < 0.5:
         return template.format(rng.choice(scene.things).name), "yes"
-    absent = [p for p in PAIRS if p not in present and (held_out or p not in HELD_OUT)]
+    absent = [p for p in PAIRS if p not in present]
     colours, shapes = zip(*present, strict=True)
     mixed = [p for p in absent if p[0] in colours and p[1] in shapes]
     near = [p for p in absent if p[0] in colours or p[1] in shapes]
     return template.format(" ".join(rng.choice(mixed if mixed and rng.random() < 0.67 else near))), "no"
 
 
-def _relation(rng: random.Random, scene: Scene, held_out: bool) -> Made:
+def _relation(rng: random.Random, scene: Scene) -> Made:
     """Yes and no in equal parts; two things of one row are asked about left and right only, and the like."""
     if len(scene.things) < 2:
         return None
@@ -119,7 +116,7 @@ def _relation(rng: random.Random, scene: Scene, held_out: bool) -> Made:
     return f"is the {first.name} {relation} the {second.name}?", answer
 
 
-KINDS: dict[str, Callable[[random.Random, Scene, bool], Made]] = {
+KINDS: dict[str, Callable[[random.Random, Scene], Made]] = {
     "color": _colour,
     "shape": _shape,
     "count": _count,

@@ -1,8 +1,10 @@
 """Pictures of coloured shapes, drawn with Pillow: the world that the demo's models see.
 
 A scene is a few things on a light background.  Each thing has a colour, a shape, a size and a cell of a 3 x 3 grid,
-and no two things of a scene share both colour and shape, so "the red circle" names one thing.  Eight (colour, shape)
-pairs are held out: `draw_scene(rng, held_out=False)` never makes them, and every test scene contains at least one.
+and no two things of a scene share both colour and shape, so "the red circle" names one thing.
+
+What is held out: each colour-and-shape has one place where it never stands in training (`HELD_OUT`). In a test scene
+everything stands just there, so no test picture holds a single combination of colour, shape and place that was seen.
 
 Everything here is a pure function of a `random.Random`, so the same seed draws the same pictures.
 """
@@ -43,15 +45,14 @@ DARKEST = {
 """How far a colour may be darkened before it could be mistaken for another (1 = not at all)."""
 SHAPES = ("circle", "rectangle", "triangle", "star", "cross")
 SIZES = ("small", "large")
-RADIUS = {"small": (4.5, 6.0), "large": (9.0, 11.0)}
+RADIUS = {"small": (5.5, 7.0), "large": (9.5, 11.5)}
 """Pixels from a thing's centre to its farthest side."""
 ROWS = ("top", "", "bottom")
 COLUMNS = ("left", "", "right")
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-HELD_OUT = frozenset((colour, SHAPES[(2 * i) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
-"""The (colour, shape) pairs no training picture, caption or question contains: one for each colour."""
-SEEN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+HELD_OUT = {pair: (4 * i + i // 9) % 9 for i, pair in enumerate(PAIRS)}
+"""(colour, shape) -> the cell (0..8, row by row) where it stands in test scenes only."""
 
 
 @dataclass(frozen=True)
@@ -92,43 +93,51 @@ PLACES = tuple(" ".join(filter(None, (row, column))) or "center" for row in ROWS
 
 
 def make_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
-    """A scene of 1 to 4 things.  With `held_out` at least one thing is a held-out pair, without it none is."""
+    """A scene of 1 to 4 things: with `held_out` all of them in their held-out places, without it none."""
     count = rng.choices((1, 2, 3, 4), weights=(1, 3, 3, 2))[0]
-    pairs = _pairs(rng, count, held_out)
     cells = sorted(rng.sample(range(9), count))
+    pairs = _held_out_pairs(rng, cells) if held_out else _seen_pairs(rng, cells)
     things = tuple(_thing(rng, pair, divmod(cell, 3)) for pair, cell in zip(pairs, cells, strict=True))
     return Scene(things, _background(rng))
 
 
 def make_loose_thing(rng: random.Random) -> Scene:
-    """One seen thing of any size (3 to 20 pixels radius) anywhere in the picture, for the tower's pretraining."""
-    thing = _thing(rng, rng.choice(SEEN), (1, 1))
-    radius = 3 * (20 / 3) ** rng.random()
-    x, y = (rng.uniform(radius, IMAGE_SIZE - radius) for _ in range(2))
+    """One thing of any size (3 to 20 pixels radius) anywhere else than in its held-out place, for pretraining."""
+    while True:
+        radius = 3 * (20 / 3) ** rng.random()
+        x, y = (rng.uniform(radius, IMAGE_SIZE - radius) for _ in range(2))
+        row, column = int(y // CELL), int(x // CELL)
+        thing = _thing(rng, rng.choice(PAIRS), (row, column))
+        if HELD_OUT[thing.colour, thing.shape] != 3 * row + column:
+            break
     loose = {**thing.__dict__, "radius": radius, "x": x, "y": y, "turn": rng.choice((0.0, thing.turn))}
     return Scene((Thing(**loose),), _background(rng))
 
 
-def _pairs(rng: random.Random, count: int, held_out: bool) -> list[tuple[str, str]]:
-    if not held_out:
-        pairs = _related_pairs(rng, count, SEEN)
-    else:
-        pairs = _related_pairs(rng, count, PAIRS)
-        while HELD_OUT.isdisjoint(pairs):
-            pairs = _related_pairs(rng, count, PAIRS)
-    rng.shuffle(pairs)
+def _seen_pairs(rng: random.Random, cells: list[int]) -> list[tuple[str, str]]:
+    """A pair for each cell, all different, none in its held-out place.
+
+    Every second one shares a colour or a shape with the first, so that counting is not trivial.
+    """
+    pairs: list[tuple[str, str]] = []
+    for cell in cells:
+        allowed = [p for p in PAIRS if HELD_OUT[p] != cell and p not in pairs]
+        pairs.append(rng.choice(_like(pairs[:1], allowed) if rng.random() < 0.5 else allowed))
     return pairs
 
 
-def _related_pairs(rng: random.Random, count: int, allowed: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
-    """Distinct pairs; every second one shares a colour or a shape with the first, so that counting is not trivial."""
-    pairs = [rng.choice(allowed)]
-    while len(pairs) < count:
-        like = [p for p in allowed if p[0] == pairs[0][0] or p[1] == pairs[0][1]]
-        pair = rng.choice(like if rng.random() < 0.5 else allowed)
-        if pair not in pairs:
-            pairs.append(pair)
+def _held_out_pairs(rng: random.Random, cells: list[int]) -> list[tuple[str, str]]:
+    """A pair for each cell that is held out there; pairs differ because each has one such cell."""
+    pairs: list[tuple[str, str]] = []
+    for cell in cells:
+        allowed = [p for p in PAIRS if HELD_OUT[p] == cell]
+        pairs.append(rng.choice(_like(pairs[:1], allowed) if rng.random() < 0.5 else allowed))
     return pairs
+
+
+def _like(first: list[tuple[str, str]], allowed: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those with the colour or the shape of the first; all where there is none."""
+    return [p for p in allowed if any(p[0] == f[0] or p[1] == f[1] for f in first)] or allowed
 
 
 def _thing(rng: random.Random, pair: tuple[str, str], cell: tuple[int, int]) -> Thing:
