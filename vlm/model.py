@@ -354,8 +354,10 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
             groups = images_per_sample(input_ids == self.config.image_token_id, self._image_token_counts(**pixels))
             order = [image for group in groups for _ in range(expand_size) for image in group]
             pixels = {name: None if value is None else value[order] for name, value in pixels.items()}
-        expand: Any = GenerationMixin._expand_inputs_for_generation
-        input_ids, expanded = expand(self, expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        parent: Any = super()
+        input_ids, expanded = parent._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
         return input_ids, {**expanded, **{name: value for name, value in pixels.items() if value is not None}}
 
     def _image_token_counts(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **_: Any) -> Tensor:
