@@ -7,10 +7,12 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (`argv` without the program's name; by default that of the process) and return its exit code."""
-    from vlm.cli.commands import app
+    from vlm.cli.commands import parse
+    from vlm.cli.console import endings
 
     try:
-        app(args=None if argv is None else list(argv), prog_name="vlm")
+        run, options = parse(argv)
+        with endings():
+            return run(options)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
-    return 0

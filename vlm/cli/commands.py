@@ -1,258 +1,300 @@
-"""The commands and their options. Bodies import what they need, so that `--help` costs no torch."""
+"""The commands: their options as data for argparse, and bodies that only wire.
+
+Bodies import what they need, so that `--help` costs no torch. argparse and not typer: typer builds its options with
+pydantic, which alone costs more than the 0.2 s that help may take.
+"""
 
 import json
 import sys
-from collections.abc import Callable
-from enum import StrEnum
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any, NoReturn
 
 from vlm.cli import console
 
-app = typer.Typer(
-    name="vlm",
-    help="Build, train, evaluate and run PaliGemma-style vision-language models.",
-    epilog="Exit codes: 0 done, 2 refused (says why), 3 done but some items were skipped, 130/143 stopped by a signal.",
-    no_args_is_help=True,
-    add_completion=False,
-    # rich would triple the time of --help
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-)
+Run = Callable[[Namespace], int]
+
+EXIT_CODES = """\
+exit codes:
+  0        done
+  2        refused; the reason is on stderr
+  3        done, but some items were skipped; they are listed
+  130/143  stopped by Ctrl-C / SIGTERM"""
 
 
-class Device(StrEnum):
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
+def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
+    """The body of the command that `argv` names, and its options. Raises `SystemExit`: 0 after help, 2 on misuse."""
+    parser = _Parser(
+        prog="vlm",
+        description="Build, train, evaluate and run PaliGemma-style vision-language models.",
+        epilog=EXIT_CODES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for add in (_train, _eval, _caption, _ask, _info, _demo, _version):
+        add(commands)
+    options = parser.parse_args(argv)
+    if "run" not in options:
+        parser.print_help()
+        raise SystemExit(console.OK)
+    return options.run, options
 
 
-class DType(StrEnum):
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
+class _Parser(ArgumentParser):
+    """argparse without guessing: an abbreviated option would change its meaning when another one is added."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}\nSee `{self.prog} --help`.", file=sys.stderr)
+        raise SystemExit(console.REFUSED)
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Model directory or hub id.", show_default=False)]
-DeviceOption = Annotated[Device, typer.Option(help="Where the model runs; auto: a GPU if there is one.")]
-DTypeOption = Annotated[DType, typer.Option("--dtype", help="Number format; auto: that of the checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per image, errors included.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
-NumBeams = Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and list broken annotations instead of refusing them.")]
+def _command(commands: Any, run: Run, name: str, help: str, details: str = "") -> ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {details}".rstrip())
+    parser.set_defaults(run=run)
+    return parser
 
 
-def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Make a function a command whose return value is the exit code."""
-    from functools import wraps
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < lowest:
+            raise ArgumentTypeError(f"expected at least {lowest}, got {value}")
+        return value
 
-    @wraps(function)
-    def run(*args: Any, **options: Any) -> None:
-        # Inside click, because click would turn Ctrl-C into an exit code of its own.
-        with console.endings():
-            raise SystemExit(function(*args, **options) or console.OK)
-
-    app.command()(run)
-    return function
+    return number
 
 
-@command
-def train(
-    config: Annotated[Path, typer.Option("--config", "-c", help="The run: a YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting: stages.0.steps=100.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the newest complete checkpoint.")] = False,
-    skip_bad: SkipBad = False,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the whole configuration and stop.")
-    ] = False,
-) -> int:
-    """Train a model in stages."""
+def _add_generation(parser: ArgumentParser, batch_size: int | None) -> None:
+    """Options of every command that runs a model; without `batch_size` there is only one image."""
+    one = _at_least(1)
+    parser.add_argument("--max-new-tokens", type=one, default=64, metavar="N", help="most tokens of an answer (64)")
+    parser.add_argument(
+        "--num-beams", type=one, default=1, metavar="N", help="beams of the search; 1, greedy, if not given"
+    )
+    if batch_size is not None:
+        text = f"images at a time ({batch_size})"
+        parser.add_argument("--batch-size", type=one, default=batch_size, metavar="N", help=text)
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the model runs; auto: a GPU if there is one",
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="number format; auto: the checkpoint's"
+    )
+
+
+def _add_model(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", "-m", required=True, help="model directory or hub id")
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def _train(commands: Any) -> None:
+    parser = _command(commands, run_train, "train", "train a model in stages")
+    parser.add_argument("--config", "-c", type=Path, required=True, metavar="FILE", help="the run, as YAML")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change settings: --set seed=1 stages.0.steps=100",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on after the newest complete checkpoint")
+    parser.add_argument("--skip-bad", action="store_true", help="skip and list broken annotations")
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+
+
+def run_train(options: Namespace) -> int:
+    """`vlm train`: the final model's directory on stdout."""
     from vlm import settings
     from vlm.train import load_config, run
 
-    run_config = load_config(config, overrides or ())
-    if print_config:
+    config = load_config(options.config, options.overrides)
+    if options.print_config:
         import yaml
 
-        print(yaml.safe_dump(settings.to_dict(run_config), sort_keys=False), end="")
+        print(yaml.safe_dump(settings.to_dict(config), sort_keys=False), end="")
         return console.OK
-    print(run(run_config, resume=resume, skip_bad=skip_bad))
-    summary = json.loads((run_config.out / "summary.json").read_text(encoding="utf-8"))
+    print(run(config, resume=options.resume, skip_bad=options.skip_bad))
+    summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
     return console.SKIPPED if summary["skipped_annotations"] or summary["failed_images"] else console.OK
 
 
-@command
-def eval(
-    model: Model,
-    data: Annotated[Path, typer.Option("--data", "-d", help="Annotations: a JSONL file.", show_default=False)],
-    metrics: Annotated[str, typer.Option(help="Names, comma-separated: exact_match,cider.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.", show_default=False)],
-    image_root: Annotated[Path | None, typer.Option(help="Folder of the images; by default that of the data.")] = None,
-    batch_size: BatchSize = 16,
-    max_new_tokens: MaxNewTokens = 64,
-    num_beams: NumBeams = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items.")] = None,
-    skip_bad: SkipBad = False,
-    shuffle_images: Annotated[
-        bool, typer.Option("--shuffle-images", help="Control: give every item another item's image.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the shuffling.")] = 0,
-    device: DeviceOption = Device.AUTO,
-    dtype: DTypeOption = DType.AUTO,
-    as_json: Json = False,
-) -> int:
-    """Score a model on annotated images.
+# --- eval -------------------------------------------------------------------------------------------------------------
 
-    Run again with the same options, it goes on where it stopped.
-    """
+
+def _eval(commands: Any) -> None:
+    details = "Run again with the same options, it goes on where it stopped."
+    parser = _command(commands, run_eval, "eval", "score a model on annotated images", details)
+    _add_model(parser)
+    parser.add_argument("--data", "-d", type=Path, required=True, metavar="FILE", help="annotations, as JSONL")
+    parser.add_argument("--metrics", required=True, metavar="A,B", help="names of metrics, such as exact_match,cider")
+    parser.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder of the images (that of the data)")
+    parser.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N items")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and list broken annotations")
+    parser.add_argument("--shuffle-images", action="store_true", help="control: give each item another item's image")
+    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the shuffling (0)")
+    _add_generation(parser, batch_size=16)
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def run_eval(options: Namespace) -> int:
+    """`vlm eval`: the table of scores on stdout."""
     from vlm.eval import evaluate, table
 
-    _check_device(device)
+    _check_device(options.device)
     console.quiet_transformers()
     results = evaluate(
-        model,
-        data,
-        metrics,
-        out,
-        image_root=image_root,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        limit=limit,
-        skip_bad=skip_bad,
-        shuffle_images=shuffle_images,
-        seed=seed,
-        device=_unless_auto(device),
-        dtype=_unless_auto(dtype),
+        options.model,
+        options.data,
+        options.metrics,
+        options.out,
+        image_root=options.image_root,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        limit=options.limit,
+        skip_bad=options.skip_bad,
+        shuffle_images=options.shuffle_images,
+        seed=options.seed,
+        device=_unless_auto(options.device),
+        dtype=_unless_auto(options.dtype),
     )
-    print(json.dumps(results, indent=1) if as_json else table(results))
-    print(f"written to {out}", file=sys.stderr)
+    print(json.dumps(results, indent=1) if options.json else table(results))
+    print(f"written to {options.out}", file=sys.stderr)
     return console.SKIPPED if results["skipped"] else console.OK
 
 
-@command
-def caption(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", show_default=False)],
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "caption en",
-    max_new_tokens: MaxNewTokens = 64,
-    num_beams: NumBeams = 1,
-    batch_size: BatchSize = 8,
-    device: DeviceOption = Device.AUTO,
-    dtype: DTypeOption = DType.AUTO,
-    as_json: JsonLines = False,
-) -> int:
-    """Describe images.
+# --- caption, ask -----------------------------------------------------------------------------------------------------
 
-    Those that cannot be read are named on stderr, the others are described (exit code 3).
-    """
+
+def _caption(commands: Any) -> None:
+    details = "Images that cannot be read are named on stderr, the others are described (exit code 3)."
+    parser = _command(commands, run_caption, "caption", "describe images", details)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    _add_model(parser)
+    parser.add_argument("--prompt", default="caption en", help="what the model is asked (caption en)")
+    _add_generation(parser, batch_size=8)
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image, errors included")
+
+
+def run_caption(options: Namespace) -> int:
+    """`vlm caption`: one line per image on stdout."""
+    return _answer(options, options.images, options.prompt, options.batch_size)
+
+
+def _ask(commands: Any) -> None:
+    parser = _command(commands, run_ask, "ask", "ask a question about an image")
+    parser.add_argument("image", metavar="IMAGE", help="image file")
+    parser.add_argument("question", metavar="QUESTION", help="what to ask about it, in English")
+    _add_model(parser)
+    _add_generation(parser, batch_size=None)
+    parser.add_argument("--json", action="store_true", help="print a JSON object, also for an error")
+
+
+def run_ask(options: Namespace) -> int:
+    """`vlm ask`: the answer on stdout."""
+    return _answer(options, [options.image], f"answer en {options.question}", batch_size=1)
+
+
+def _answer(options: Namespace, images: list[str], prompt: str, batch_size: int) -> int:
     from vlm.cli.ask import ask_about
 
-    _check_device(device)
+    _check_device(options.device)
     return ask_about(
         images,
         prompt,
-        model,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
+        options.model,
+        device=options.device,
+        dtype=_unless_auto(options.dtype),
+        as_json=options.json,
         batch_size=batch_size,
-        device=device.value,
-        dtype=_unless_auto(dtype),
-        as_json=as_json,
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
     )
 
 
-@command
-def ask(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", show_default=False)],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", show_default=False)],
-    model: Model,
-    max_new_tokens: MaxNewTokens = 64,
-    num_beams: NumBeams = 1,
-    device: DeviceOption = Device.AUTO,
-    dtype: DTypeOption = DType.AUTO,
-    as_json: JsonLines = False,
-) -> int:
-    """Ask a question about an image."""
-    from vlm.cli.ask import ask_about
-
-    _check_device(device)
-    return ask_about(
-        [image],
-        f"answer en {question}",
-        model,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        batch_size=1,
-        device=device.value,
-        dtype=_unless_auto(dtype),
-        as_json=as_json,
-    )
+# --- info, demo, version ----------------------------------------------------------------------------------------------
 
 
-@command
-def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.", show_default=False)],
-    as_json: Json = False,
-) -> None:
-    """Show the parts of a model, their sizes and costs."""
+def _info(commands: Any) -> None:
+    parser = _command(commands, run_info, "info", "show the parts of a model, their sizes and costs")
+    parser.add_argument("model", metavar="MODEL", help="model directory or hub id")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_info(options: Namespace) -> int:
+    """`vlm info`: a table on stdout."""
     from vlm.info import describe, table
 
     console.quiet_transformers()
-    facts = describe(model)
-    print(json.dumps(facts, indent=1) if as_json else table(facts))
+    facts = describe(options.model)
+    print(json.dumps(facts, indent=1) if options.json else table(facts))
+    return console.OK
 
 
-@command
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything it makes.")] = Path("vlm-demo"),
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Pretrain the start checkpoints first; takes longer.")
-    ] = False,
-    pretrain: Annotated[
-        bool, typer.Option("--pretrain", help="Only pretrain the start checkpoints: the files the package ships.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of data, weights and training.")] = 0,
-) -> None:
-    """Train a model on a small drawn world.
+def _demo(commands: Any) -> None:
+    details = (
+        "Draws scenes, trains in two stages, scores the model on scenes it has never seen and shows its captions:"
+        " minutes on two cores. Run again with the same options, it goes on where it stopped."
+    )
+    parser = _command(commands, run_demo, "demo", "train a model on a small drawn world", details)
+    parser.add_argument("--out", "-o", type=Path, default=Path("vlm-demo"), metavar="DIR", help="folder (vlm-demo)")
+    parser.add_argument("--from-scratch", action="store_true", help="pretrain the start checkpoints first; longer")
+    parser.add_argument("--pretrain", action="store_true", help="only make the start checkpoints the package ships")
+    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of data, weights and training (0)")
 
-    Draws scenes, trains in two stages, scores the model on scenes it has never seen and shows its captions; minutes on
-    two cores. Run again with the same options, it goes on where it stopped.
-    """
+
+def run_demo(options: Namespace) -> int:
+    """`vlm demo`: prints its figures itself."""
     from vlm.demo import main
 
-    main(out, from_scratch=from_scratch, pretrain=pretrain, seed=seed)
+    main(options.out, from_scratch=options.from_scratch, pretrain=options.pretrain, seed=options.seed)
+    return console.OK
 
 
-@command
-def version() -> None:
-    """Print the versions of vlm and what it stands on."""
+def _version(commands: Any) -> None:
+    _command(commands, run_version, "version", "print the versions of vlm and of what it stands on")
+
+
+def run_version(_options: Namespace) -> int:
+    """`vlm version`: one `name version` a line."""
     import platform
     from importlib import metadata
 
     from vlm import __version__
 
-    print(f"vlm {__version__}, Python {platform.python_version()}")
+    print(f"vlm {__version__}\npython {platform.python_version()}")
     for name in ("torch", "transformers", "lightning", "accelerate", "Pillow"):
         try:
-            print(f"{name} {metadata.version(name)}")
+            print(name, metadata.version(name))
         except metadata.PackageNotFoundError:
-            print(f"{name} is not installed")
+            print(name, "is not installed")
+    return console.OK
 
 
-def _unless_auto(choice: StrEnum) -> str | None:
-    return None if choice == "auto" else choice.value
+# --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _check_device(device: Device) -> None:
-    if device is Device.CUDA:
+def _unless_auto(choice: str) -> str | None:
+    return None if choice == "auto" else choice
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
         import torch
 
         from vlm.errors import ConfigError

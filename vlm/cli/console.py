@@ -25,7 +25,7 @@ OK, REFUSED, SKIPPED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 def endings() -> Iterator[None]:
     """Around a command: its log goes to stderr, and an exception that is meant for the user becomes its exit code.
 
-    Raises `SystemExit` instead of these exceptions, so that nothing above (click, for one) picks another code.
+    Raises `SystemExit` with the code instead of these exceptions.
     """
     logger, handler, level = _log_to_stderr()
     previous = signal.signal(signal.SIGTERM, _terminate)
