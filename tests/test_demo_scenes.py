@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -46,13 +47,12 @@ def nearest_colour(pixel: tuple[int, int, int]) -> str:
 def components(image: Image.Image, background: tuple[int, int, int]) -> list[list[tuple[int, int]]]:
     """Groups of touching pixels that differ clearly from the background."""
     width, height = image.size
-    pixels = image.load()
-    assert pixels is not None
+    pixels: Any = image.load()
     other = {
         (x, y)
         for x in range(width)
         for y in range(height)
-        if sum(abs(a - b) for a, b in zip(pixels[x, y], background, strict=True)) > 90  # type: ignore[arg-type]
+        if sum(abs(a - b) for a, b in zip(pixels[x, y], background, strict=True)) > 90
     }
     groups = []
     while other:

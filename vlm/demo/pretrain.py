@@ -54,7 +54,7 @@ DECODER_BATCH = 32
 QUESTIONS = 5
 """Per description, besides one caption."""
 
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 3,
@@ -64,7 +64,7 @@ VISION = {
 }
 GRID = scenes.IMAGE_SIZE // VISION["patch_size"]
 """Patches on a side."""
-PREPROCESSOR = {
+PREPROCESSOR: dict[str, Any] = {
     "image_processor_type": "SiglipImageProcessor",
     "do_resize": True,
     "size": {"height": scenes.IMAGE_SIZE, "width": scenes.IMAGE_SIZE},
@@ -76,7 +76,7 @@ PREPROCESSOR = {
     "image_std": [0.5, 0.5, 0.5],
 }
 """What SigLIP's processors record: bilinear (2) resize, values in [-1, 1]."""
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -87,7 +87,7 @@ TEXT = {
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
-DECODER = {
+DECODER: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 3,

@@ -229,7 +229,8 @@ class Answers:
         log.info("predicting: %s", name)
         images = [self.data / line["image"] for line in lines]
         prompts = [line["prefix"] for line in lines]
-        texts = vlm.generate(*loaded[model], images, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
+        network, processor = loaded[model]
+        texts = vlm.generate(network, processor, images, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
         rows = [{**line, "prediction": text} for line, text in zip(lines, texts, strict=True)]
         partial = file.with_suffix(".part")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
