@@ -33,6 +33,15 @@ def pictures(folder: Path, count: int = 24) -> Path:
     return folder / "train.jsonl"
 
 
+def damaged(folder: Path, names: list[int]) -> Path:
+    """`pictures`, some of which end in the middle."""
+    data = pictures(folder)
+    for i in names:
+        path = folder / "images" / f"{i}.png"
+        path.write_bytes(path.read_bytes()[:40])
+    return data
+
+
 @cache
 def world() -> tuple[Path, Path]:
     """(model directory, training file), made once per session. The model has dropout in its decoder's attention."""
@@ -44,7 +53,7 @@ def world() -> tuple[Path, Path]:
     model.config.text_config.attention_dropout = 0.1
     model.config.vision_config.attention_dropout = 0.1
     # The projector starts at zero, which would hide the tower from the loss.
-    model.parts()["projector"].linear.weight.data.normal_(std=0.1)
+    model.get_parameter("model.multi_modal_projector.linear.weight").data.normal_(std=0.1)
     vlm.save(model, processor, folder / "start")
     return folder / "start", pictures(folder / "data")
 

@@ -28,12 +28,17 @@ class Row:
     weight_decay: float | None
 
 
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The encoder, projector and decoder of a `vlm.VLM`."""
+    return model.parts()  # type: ignore[operator]
+
+
 def freeze(model: nn.Module, stage: StageConfig) -> None:
     """Set `requires_grad` of every parameter as the stage says.
 
     Raises `TrainingError` when the stage names a part the model does not have, or no parameter is left to train.
     """
-    parts = model.parts()  # type: ignore[operator]
+    parts = parts_of(model)
     for part in stage.train:
         if part not in parts:
             raise TrainingError(
@@ -41,7 +46,7 @@ def freeze(model: nn.Module, stage: StageConfig) -> None:
             )
     for part, module in parts.items():
         module.requires_grad_(part in stage.train)
-    if not any(p.requires_grad for p in model.parameters()):
+    if not any(True for part in stage.train for _ in parts[part].parameters()):
         raise TrainingError(
             f"stage {stage.name}: no parameter would train ({', '.join(stage.train)} have none); "
             f"give another part a learning rate"
@@ -58,18 +63,16 @@ def frozen(model: nn.Module, stage: StageConfig) -> Iterator[None]:
     freeze(model, stage)
     model.train()
     held = [
-        module
-        for part, root in model.parts().items()  # type: ignore[operator]
-        if part not in stage.train
-        for module in root.eval().modules()
+        module for part, root in parts_of(model).items() if part not in stage.train for module in root.eval().modules()
     ]
     for module in held:
-        module.train = partial(_stay, module)
+        # On the instance: `train()` of every parent, however it was reached, finds this one.
+        module.__dict__["train"] = partial(_stay, module)
     try:
         yield
     finally:
         for module in held:
-            del module.train
+            del module.__dict__["train"]
         model.eval()
         model.requires_grad_(True)
 
@@ -89,7 +92,7 @@ def manifest(model: nn.Module, stage: StageConfig) -> list[Row]:
     Raises `TrainingError` when a parameter is in no part or in two.
     """
     owner: dict[int, str] = {}
-    for part, module in model.parts().items():  # type: ignore[operator]
+    for part, module in parts_of(model).items():
         for parameter in module.parameters():
             if owner.setdefault(id(parameter), part) != part:
                 raise TrainingError(f"a parameter is shared by the parts {owner[id(parameter)]} and {part}")
@@ -98,7 +101,8 @@ def manifest(model: nn.Module, stage: StageConfig) -> list[Row]:
         if id(parameter) not in owner:
             raise TrainingError(f"parameter {name} belongs to no part of the model ({', '.join(PARTS)})")
         part, trains = owner[id(parameter)], parameter.requires_grad
-        rate, decay = (stage.train[part], stage.weight_decay * decays(parameter)) if trains else (None, None)
+        rate = stage.train.get(part) if trains else None
+        decay = stage.weight_decay * decays(parameter) if trains else None
         rows.append(Row(name, tuple(parameter.shape), part, trains, rate, decay))
     return rows
 
@@ -139,7 +143,7 @@ def write_manifest(path: Path, rows: list[Row], **extra: Any) -> None:
 def frozen_digests(model: nn.Module, stage: StageConfig) -> dict[str, str]:
     """sha256 over names, dtypes, shapes and bytes of all parameters and buffers of each frozen part."""
     digests = {}
-    for part, module in model.parts().items():  # type: ignore[operator]
+    for part, module in parts_of(model).items():
         if part in stage.train:
             continue
         digest = hashlib.sha256()
@@ -152,7 +156,7 @@ def frozen_digests(model: nn.Module, stage: StageConfig) -> dict[str, str]:
 
 def trained_tensors(model: nn.Module, stage: StageConfig) -> dict[str, torch.Tensor]:
     """What a checkpoint of a stage must hold: trainable parameters, and the saved buffers of the trained parts."""
-    parts = model.parts()  # type: ignore[operator]
+    parts = parts_of(model)
     buffers = {id(buffer) for part in stage.train for buffer in parts[part].buffers()}
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     # state_dict leaves out buffers that are recomputed anyway.
