@@ -2,12 +2,13 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from vlm.errors import ConfigError
 from vlm.settings import from_dict
-from vlm.train import RunConfig, StageConfig
+from vlm.train import RunConfig, StageConfig, load_config
 from vlm.train.plan import Key, Mixture, StepSampler, stage_seed, steps_of
 from vlm.train.schedule import multiplier
 
@@ -166,3 +167,14 @@ def test_mixtures_are_read_from_yaml_shapes() -> None:
         ("a.jsonl", 2.0, "None"),
         ("b.jsonl", 1.0, "pics"),
     ]
+
+
+def test_the_yaml_of_the_documentation_is_a_run(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    runs = [block.split("```")[0] for block in text.split("```yaml\n")[1:]]
+    file = tmp_path / "run.yaml"
+    file.write_text(runs[0])
+    config = load_config(file, ["stages.0.steps=100"])
+    assert [stage.name for stage in config.stages] == ["align", "tune"] and config.stages[0].steps == 100
+    file.write_text(runs[0].split("data:")[0] + runs[1] + "stages:" + runs[0].split("stages:")[1])
+    assert [source.repeat for source in load_config(file).data.sources()] == [1.0, 2.0, 0.5]
