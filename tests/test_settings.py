@@ -82,7 +82,7 @@ def test_round_trip() -> None:
     ("values", "message"),
     [
         ({"stagse": []}, r"config: unknown key 'stagse' \(did you mean 'stages'\?\); known: out, stages"),
-        ({"stages": [{}]}, r"config\.stages\.0: key 'name' is missing; expected text"),
+        ({"stages": [{}]}, r"config: stages\.0: key 'name' is missing; expected text"),
         ({"stages": [{"name": "a", "steps": "3"}]}, r"stages\.0\.steps: expected a whole number, got text: '3'"),
         ({"stages": [{"name": "a", "steps": 3.0}]}, r"stages\.0\.steps: expected a whole number"),
         ({"stages": [{"name": "a", "steps": True}]}, r"stages\.0\.steps: expected a whole number, got a boolean"),
@@ -149,7 +149,7 @@ def test_load_applies_overrides_in_order(tmp_path: Path) -> None:
         ("stages.2.steps=3", "stages is a list of 1; expected an index from 0 to 0, got '2'"),
         ("stages.-1.steps=3", "expected an index from 0 to 0, got '-1'"),
         ("out.name=3", "out is text: 'a' and has no 'name' inside"),
-        ("stages.0.stesp=3", r"run.yaml.stages.0: unknown key 'stesp' \(did you mean 'steps'\?"),
+        ("stages.0.stesp=3", r"run.yaml: stages.0: unknown key 'stesp' \(did you mean 'steps'\?"),
         ("fast=no", "fast: expected true or false, got text: 'no'"),
         ("fast=[", r"override 'fast=\[':1: not valid YAML"),
     ],

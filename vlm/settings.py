@@ -31,7 +31,10 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "config") -
 
     A nested mapping that leaves keys out keeps the values of that field's default. Raises `ConfigError`.
     """
-    return _dataclass(cls, mapping, where, base=None)
+    try:
+        return _dataclass(cls, mapping, "", base=None)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
@@ -157,28 +160,34 @@ def _slot(node: Any, key: str, where: str) -> str | int:
 # --- checking values
 
 
+def _at(where: str, text: str) -> str:
+    """An error at the dotted name `where`; at the top there is no name."""
+    return f"{where}: {text}" if where else text
+
+
 def _dataclass(cls: type[T], mapping: Any, where: str, base: Any) -> T:
     """`mapping` as `cls`; keys it leaves out come from the instance `base`, if any, else from the class's defaults."""
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{where}: expected keys and values ({cls.__name__}), got {_kind(mapping)}")
+        raise ConfigError(_at(where, f"expected keys and values ({cls.__name__}), got {_kind(mapping)}"))
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), fields)}; known: {', '.join(fields)}")
+            near = nearest(str(key), fields)
+            raise ConfigError(_at(where, f"unknown key {key!r}{near}; known: {', '.join(fields)}"))
     hints = typing.get_type_hints(cls)
     values = {}
     for name, field in fields.items():
         default = getattr(base, name) if base is not None else _default(field)
         if name in mapping:
-            values[name] = _value(hints[name], mapping[name], f"{where}.{name}", default)
+            values[name] = _value(hints[name], mapping[name], f"{where}.{name}".lstrip("."), default)
         elif default is dataclasses.MISSING:
-            raise ConfigError(f"{where}: key {name!r} is missing; expected {_expected(hints[name])}")
+            raise ConfigError(_at(where, f"key {name!r} is missing; expected {_expected(hints[name])}"))
         else:
             values[name] = default
     try:
         return cls(**values)
     except ValueError as error:  # a rule of the class's own __post_init__
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(_at(where, str(error))) from error
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

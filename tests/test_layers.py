@@ -1,0 +1,230 @@
+"""Who may import whom: the layer table of docs/design.md, as data, held against every import in the package."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A module imports from lower layers and from its own, and never in a circle.
+LAYERS = (
+    ("errors", "settings", "images", "config", "masks", "loss", "transforms"),
+    ("data", "tokenizer", "prompts", "processor", "encoders", "projectors"),
+    ("model", "generation", "build", "checkpoints", "presets", "info"),
+    ("eval", "train"),
+    ("demo", "cli", "__main__"),
+)
+# What each layer may take from outside the standard library, beyond what the layers below may.
+THIRD_PARTY: tuple[set[str], ...] = (
+    {"torch", "transformers", "numpy", "PIL", "yaml"},
+    {"sentencepiece"},
+    {"safetensors"},
+    {"lightning", "rich", "matplotlib"},
+    set(),
+)
+# Installed only on request: imported in functions, never when a module is imported.
+OPTIONAL = {"tensorboard", "peft", "timm", "open_clip", "pycocoevalcap", "wandb"}
+# Take seconds or show up in every start: imported in functions wherever a light module leads to them.
+LATE = OPTIONAL | {"matplotlib", "rich"}
+# (importer, imported) that the layers alone would allow.
+FORBIDDEN = [
+    ("vlm.eval", "vlm.train"),
+    ("vlm.train", "vlm.demo"),
+    ("vlm.encoders", "vlm.projectors"),
+    ("vlm.projectors", "vlm.encoders"),
+    # Metrics take predictions and references; they never see a model or an image.
+    ("vlm.eval.metrics", "torch"),
+    ("vlm.eval.metrics", "transformers"),
+    ("vlm.eval.metrics", "PIL"),
+    ("vlm.eval.metrics", "vlm.model"),
+    ("vlm.eval.metrics", "vlm.processor"),
+    ("vlm.errors", "torch"),
+    ("vlm.settings", "torch"),
+    ("vlm.data", "torch"),
+    ("vlm.images", "torch"),
+]
+# Only these may import a module whose name they compute; each looks it up in a list of our own names first.
+DYNAMIC_IMPORTS = {"vlm", "vlm.config", "vlm.encoders", "vlm.projectors", "vlm.eval", "vlm.train"}
+
+
+@dataclass(frozen=True)
+class Import:
+    importer: str
+    imported: str
+    line: int
+    """Of the importing file."""
+    late: bool
+    """Inside a function."""
+
+    def __str__(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.imported}"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted((ROOT / "vlm").rglob("*.py"))}
+
+
+def imports_of(name: str) -> Iterator[Import]:
+    """Every import of a module, but those for the type checker only."""
+    path = SOURCES[name]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    pending: list[tuple[ast.AST, bool]] = [(tree, False)]
+    while pending:
+        node, late = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            pending += [(child, late) for child in node.orelse]
+            continue
+        inside = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        pending += [(child, inside) for child in ast.iter_child_nodes(node)]
+        if isinstance(node, ast.Import):
+            yield from (Import(name, alias.name, node.lineno, late) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:  # `from package import module` imports the module
+                full = f"{base}.{alias.name}"
+                yield Import(name, full if full in SOURCES else base, node.lineno, late)
+
+
+IMPORTS = [found for name in SOURCES for found in imports_of(name)]
+OWN = [found for found in IMPORTS if found.imported.split(".")[0] == "vlm"]
+OUTSIDE = [
+    found for found in IMPORTS if found.imported.split(".")[0] not in {"vlm", "__future__", *sys.stdlib_module_names}
+]
+
+
+def layer(module: str) -> int:
+    """The layer of `vlm.x` or anything below it; the package itself counts as the lowest, because it imports lazily."""
+    if module == "vlm":
+        return 0
+    name = module.split(".")[1]
+    found = [number for number, names in enumerate(LAYERS) if name in names]
+    assert len(found) == 1, f"{module}: the layer table should name it once"
+    return found[0]
+
+
+def below(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def test_the_reader_sees_the_imports() -> None:
+    """Guards the other tests against a reader that finds nothing."""
+    assert len(SOURCES) > 40 and len(OWN) > 150 and len(OUTSIDE) > 60
+    assert any(found.importer == "vlm.cli.commands" and found.imported == "vlm.train" and found.late for found in OWN)
+    assert any(found.importer == "vlm.masks" and found.imported == "torch" and not found.late for found in OUTSIDE)
+
+
+def test_every_module_has_a_layer_and_every_entry_a_module() -> None:
+    top = {name.split(".")[1] for name in SOURCES if name != "vlm"}
+    assert top == {name for names in LAYERS for name in names}
+
+
+def test_imports_go_down() -> None:
+    assert [str(found) for found in OWN if layer(found.imported) > layer(found.importer)] == []
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {name: set() for name in SOURCES}
+    for found in OWN:
+        if found.imported != found.importer:
+            graph[found.importer].add(found.imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("imports in a circle: " + " <- ".join(error.args[1]))
+
+
+def test_each_layer_keeps_to_its_libraries() -> None:
+    wrong = []
+    for found in OUTSIDE:
+        allowed = set().union(*THIRD_PARTY[: layer(found.importer) + 1]) | OPTIONAL
+        if found.imported.split(".")[0] not in allowed:
+            wrong.append(str(found))
+    assert wrong == []
+
+
+def test_late_libraries_are_imported_in_functions() -> None:
+    assert [str(found) for found in OUTSIDE if found.imported.split(".")[0] in LATE and not found.late] == []
+
+
+@pytest.mark.parametrize(("importer", "imported"), FORBIDDEN)
+def test_forbidden_pairs(importer: str, imported: str) -> None:
+    assert any(below(name, importer) for name in SOURCES)
+    found = [str(found) for found in IMPORTS if below(found.importer, importer) and below(found.imported, imported)]
+    assert found == []
+
+
+@pytest.mark.parametrize("package", ["vlm.encoders", "vlm.projectors"])
+def test_siblings_do_not_know_each_other(package: str) -> None:
+    kinds = {name for name in SOURCES if name.startswith(package + ".")}
+    assert kinds
+    wrong = [str(f) for f in OWN if f.importer in kinds and f.imported in kinds and f.imported != f.importer]
+    assert wrong == []
+
+
+def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
+    """Every call of a module with the called name as written, such as `torch.load`."""
+    for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_only_known_modules_import_by_computed_names() -> None:
+    found = {name for name in SOURCES for called, _ in calls(name) if called.split(".")[-1] == "import_module"}
+    assert found <= DYNAMIC_IMPORTS
+    assert not [name for name in SOURCES for called, _ in calls(name) if called in ("__import__", "exec", "eval")]
+
+
+def test_nothing_can_run_code_from_a_checkpoint() -> None:
+    """No pickle, no remote code: checkpoints are safetensors and JSON."""
+    pickles = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}
+    assert [str(found) for found in IMPORTS if found.imported.split(".")[0] in pickles] == []
+    for name in SOURCES:
+        for called, call in calls(name):
+            assert called not in ("torch.load", "np.load", "numpy.load"), f"{name}:{call.lineno}: {called}"
+            assert "trust_remote_code" not in [word.arg for word in call.keywords], f"{name}:{call.lineno}"
+
+
+def test_light_modules_do_not_load_torch() -> None:
+    light = "cli.commands", "train", "train.config", "eval", "eval.metrics", "demo", "data", "images"
+    heavy = ("torch", "transformers", "lightning", "matplotlib")
+    code = f"import sys, {', '.join('vlm.' + name for name in light)}; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_resolve_and_an_unknown_one_is_an_attribute_error() -> None:
+    import vlm
+
+    for name in vlm.__all__:
+        assert getattr(vlm, name) is not None
+    assert set(vlm.__all__) <= set(dir(vlm))
+    with pytest.raises(AttributeError, match="'vlm' has no attribute 'laod'"):
+        vlm.laod  # noqa: B018
+
+
+def test_the_links_at_the_root_lead_into_the_package() -> None:
+    for name in ("encoders", "projectors", "train", "eval"):
+        link = ROOT / name
+        assert link.is_symlink() and link.readlink() == Path("vlm") / name and link.is_dir()
+
+
+def test_no_tracked_file_is_large() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+    assert {name: size for name, size in sizes.items() if size > 6_000_000} == {}
