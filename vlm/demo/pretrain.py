@@ -47,12 +47,13 @@ LOOSE_SHARE = 0.25
 """Share of the tower's pictures that show one thing of any size anywhere."""
 PIECES = 500
 """Upper bound of the tokenizer's own pieces: 256 bytes, Gemma's special pieces, and every word of the demo as one."""
+MOST_THINGS = 4
+"""In a picture of the tower's pretraining: more than the demo shows."""
 TOWER_STEPS = 2000
 TOWER_BATCH = 64
 DECODER_STEPS = 2200
-DECODER_BATCH = 32
-QUESTIONS = 5
-"""Per description, besides one caption."""
+DECODER_BATCH = 96
+CAPTION_SHARE = 0.15
 
 VISION: dict[str, Any] = {
     "hidden_size": 128,
@@ -122,9 +123,9 @@ def make_tokenizer() -> tokenizers.Tokenizer:
     rng = random.Random("tokenizer")
     corpus: list[str] = []
     for _ in range(4000):
-        scene = scenes.make_scene(rng)
+        scene = scenes.make_scene(rng, most=MOST_THINGS)
         corpus += [CAPTION_PREFIX, *captions.captions(rng, scene)]
-        for question in questions.ask(rng, scene, len(questions.KINDS)):
+        for question in questions.ask(rng, scene, len(questions.KINDS), tuple(questions.KINDS)):
             corpus += [ANSWER_PREFIX.format(question.text), question.answer]
     return tokenizers.build(corpus, vocab_size=PIECES)
 
@@ -192,7 +193,7 @@ def tower_batch(rng: random.Random, words: Callable[[str], list[int]], size: int
     batch, short, places = [], [], []
     for _ in range(size):
         loose = rng.random() < LOOSE_SHARE
-        scene = scenes.make_loose_thing(rng) if loose else scenes.make_scene(rng)
+        scene = scenes.make_loose_thing(rng) if loose else scenes.make_scene(rng, most=MOST_THINGS)
         fits = [f"a {scene.things[0].name}"] if loose else captions.captions(rng, scene)
         said = [c for c in map(words, fits) if len(c) < CONTEXT]
         batch.append(scene)
@@ -244,7 +245,7 @@ def pretrain_tower(out: Path, seed: int, steps: int) -> None:
 
 @dataclass(frozen=True)
 class Page:
-    """A batch of described scenes, each with its questions behind it; every question sees the description and itself.
+    """A batch of described scenes, each with a question (or a call for a caption) and the answer.
 
     The description has GRID x GRID positions, each a bag of words (the sum of their embeddings): what stands there and
     where that is, or nothing. A linear projection of patch features can give just that, so the decoder's reading
@@ -254,35 +255,42 @@ class Page:
     bags: Tensor
     """int64[B, GRID * GRID, W]: words of each position, padded with 0"""
     ids: Tensor
-    """int64[B, S]: the questions and answers, one after the other, padded with 0"""
-    positions: Tensor
-    """int64[B, GRID * GRID + S], counted as if each question were the only one"""
+    """int64[B, T]: BOS, prefix, newline, suffix, padded with 0"""
     visible: Tensor
-    """bool[B, GRID * GRID + S, GRID * GRID + S], [b, i, j]: i sees j. Both ways in bags and prefixes, else causal."""
+    """bool[B, S, S], S = GRID * GRID + T; [b, i, j]: i sees j. Both ways in description and prefix, else causal."""
     targets: Tensor
-    """int64[B, S]: the next token of a suffix, or -100"""
+    """int64[B, T]: the next token of a suffix, or -100"""
     weights: Tensor
-    """float[B, S]: every suffix counts the same, however long"""
+    """float[B, T]: every suffix counts the same, however long"""
 
 
 def decoder_batch(rng: random.Random, words: Callable[[str], list[int]], size: int) -> Page:
-    bags, rows = [], []
+    bags, ids, targets, weights, prefixes = [], [], [], [], []
     for _ in range(size):
         scene = scenes.make_scene(rng)
+        prefix, suffix = reading(rng, scene)
+        given, said = [2, *words(prefix), *words("\n")], words(suffix)
         bags.append(_bags(rng, scene, words))
-        rows.append(_questions_row(rng, scene, words))
-    length = max(map(len, rows))
-    padded = [row + [(0, 0, -1, False, -100, 0.0)] * (length - len(row)) for row in rows]
-    ids, positions, parts, prefix, targets, weights = (
-        torch.tensor(c) for c in zip(*map(_columns, padded), strict=True)
-    )
-    patches = torch.arange(GRID * GRID).expand(size, -1)
-    parts = torch.cat([torch.zeros_like(patches), parts], dim=1)
-    prefix = torch.cat([torch.ones_like(patches, dtype=torch.bool), prefix], dim=1)
-    same = (parts[:, :, None] == parts[:, None, :]) | (parts[:, None, :] == 0)
-    earlier = torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool).tril()
-    visible = same & (prefix[:, None, :] | earlier)
-    return Page(torch.stack(bags), ids, torch.cat([patches, positions], dim=1), visible, targets, weights)
+        ids.append(given + said)
+        targets.append([-100] * (len(given) - 1) + [*said, 1])
+        weights.append([0.0] * (len(given) - 1) + [1 / (len(said) + 1)] * (len(said) + 1))
+        prefixes.append(GRID * GRID + len(given))
+    length = max(map(len, ids))
+    every = torch.arange(GRID * GRID + length)
+    in_prefix = every < torch.tensor(prefixes)[:, None]
+    filled = every < torch.tensor([GRID * GRID + len(row) for row in ids])[:, None]
+    visible = (in_prefix[:, None, :] | (every[:, None] >= every)) & filled[:, None, :]
+    padded = [row + [-100] * (length - len(row)) for row in targets]
+    shares = [row + [0.0] * (length - len(row)) for row in weights]
+    return Page(torch.stack(bags), _pad(ids), visible, torch.tensor(padded), torch.tensor(shares))
+
+
+def reading(rng: random.Random, scene: scenes.Scene) -> tuple[str, str]:
+    """(prefix, suffix): a question and its answer, or now and then the call for a caption and one."""
+    if rng.random() < CAPTION_SHARE:
+        return CAPTION_PREFIX, rng.choice(captions.captions(rng, scene))
+    question = questions.ask(rng, scene, 1)[0]
+    return ANSWER_PREFIX.format(question.text), question.answer
 
 
 def _bags(rng: random.Random, scene: scenes.Scene, words: Callable[[str], list[int]]) -> Tensor:
@@ -303,27 +311,6 @@ def _bags(rng: random.Random, scene: scenes.Scene, words: Callable[[str], list[i
     return _pad(bags, 6)
 
 
-def _questions_row(
-    rng: random.Random, scene: scenes.Scene, words: Callable[[str], list[int]]
-) -> list[tuple[int, int, int, bool, int, float]]:
-    """Tokens as (id, position, which question, in its prefix?, target, weight)."""
-    asked = questions.ask(rng, scene, QUESTIONS)
-    pairs = [(ANSWER_PREFIX.format(question.text), question.answer) for question in asked]
-    pairs.append((CAPTION_PREFIX, rng.choice(captions.captions(rng, scene))))
-    row = []
-    for part, (prefix, suffix) in enumerate(pairs, start=1):
-        given, said = [2, *words(prefix), *words("\n")], words(suffix)
-        targets = [-100] * (len(given) - 1) + [*said, 1]
-        for n, (i, target) in enumerate(zip(given + said, targets, strict=True)):
-            weight = 1 / (len(said) + 1) if target >= 0 else 0.0
-            row.append((i, GRID * GRID + n, part, n < len(given), target, weight))
-    return row
-
-
-def _columns(row: list[tuple[Any, ...]]) -> tuple[list[Any], ...]:
-    return tuple(map(list, zip(*row, strict=True)))
-
-
 def decoder_loss(model: GemmaForCausalLM, page: Page) -> Tensor:
     embed = model.get_input_embeddings()
     known = (page.bags > 0)[..., None]
@@ -332,7 +319,6 @@ def decoder_loss(model: GemmaForCausalLM, page: Page) -> Tensor:
     hidden = model.model(
         inputs_embeds=torch.cat([bags, embed(page.ids)], dim=1),
         attention_mask=mask,
-        position_ids=page.positions,
         use_cache=False,
     ).last_hidden_state[:, GRID * GRID :]
     asked = page.targets >= 0

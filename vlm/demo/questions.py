@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlm.demo.scenes import COLOURS, PAIRS, SHAPES, Scene, Thing
@@ -31,10 +31,10 @@ def question(rng: random.Random, scene: Scene, kind: str) -> Question | None:
     return None if made is None else Question(kind, *made)
 
 
-def ask(rng: random.Random, scene: Scene, count: int) -> list[Question]:
-    """`count` questions of different kinds (fewer where the scene does not allow so many)."""
-    kinds = rng.sample(sorted(KINDS), len(KINDS))
-    made = (question(rng, scene, kind) for kind in kinds)
+def ask(rng: random.Random, scene: Scene, count: int, kinds: Sequence[str] | None = None) -> list[Question]:
+    """`count` questions of different kinds, `ASKED` by default (fewer where the scene does not allow so many)."""
+    kinds = ASKED if kinds is None else kinds
+    made = (question(rng, scene, kind) for kind in rng.sample(sorted(kinds), len(kinds)))
     return [q for q in made if q is not None][:count]
 
 
@@ -126,3 +126,5 @@ KINDS: dict[str, Callable[[random.Random, Scene], Made]] = {
     "exists": _exists,
     "relation": _relation,
 }
+ASKED = tuple(kind for kind in KINDS if kind != "relation")
+"""The kinds in the demo's data."""

@@ -21,6 +21,8 @@ IMAGE_SIZE = 72
 """Pixels on a side."""
 CELL = IMAGE_SIZE // 3
 SUPERSAMPLE = 4
+MAX_THINGS = 3
+"""Most things of a scene in the demo's data; at most 4."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (0, 0, 0),
@@ -92,9 +94,9 @@ class Scene:
 PLACES = tuple(" ".join(filter(None, (row, column))) or "center" for row in ROWS for column in COLUMNS)
 
 
-def make_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
-    """A scene of 1 to 4 things: with `held_out` all of them in their held-out places, without it none."""
-    count = rng.choices((1, 2, 3, 4), weights=(1, 3, 3, 2))[0]
+def make_scene(rng: random.Random, *, held_out: bool = False, most: int = MAX_THINGS) -> Scene:
+    """A scene of 1 to `most` things: with `held_out` all of them in their held-out places, without it none."""
+    count = rng.choices((1, 2, 3, 4)[:most], weights=(1, 3, 3, 2)[:most])[0]
     cells = sorted(rng.sample(range(9), count))
     pairs = _held_out_pairs(rng, cells) if held_out else _seen_pairs(rng, cells)
     things = tuple(_thing(rng, pair, divmod(cell, 3)) for pair, cell in zip(pairs, cells, strict=True))
