@@ -17,6 +17,9 @@ from vlm.errors import ConfigError, DataError
 IMAGE_TOKEN = "<image>"
 LOC_TOKENS = [f"<loc{i:04d}>" for i in range(1024)]
 SEG_TOKENS = [f"<seg{i:03d}>" for i in range(128)]
+CONTROL_NAMES = re.compile(r"<(image|mask|pad|eos|bos|unk|unused\d+|start_of_\w+|end_of_\w+|\d+mass)>|\[.+\]")
+"""Gemma's control tokens by name: not all of them are marked special in its tokenizer files."""
+
 MAX_CHARACTERS = 100_000
 """Longest text that is tokenised; a megabyte would take seconds and no decoder here has such a context."""
 
@@ -120,8 +123,8 @@ class TextEncoder:
             token: index for token, index in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         }
         coordinates = {t for t in (*LOC_TOKENS, *SEG_TOKENS) if t in added}
-        # A newline piece or a run of blanks may be an added token too: those are ordinary text.
-        self._control = {t: i for t, i in {**added, **special}.items() if t not in coordinates and t.strip()}
+        # Gemma's other added tokens (newline runs, blanks, HTML tags) are pieces of ordinary text.
+        self._control = {**{t: i for t, i in added.items() if CONTROL_NAMES.fullmatch(t)}, **special}
         self._coordinates = {t: added[t] for t in coordinates}
 
     def __call__(self, text: str, *, coordinates: bool = True) -> list[int]:
