@@ -34,7 +34,7 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path, monkey
 
 
 def test_words_of_places_are_those_of_the_scene(folder: Path) -> None:
-    words = pretrain._Words(folder)
+    words = pretrain.Words(folder)
     scene = scenes.make_scene(random.Random(5))
     rows = pretrain._words_of_places(scene, words)
     assert rows.shape == (9, pretrain.PLACE_WORDS + 1)
@@ -54,34 +54,43 @@ def test_a_place_is_read_from_its_own_patches_only(folder: Path) -> None:
     assert changed.tolist() == [place == "top right" for place in scenes.PLACES]
 
 
-def test_questions_of_a_page_see_the_description_and_themselves(folder: Path) -> None:
-    words = pretrain._Words(folder)
-    page = pretrain.decoder_batch(random.Random(0), words, 2)
-    patches = pretrain.GRID**2
-    ids = page.ids[0].tolist()
-    starts = [patches + i for i, token in enumerate(ids) if token == 2]  # BOS opens each question
-    end = patches + len([i for i in ids if i])
-    assert len(starts) >= 3
-    visible = page.visible[0]
-    assert visible[:patches, :patches].all() and not visible[:patches, patches:].any()
-    for start, stop in zip(starts, [*starts[1:], end], strict=True):
-        assert visible[start:stop, :patches].all()
-        assert not visible[start:stop, patches:start].any() and not visible[start:stop, stop:].any()
-        supervised = [i for i in range(start, stop) if page.targets[0, i - patches] >= 0]
-        first = supervised[0]  # the newline: the last token of the prefix
-        assert visible[start : first + 1, start : first + 1].all()
-        for i in range(first + 1, stop):
-            assert visible[i, start:stop].tolist() == [j <= i for j in range(start, stop)]
-        answer = page.targets[0, first - patches : stop - patches].tolist()
-        assert answer == [*ids[first + 1 - patches : stop - patches], 1]
-        assert page.weights[0, first - patches : stop - patches].sum().item() == pytest.approx(1)
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_page_is_seen_both_ways_up_to_the_answer(folder: Path, spread: bool) -> None:
+    words = pretrain.Words(folder)
+    page = pretrain.decoder_batch(random.Random(0), words, 6, spread=spread)
+    bags = page.bags.shape[1]
+    assert bags == (pretrain.GRID**2 if spread else pretrain.MOST_THINGS)
+    for row in range(6):
+        ids, targets = page.ids[row].tolist(), page.targets[row].tolist()
+        supervised = [i for i, target in enumerate(targets) if target >= 0]
+        first, last = supervised[0], supervised[-1]  # the newline, and the last word of the answer
+        assert words.tokenizer.decode(ids[first]) == "\n" and targets[last] == 1
+        assert targets[first:last] == ids[first + 1 : last + 1]
+        assert page.weights[row].sum().item() == pytest.approx(1)
+        real = [spread or bool(bag.any()) for bag in page.bags[row]] + [True] * (last + 1)
+        for i in range(bags + last + 1):
+            allowed = [ok and (j <= bags + first or j <= i) for j, ok in enumerate(real)]
+            assert page.visible[row, i, : len(real)].tolist() == allowed
+        assert not page.visible[row, : bags + last + 1, len(real) :].any()
+
+
+def test_bags_say_what_stands_where(folder: Path) -> None:
+    words = pretrain.Words(folder)
+    scene = scenes.make_scene(random.Random(8))
+    expected = {f"{t.size} {t.name} {t.place}" for t in scene.things}
+    for bags in (pretrain._things(random.Random(0), scene, words), pretrain._patches(random.Random(0), scene, words)):
+        said = [words.tokenizer.decode(bag, skip_special_tokens=True).strip() for bag in bags]
+        assert set(said) - {""} == expected
+    for number, text in enumerate(said):  # the patches: each thing on patches of its own place
+        row, column = (3 * k // pretrain.GRID for k in divmod(number, pretrain.GRID))
+        assert not text or text.endswith(scenes.PLACES[3 * row + column])
 
 
 def test_the_shipped_checkpoints_are_small_and_of_the_documented_shapes() -> None:
     files = [f for f in ASSETS.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 6_000_000
     siglip, gemma = (json.loads((ASSETS / part / "config.json").read_text()) for part in ("siglip", "gemma"))
-    assert siglip["model_type"] == "siglip" and gemma["model_type"] == "gemma"
+    assert siglip["model_type"] == "siglip" and gemma["model_type"] == "gemma3_text"
     vision = siglip["vision_config"]
     assert {key: vision[key] for key in pretrain.VISION} == pretrain.VISION
     assert {key: gemma[key] for key in pretrain.DECODER} == pretrain.DECODER

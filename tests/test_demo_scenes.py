@@ -144,7 +144,7 @@ def test_answers_agree_with_an_independent_reading_of_the_scene() -> None:
     rng = random.Random(7)
     kinds = set()
     for scene in make(SCENES, seed=8) + make(SCENES, seed=9, held_out=True):
-        for question in questions.ask(rng, scene, len(questions.KINDS)):
+        for question in questions.ask(rng, scene, len(questions.KINDS), tuple(questions.KINDS)):
             assert question.answer == answer(scene, question.text), (scene, question)
             kinds.add(question.kind)
     assert kinds == set(questions.KINDS)

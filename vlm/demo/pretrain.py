@@ -3,8 +3,8 @@
 * `siglip/`: a small SigLIP. Loss: the sigmoid loss on picture-caption pairs (arXiv 2303.15343) plus, as in SigLIP 2
   (arXiv 2502.14786, after LocCa), a decoder that captions each place of the picture from the patch features. That
   decoder is thrown away afterwards.
-* `gemma/`: a small Gemma with its tokenizer, trained on text only: it reads a description of a scene and then captions
-  it or answers questions about it, in PaliGemma's format (prefix attended both ways, loss on the suffix).
+* `gemma/`: a small Gemma 3 with its tokenizer, trained on text only: it reads a description of a scene and then
+  captions it or answers questions about it, in PaliGemma's format (prefix attended both ways, loss on the suffix).
 
 Neither has seen or read of anything in its held-out place, and the decoder has never seen a picture: tying the two
 together is what the demo itself shows. Each part trains in a process of its own on one thread, so that the same seed
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GemmaConfig, GemmaForCausalLM, SiglipConfig, SiglipModel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, SiglipConfig, SiglipModel
 
 from vlm import tokenizer as tokenizers
 from vlm.demo import captions, questions, scenes
@@ -51,9 +51,13 @@ MOST_THINGS = 4
 """In a picture of the tower's pretraining: more than the demo shows."""
 TOWER_STEPS = 2000
 TOWER_BATCH = 64
-DECODER_STEPS = 2200
-DECODER_BATCH = 96
+DECODER_STEPS = 2000
+DECODER_BATCH = 64
+WARMUP = 150
 CAPTION_SHARE = 0.15
+TOGETHER_SHARE = 0.6
+"""Share of the decoder's steps in which a thing is one bag of words; then it is spread over patches."""
+BAG_WORDS = 6
 
 VISION: dict[str, Any] = {
     "hidden_size": 128,
@@ -96,7 +100,10 @@ DECODER: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 32,
     "max_position_embeddings": 256,
-    "initializer_range": 0.05,
+    "initializer_range": 0.1,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 512,
+    "layer_types": ["full_attention"] * 3,
 }
 
 
@@ -130,7 +137,7 @@ def make_tokenizer() -> tokenizers.Tokenizer:
     return tokenizers.build(corpus, vocab_size=PIECES)
 
 
-class _Words:
+class Words:
     """Text to ids, each text tokenised once."""
 
     def __init__(self, folder: Path) -> None:
@@ -188,7 +195,7 @@ class PlaceCaptioner(nn.Module):
         return F.linear(self.norm(hidden), self.words.weight).unflatten(1, ids.shape[1:])
 
 
-def tower_batch(rng: random.Random, words: Callable[[str], list[int]], size: int) -> tuple[Tensor, Tensor, Tensor]:
+def tower_batch(rng: random.Random, words: Words, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """(pixels float[B, 3, H, W], captions int64[B, CONTEXT], words of each place int64[B, 9, PLACE_WORDS + 1])."""
     batch, short, places = [], [], []
     for _ in range(size):
@@ -202,7 +209,7 @@ def tower_batch(rng: random.Random, words: Callable[[str], list[int]], size: int
     return pixels(batch), _pad(short, CONTEXT), torch.stack(places)
 
 
-def _words_of_places(scene: scenes.Scene, words: Callable[[str], list[int]]) -> Tensor:
+def _words_of_places(scene: scenes.Scene, words: Words) -> Tensor:
     """int64[9, PLACE_WORDS + 1]: BOS, what stands there ("small red circle top left", or nothing), EOS, padding."""
     rows: list[list[int]] = [[] for _ in scenes.PLACES]
     for thing in scene.things:
@@ -226,7 +233,7 @@ def tower_loss(model: SiglipModel, captioner: PlaceCaptioner, batch: tuple[Tenso
 
 def pretrain_tower(out: Path, seed: int, steps: int) -> None:
     """Write `out/siglip`: config.json, preprocessor_config.json and model.safetensors (float16)."""
-    words = _Words(out)
+    words = Words(out)
     vocabulary = tokenizers.image_token_id(words.tokenizer) + 1  # the pieces; <loc> and <seg> come after <image>
     torch.manual_seed(seed)
     model = SiglipModel(SiglipConfig(text_config={**TEXT, "vocab_size": vocabulary}, vision_config=VISION))
@@ -236,7 +243,7 @@ def pretrain_tower(out: Path, seed: int, steps: int) -> None:
     rng = random.Random(f"tower {seed}")
     batches = (tower_batch(rng, words, TOWER_BATCH) for _ in range(steps))
     parameters = [*model.parameters(), *captioner.parameters()]
-    _train("siglip", parameters, batches, lambda b: tower_loss(model, captioner, b), steps, weight_decay=0.05)
+    _train("siglip", parameters, batches, lambda b: tower_loss(model, captioner, b), steps, 2e-3, 0.05)
     _save(model, out / "siglip", {"preprocessor_config.json": PREPROCESSOR})
 
 
@@ -247,42 +254,43 @@ def pretrain_tower(out: Path, seed: int, steps: int) -> None:
 class Page:
     """A batch of described scenes, each with a question (or a call for a caption) and the answer.
 
-    The description has GRID x GRID positions, each a bag of words (the sum of their embeddings): what stands there and
-    where that is, or nothing. A linear projection of patch features can give just that, so the decoder's reading
-    carries over.
+    A description is made of bags of words, each the sum of its words' embeddings. A linear projection of patch
+    features can give just that, so the decoder's reading carries over to pictures.
     """
 
     bags: Tensor
-    """int64[B, GRID * GRID, W]: words of each position, padded with 0"""
+    """int64[B, K, W]: the words of each bag, padded with 0; a bag may be empty"""
     ids: Tensor
     """int64[B, T]: BOS, prefix, newline, suffix, padded with 0"""
     visible: Tensor
-    """bool[B, S, S], S = GRID * GRID + T; [b, i, j]: i sees j. Both ways in description and prefix, else causal."""
+    """bool[B, S, S], S = K + T; [b, i, j]: i sees j. Both ways in description and prefix, else causal."""
     targets: Tensor
     """int64[B, T]: the next token of a suffix, or -100"""
     weights: Tensor
     """float[B, T]: every suffix counts the same, however long"""
 
 
-def decoder_batch(rng: random.Random, words: Callable[[str], list[int]], size: int) -> Page:
+def decoder_batch(rng: random.Random, words: Words, size: int, *, spread: bool) -> Page:
+    """`spread`: one bag for each patch of a picture, most of them empty; else one for each thing."""
     bags, ids, targets, weights, prefixes = [], [], [], [], []
     for _ in range(size):
         scene = scenes.make_scene(rng)
         prefix, suffix = reading(rng, scene)
         given, said = [2, *words(prefix), *words("\n")], words(suffix)
-        bags.append(_bags(rng, scene, words))
+        bags.append(_patches(rng, scene, words) if spread else _things(rng, scene, words))
         ids.append(given + said)
         targets.append([-100] * (len(given) - 1) + [*said, 1])
         weights.append([0.0] * (len(given) - 1) + [1 / (len(said) + 1)] * (len(said) + 1))
-        prefixes.append(GRID * GRID + len(given))
-    length = max(map(len, ids))
-    every = torch.arange(GRID * GRID + length)
+        prefixes.append(len(bags[-1]) + len(given))
+    bag_ids, text = torch.stack(bags), _pad(ids)
+    num_bags, length = bag_ids.shape[1], text.shape[1]
+    every = torch.arange(num_bags + length)
     in_prefix = every < torch.tensor(prefixes)[:, None]
-    filled = every < torch.tensor([GRID * GRID + len(row) for row in ids])[:, None]
+    filled = torch.cat([(bag_ids > 0).any(-1) | spread, text > 0], dim=1)
     visible = (in_prefix[:, None, :] | (every[:, None] >= every)) & filled[:, None, :]
     padded = [row + [-100] * (length - len(row)) for row in targets]
     shares = [row + [0.0] * (length - len(row)) for row in weights]
-    return Page(torch.stack(bags), _pad(ids), visible, torch.tensor(padded), torch.tensor(shares))
+    return Page(bag_ids, text, visible, torch.tensor(padded), torch.tensor(shares))
 
 
 def reading(rng: random.Random, scene: scenes.Scene) -> tuple[str, str]:
@@ -293,8 +301,16 @@ def reading(rng: random.Random, scene: scenes.Scene) -> tuple[str, str]:
     return ANSWER_PREFIX.format(question.text), question.answer
 
 
-def _bags(rng: random.Random, scene: scenes.Scene, words: Callable[[str], list[int]]) -> Tensor:
-    """int64[GRID * GRID, 6]; a large thing covers all positions of its place, a small one some of them."""
+def _things(rng: random.Random, scene: scenes.Scene, words: Words) -> Tensor:
+    """int64[MOST_THINGS, BAG_WORDS]: one bag for each thing, in random order."""
+    things = list(scene.things)
+    rng.shuffle(things)
+    bags = [_bag(thing, words) for thing in things]
+    return _pad(bags + [[]] * (MOST_THINGS - len(bags)), BAG_WORDS)
+
+
+def _patches(rng: random.Random, scene: scenes.Scene, words: Words) -> Tensor:
+    """int64[GRID * GRID, BAG_WORDS]; a large thing covers all patches of its place, a small one some of them."""
     standing = {(thing.row, thing.column): thing for thing in scene.things}
     per_place = GRID // 3
     covered = {
@@ -306,21 +322,24 @@ def _bags(rng: random.Random, scene: scenes.Scene, words: Callable[[str], list[i
         for column in range(GRID):
             place = (row // per_place, column // per_place)
             here = row % per_place * per_place + column % per_place in covered.get(place, ())
-            thing = standing.get(place)
-            bags.append(words(f" {thing.size} {thing.name} {thing.place}") if here and thing else [])
-    return _pad(bags, 6)
+            bags.append(_bag(standing[place], words) if here else [])
+    return _pad(bags, BAG_WORDS)
 
 
-def decoder_loss(model: GemmaForCausalLM, page: Page) -> Tensor:
+def _bag(thing: scenes.Thing, words: Words) -> list[int]:
+    return words(f" {thing.size} {thing.name} {thing.place}")
+
+
+def decoder_loss(model: Gemma3ForCausalLM, page: Page) -> Tensor:
     embed = model.get_input_embeddings()
     known = (page.bags > 0)[..., None]
     bags = (embed(page.bags) * known).sum(2) / known.sum(2).clamp(min=1).sqrt()
     mask = torch.zeros(page.visible.shape).masked_fill(~page.visible, torch.finfo(torch.float32).min)[:, None]
     hidden = model.model(
         inputs_embeds=torch.cat([bags, embed(page.ids)], dim=1),
-        attention_mask=mask,
+        attention_mask={"full_attention": mask, "sliding_attention": mask},
         use_cache=False,
-    ).last_hidden_state[:, GRID * GRID :]
+    ).last_hidden_state[:, bags.shape[1] :]
     asked = page.targets >= 0
     losses = F.cross_entropy(model.lm_head(hidden[asked]), page.targets[asked], reduction="none")
     return (losses * page.weights[asked]).sum() / page.weights.sum()
@@ -328,14 +347,15 @@ def decoder_loss(model: GemmaForCausalLM, page: Page) -> Tensor:
 
 def pretrain_decoder(out: Path, seed: int, steps: int) -> None:
     """Write `out/gemma`: config.json and model.safetensors (float16) beside the tokenizer."""
-    words = _Words(out)
+    words = Words(out)
     vocabulary = -(-len(words.tokenizer) // 64) * 64
     torch.manual_seed(seed)
-    config = GemmaConfig(**DECODER, vocab_size=vocabulary, pad_token_id=0, bos_token_id=2, eos_token_id=1)
-    model = GemmaForCausalLM(config)
+    config = Gemma3TextConfig(**DECODER, vocab_size=vocabulary, pad_token_id=0, bos_token_id=2, eos_token_id=1)
+    model = Gemma3ForCausalLM(config)
     rng = random.Random(f"decoder {seed}")
-    batches = (decoder_batch(rng, words, DECODER_BATCH) for _ in range(steps))
-    _train("gemma", list(model.parameters()), batches, lambda b: decoder_loss(model, b), steps, weight_decay=0.01)
+    together = round(TOGETHER_SHARE * steps)
+    batches = (decoder_batch(rng, words, DECODER_BATCH, spread=step >= together) for step in range(steps))
+    _train("gemma", list(model.parameters()), batches, lambda b: decoder_loss(model, b), steps, 3e-3, 0.01)
     _save(model, out / "gemma")
 
 
@@ -348,19 +368,17 @@ def _train(
     batches: Iterator[Any],
     loss_of: Callable[[Any], Tensor],
     steps: int,
-    *,
+    rate: float,
     weight_decay: float,
-    rate: float = 2e-3,
-    warmup: int = 150,
 ) -> None:
-    """AdamW on one thread, the rate rising for `warmup` steps and falling to zero in a straight line."""
+    """AdamW on one thread, the rate rising for WARMUP steps and falling to zero in a straight line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     started = time.monotonic()
     for step, batch in enumerate(batches, start=1):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, step / warmup) * (1 - (step - 1) / steps)
+            group["lr"] = rate * min(1.0, step / WARMUP) * (1 - (step - 1) / steps)
         loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
