@@ -11,6 +11,7 @@ from vlm.train.data import MicroBatch
 from vlm.train.failures import Failures
 from vlm.train.metrics import MetricsFile
 from vlm.train.modules import StageModule, StepReport
+from vlm.train.processes import barrier
 from vlm.train.progress import Progress, Speed, TensorBoard
 from vlm.train.validate import Validator
 
@@ -92,6 +93,8 @@ class Recorder(pl.Callback):
             self._save_if_due(trainer, pl_module, report.step)
         if pl_module.stopped:
             trainer.should_stop = True
+            # A process that leaves early is taken for a crash by the launcher, which then kills the one that saves.
+            barrier()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.close()
