@@ -31,7 +31,7 @@ SIDES = {"to the left of": "left of", "to the right of": "right of"}
 
 def captions(rng: random.Random, scene: Scene) -> list[str]:
     """Different true captions of the scene, three to six, in random order."""
-    made = [_all_things(scene), rng.choice(LEADS) + one_thing(rng.choice(scene.things)), every_detail(scene)]
+    made = [all_things(scene), rng.choice(LEADS) + one_thing(rng.choice(scene.things)), every_detail(scene)]
     if len(scene.things) > 1:
         made += [_counted(scene), *(_related(rng, scene) for _ in range(2))]
     made = list(dict.fromkeys(made))
@@ -43,7 +43,7 @@ def one_thing(thing: Thing) -> str:
     return f"a {thing.size} {thing.name} at the {thing.place}"
 
 
-def _all_things(scene: Scene) -> str:
+def all_things(scene: Scene) -> str:
     return _join([f"a {thing.name}" for thing in scene.things])
 
 
@@ -52,7 +52,7 @@ def every_detail(scene: Scene) -> str:
 
 
 def _counted(scene: Scene) -> str:
-    return f"{NUMBERS[len(scene.things)]} shapes: {_all_things(scene)}"
+    return f"{NUMBERS[len(scene.things)]} shapes: {all_things(scene)}"
 
 
 def _related(rng: random.Random, scene: Scene) -> str:

@@ -19,9 +19,8 @@ from vlm.demo import captions, questions, scenes
 
 CAPTION_PROMPT = "caption en"
 ANSWER_PROMPT = "answer en {}"
-TRAIN_SCENES = 4000
+TRAIN_SCENES = 6000
 TRAIN_QUESTIONS = 6
-TRAIN_CAPTIONS = 2
 TEST_SCENES = 250
 TEST_QUESTIONS = 4
 
@@ -54,10 +53,19 @@ def _write_train(folder: Path, seed: int, count: int) -> None:
         scenes.draw(scene).save(folder / image)
         asked = questions.ask(rng, scene, TRAIN_QUESTIONS)
         pairs = [(ANSWER_PROMPT.format(question.text), question.answer) for question in asked]
-        pairs += [(CAPTION_PROMPT, caption) for caption in captions.captions(rng, scene)[:TRAIN_CAPTIONS]]
+        pairs += [(CAPTION_PROMPT, caption) for caption in _train_captions(rng, scene)]
         for index, (prefix, suffix) in enumerate(pairs):
             lines.append({"id": f"train-{number:05d}-{index}", "image": image, "prefix": prefix, "suffix": suffix})
     _write_lines(folder / "train.jsonl", lines)
+
+
+def _train_captions(rng: random.Random, scene: scenes.Scene) -> list[str]:
+    """Three of a scene's true captions: all things by name, and one or two things in detail or a relation."""
+    detailed = [f"there is {captions.one_thing(thing)}" for thing in scene.things]
+    rng.shuffle(detailed)
+    related = [c for c in captions.captions(rng, scene) if any(r in c for r in questions.RELATIONS)]
+    second = rng.choice(related) if related and rng.random() < 0.25 else detailed[-1]
+    return [captions.all_things(scene), detailed[0], second]
 
 
 def _write_test(folder: Path, seed: int, count: int) -> None:
