@@ -75,7 +75,7 @@ def test_one_batch_of_four_is_two_accumulated_is_two_processes(
 
 
 def test_a_signal_to_one_process_stops_and_saves_both(tmp_path: Path) -> None:
-    run = config(tmp_path / "out", align(steps=200), checkpoint_every=1000, devices=2, strategy="ddp")
+    run = config(tmp_path / "out", align(steps=40), checkpoint_every=1000, devices=2, strategy="ddp")
     with two_processes(run) as processes:
         wait(lambda: steps_done(run.out) >= 2)
         processes[1].terminate()
@@ -83,9 +83,9 @@ def test_a_signal_to_one_process_stops_and_saves_both(tmp_path: Path) -> None:
             process.join(60)
         assert [process.exitcode for process in processes] == [143, 143]
     saved = checkpoint.newest(run.out / "align" / "checkpoints")
-    assert saved is not None and saved.step == steps_done(run.out) < 200
+    assert saved is not None and saved.step == steps_done(run.out) < 40
     assert run_on_two(run, resume=True) == [0, 0]
-    assert [int(row["step"]) for row in rows(run.out)] == list(range(1, 201))
+    assert [int(row["step"]) for row in rows(run.out)] == list(range(1, 41))
 
 
 def test_an_error_in_one_process_ends_both(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from vlm.data import Example
@@ -106,13 +107,14 @@ def train_stage(stage: Stage, model: nn.Module, processor: Processor, recorder: 
 def make_trainer(stage: Stage, recorder: Recorder) -> pl.Trainer:
     """Lightning's trainer, with everything off that this package does itself. Raises `ConfigError`."""
     run = stage.run
+    devices = _devices(run)
     try:
         with quiet_lightning():
             trainer = pl.Trainer(
                 accelerator=run.accelerator,
-                devices=_devices(run),
+                devices=devices,
                 num_nodes=run.nodes,
-                strategy=run.strategy,
+                strategy=_strategy(run, devices),
                 precision=PRECISIONS[stage.precision],  # type: ignore[arg-type]
                 deterministic=run.deterministic,
                 max_epochs=1,  # one pass over the sampler, which holds all steps of the stage
@@ -136,6 +138,13 @@ def _devices(run: RunConfig) -> int:
     if run.devices != "auto":
         return run.devices
     return torch.cuda.device_count() if run.accelerator != "cpu" and torch.cuda.is_available() else 1
+
+
+def _strategy(run: RunConfig, devices: int) -> str | DDPStrategy:
+    if run.strategy == "auto" and devices * run.nodes == 1:
+        return "auto"
+    # No buffer of ours changes in training, so there is nothing to send before every forward pass.
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _fit(trainer: pl.Trainer, module: StageModule, stop: StopSignal) -> None:
