@@ -252,7 +252,7 @@ def _demo(commands: Any) -> None:
         " minutes on two cores. Run again with the same options, it goes on where it stopped."
     )
     parser = _command(commands, run_demo, "demo", "train a model on a small drawn world", details)
-    parser.add_argument("--out", "-o", type=Path, default=Path("vlm-demo"), metavar="DIR", help="folder (vlm-demo)")
+    parser.add_argument("--out", "-o", type=Path, default=Path("demo"), metavar="DIR", help="folder (demo)")
     parser.add_argument("--from-scratch", action="store_true", help="pretrain the start checkpoints first; longer")
     parser.add_argument("--pretrain", action="store_true", help="only make the start checkpoints the package ships")
     parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of data, weights and training (0)")
