@@ -3,6 +3,8 @@
 import csv
 import json
 import logging
+import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -308,6 +310,16 @@ def slow_saves() -> None:
     checkpoint.publish = slow
 
 
+def test_a_kill_between_the_last_checkpoint_and_the_model_costs_nothing(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference, tmp_path / "out")
+    for name in ("model", "tune/model"):
+        shutil.rmtree(tmp_path / "out" / name)
+    (tmp_path / "out" / "tune" / "model.tmp").mkdir()
+    vlm.train.run(config(tmp_path / "out"), resume=True)
+    assert_same_run(tmp_path / "out", reference)
+    assert not (tmp_path / "out" / "tune" / "model.tmp").exists()
+
+
 def test_a_torn_metrics_file_is_repaired(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     file = metrics.MetricsFile(path)
@@ -339,6 +351,40 @@ def test_a_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(
     monkeypatch.setattr(checkpoint, "save_file", real)
     vlm.train.run(run, resume=True)
     assert_same_run(run.out, reference)
+
+
+# --- the machine
+
+
+def test_a_loading_process_that_dies_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: object, **__: object) -> None:
+        assert torch.utils.data.get_worker_info() is not None, "images are loaded in the workers"
+        os._exit(9)
+
+    monkeypatch.setattr("vlm.train.data.load_image", die)
+    with pytest.raises(TrainingError, match="stage align: a data loading process died .* lower workers or cache"):
+        vlm.train.run(config(tmp_path / "out", align(), workers=1))
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory: you tried"]
+)
+def test_out_of_memory_says_what_to_change_and_keeps_the_checkpoint(
+    text: str, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = vlm.VLM.forward
+
+    def greedy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if steps_done(tmp_path / "out") == 4:
+            raise RuntimeError(text)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm.VLM, "forward", greedy)
+        with pytest.raises(TrainingError, match=r"out of memory .* raise `accumulate` \(now 1\)"):
+            vlm.train.run(config(tmp_path / "out"))
+    vlm.train.run(config(tmp_path / "out"), resume=True)
+    assert_same_run(tmp_path / "out", reference)
 
 
 # --- loading

@@ -19,8 +19,10 @@ from vlm.demo import captions, questions, scenes
 
 CAPTION_PROMPT = "caption en"
 ANSWER_PROMPT = "answer en {}"
-TRAIN_SCENES = 6000
+TRAIN_SCENES = 4500
 TRAIN_QUESTIONS = 6
+HARDEST = ("count", "neighbor")
+"""Kinds of which a training scene gets one question more: they are learned last."""
 TEST_SCENES = 250
 TEST_QUESTIONS = 4
 
@@ -41,17 +43,18 @@ def write(folder: Path, seed: int, train_scenes: int = TRAIN_SCENES, test_scenes
 def test_set(seed: int, count: int = TEST_SCENES) -> list[scenes.Scene]:
     """The test scenes themselves, against which captions are checked."""
     rng = random.Random(f"test scenes {seed}")
-    return [scenes.make_scene(rng, held_out=True) for _ in range(count)]
+    return [scenes.make_scene(rng, held_out=True, radius=scenes.CLEAR_RADIUS) for _ in range(count)]
 
 
 def _write_train(folder: Path, seed: int, count: int) -> None:
     rng = random.Random(f"train {seed}")
     lines: list[dict[str, Any]] = []
     for number in range(count):
-        scene = scenes.make_scene(rng)
+        scene = scenes.make_scene(rng, radius=scenes.CLEAR_RADIUS)
         image = f"images/train-{number:05d}.png"
         scenes.draw(scene).save(folder / image)
         asked = questions.ask(rng, scene, TRAIN_QUESTIONS)
+        asked += [q for q in (questions.question(rng, scene, kind) for kind in HARDEST) if q is not None]
         pairs = [(ANSWER_PROMPT.format(question.text), question.answer) for question in asked]
         pairs += [(CAPTION_PROMPT, caption) for caption in _train_captions(rng, scene)]
         for index, (prefix, suffix) in enumerate(pairs):
@@ -60,12 +63,14 @@ def _write_train(folder: Path, seed: int, count: int) -> None:
 
 
 def _train_captions(rng: random.Random, scene: scenes.Scene) -> list[str]:
-    """Three of a scene's true captions: all things by name, and one or two things in detail or a relation."""
-    detailed = [f"there is {captions.one_thing(thing)}" for thing in scene.things]
-    rng.shuffle(detailed)
+    """Three true captions: mostly lists of everything for one or two things, mostly one of them for three."""
+    everything = captions.all_things(scene)
+    one, another = (f"there is a {rng.choice(scene.things).name}" for _ in range(2))
+    if len(scene.things) > 2:
+        return [everything, one, another]
     related = [c for c in captions.captions(rng, scene) if any(r in c for r in questions.RELATIONS)]
-    second = rng.choice(related) if related and rng.random() < 0.25 else detailed[-1]
-    return [captions.all_things(scene), detailed[0], second]
+    second = rng.choice([everything, f"a picture of {everything}", *related[:1]])
+    return [everything, one, second]
 
 
 def _write_test(folder: Path, seed: int, count: int) -> None:
