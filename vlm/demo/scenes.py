@@ -3,8 +3,8 @@
 A scene is a few things on a light background.  Each thing has a colour, a shape, a size and a cell of a 3 x 3 grid,
 and no two things of a scene share both colour and shape, so "the red circle" names one thing.
 
-What is held out: each colour-and-shape has one place where it never stands in training (`HELD_OUT`). In a test scene
-everything stands just there, so no test picture holds a single combination of colour, shape and place that was seen.
+What is held out: each colour-and-shape has one place where it never stands in training (`HELD_OUT`). Every test scene
+holds such a combination of colour, shape and place, so no test scene can have been seen.
 
 Everything here is a pure function of a `random.Random`, so the same seed draws the same pictures.
 """
