@@ -70,7 +70,8 @@ class MicroBatches(Dataset[MicroBatch]):
         assert len(examples) == mixture.num_examples
         self.examples, self.mixture, self.processor = examples, mixture, processor
         self.max_text_length, self.augmentations = max_text_length, augmentations
-        self._cache: dict[int, Image.Image] = {}
+        # By image, not by example: a picture often has several questions.
+        self._cache: dict[Path | int, Image.Image] = {}
         self._cache_left = cache_images_mb * 10**6
 
     def __getitem__(self, key: Key) -> MicroBatch:
@@ -106,12 +107,14 @@ class MicroBatches(Dataset[MicroBatch]):
         )
 
     def _image(self, index: int) -> Image.Image:
-        if index in self._cache:
-            return self._cache[index]
-        image = load_image(self.examples[index].image, background=self.processor.image_transform.background)
+        source = self.examples[index].image
+        key = source if isinstance(source, Path) else index
+        if key in self._cache:
+            return self._cache[key]
+        image = load_image(source, background=self.processor.image_transform.background)
         size = image.width * image.height * 3
         if size <= self._cache_left:
-            self._cache[index] = image
+            self._cache[key] = image
             self._cache_left -= size
         return image
 
