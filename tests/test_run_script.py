@@ -1,4 +1,4 @@
-"""`./run` sets up its environment once, and never goes on after a set-up that failed. Python and pip are played by shell."""
+"""`./run` sets up its environment once, and never goes on after a set-up that failed. Shell plays Python and pip."""
 
 import os
 import shutil
