@@ -1,4 +1,4 @@
-"""`./run` sets up its environment once, and never goes on after a set-up that failed. Shell plays Python and pip."""
+"""`./run` sets up its environment once and never goes on after a failed set-up. Python and pip are played by shell."""
 
 import os
 import shutil
