@@ -75,7 +75,7 @@ _ADVICE = "convert it to PNG or JPEG"
 # (pattern at the start of the content, what it is, code)
 _OTHER_CONTENT = [
     (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC/HEIF image (Pillow needs the pillow-heif plugin)", "unsupported-format"),
-    (rb"....ftypavi[fs]", "an AVIF image with a damaged header", "corrupt"),
+    (rb"....ftypavi[fs]", "an AVIF image, damaged or beyond this version of Pillow", "corrupt"),
     (rb"....ftyp", "a video (ISO media)", "unsupported-format"),
     (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "a JPEG XL image", "unsupported-format"),
     (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 image", "unsupported-format"),
