@@ -63,6 +63,14 @@ def test_missing_start_checkpoints_say_how_to_make_them(tmp_path: Path, monkeypa
         demo.main(tmp_path / "out", size=SMALL)
 
 
+def places_asked(file: Path) -> set[tuple[str, str]]:
+    """(thing, place) of the questions "where is the ...?"."""
+    asked = [
+        (line["prefix"].partition("where is the ")[2].rstrip("?"), line["suffix"]) for line in dataset.read_lines(file)
+    ]
+    return {pair for pair in asked if pair[0]}
+
+
 def test_data_is_complete_repeatable_and_held_out(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         dataset.write(tmp_path / folder, 3, 30, 10)
@@ -70,11 +78,10 @@ def test_data_is_complete_repeatable_and_held_out(tmp_path: Path) -> None:
     assert len([f for f in files if f.suffix == ".png"]) == 40
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    train = (tmp_path / "a" / "train.jsonl").read_text()
-    combinations = [f"{colour} {shape} at the {PLACES[cell]}" for (colour, shape), cell in HELD_OUT.items()]
-    assert " at the " in train and not any(
-        f"{text}{end}" in train for text in combinations for end in ('"', ",", " and")
-    )
+    held_out = {(f"{colour} {shape}", PLACES[cell]) for (colour, shape), cell in HELD_OUT.items()}
+    train, test = (places_asked(tmp_path / "a" / f"{name}.jsonl") for name in ("train", "test_questions"))
+    assert train and train.isdisjoint(held_out) and test & held_out
+    combinations = [f"{name} at the {place}" for name, place in held_out]
     for line in dataset.read_lines(tmp_path / "a" / "test_captions.jsonl"):
         assert line["suffix"] in line["references"]
         assert any(text in reference for text in combinations for reference in line["references"])
