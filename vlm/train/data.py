@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from vlm.data import Example
 from vlm.errors import DataError, ImageError, VLMError
@@ -157,6 +158,9 @@ def loader(dataset: MicroBatches, sampler: StepSampler, *, workers: int = 0, pin
     """A loader that gives one `MicroBatch` per key, in order, from `workers` processes (0: this one)."""
     options: dict[str, Any] = {}
     if workers:
+        # Torch installs its SIGCHLD handler once, and Lightning takes it away at the end of each stage: without it a
+        # worker that died would be noticed only after LONGEST_WAIT_S.
+        signal_handling._SIGCHLD_handler_set = False
         options = {"timeout": LONGEST_WAIT_S, "worker_init_fn": _start_worker, "multiprocessing_context": "fork"}
     return DataLoader(
         dataset,
