@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "settings", "images", "config", "masks", "loss", "transforms"),
     ("data", "tokenizer", "prompts", "processor", "encoders", "projectors"),
-    ("model", "generation", "build", "checkpoints", "presets", "info"),
-    ("eval", "train"),
+    ("model", "generation", "build", "checkpoints", "presets", "info", "siglip"),
+    ("eval", "train", "check"),
     ("demo", "cli", "__main__"),
 )
 # What each layer may take from outside the standard library, beyond what the layers below may.

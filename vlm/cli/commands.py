@@ -6,14 +6,22 @@ pydantic, which alone costs more than the 0.2 s that help may take.
 
 import json
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vlm.cli import console
-
-Run = Callable[[Namespace], int]
+from vlm.cli.options import (
+    Parser,
+    Run,
+    add_generation,
+    add_model,
+    at_least,
+    check_device,
+    command,
+    unless_auto,
+)
 
 EXIT_CODES = """\
 exit codes:
@@ -25,7 +33,7 @@ exit codes:
 
 def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
     """The body of the command that `argv` names, and its options. Raises `SystemExit`: 0 after help, 2 on misuse."""
-    parser = _Parser(
+    parser = Parser(
         prog="vlm",
         description="Build, train, evaluate and run PaliGemma-style vision-language models.",
         epilog=EXIT_CODES,
@@ -41,66 +49,11 @@ def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
     return options.run, options
 
 
-class _Parser(ArgumentParser):
-    """argparse without guessing: an abbreviated option would change its meaning when another one is added."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}\nSee `{self.prog} --help`.", file=sys.stderr)
-        raise SystemExit(console.REFUSED)
-
-
-def _command(commands: Any, run: Run, name: str, help: str, details: str = "") -> ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {details}".rstrip())
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _at_least(lowest: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-        if value < lowest:
-            raise ArgumentTypeError(f"expected at least {lowest}, got {value}")
-        return value
-
-    return number
-
-
-def _add_generation(parser: ArgumentParser, batch_size: int | None) -> None:
-    """Options of every command that runs a model; without `batch_size` there is only one image."""
-    one = _at_least(1)
-    parser.add_argument("--max-new-tokens", type=one, default=64, metavar="N", help="most tokens of an answer (64)")
-    parser.add_argument(
-        "--num-beams", type=one, default=1, metavar="N", help="beams of the search; 1, greedy, if not given"
-    )
-    if batch_size is not None:
-        text = f"images at a time ({batch_size})"
-        parser.add_argument("--batch-size", type=one, default=batch_size, metavar="N", help=text)
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where the model runs; auto: a GPU if there is one",
-    )
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="number format; auto: the checkpoint's"
-    )
-
-
-def _add_model(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", "-m", required=True, help="model directory or hub id")
-
-
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
 def _train(commands: Any) -> None:
-    parser = _command(commands, run_train, "train", "train a model in stages")
+    parser = command(commands, run_train, "train", "train a model in stages")
     parser.add_argument("--config", "-c", type=Path, required=True, metavar="FILE", help="the run, as YAML")
     parser.add_argument(
         "--set",
@@ -137,17 +90,17 @@ def run_train(options: Namespace) -> int:
 
 def _eval(commands: Any) -> None:
     details = "Run again with the same options, it goes on where it stopped."
-    parser = _command(commands, run_eval, "eval", "score a model on annotated images", details)
-    _add_model(parser)
+    parser = command(commands, run_eval, "eval", "score a model on annotated images", details)
+    add_model(parser)
     parser.add_argument("--data", "-d", type=Path, required=True, metavar="FILE", help="annotations, as JSONL")
     parser.add_argument("--metrics", required=True, metavar="A,B", help="names of metrics, such as exact_match,cider")
     parser.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder of the images (that of the data)")
-    parser.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N items")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N items")
     parser.add_argument("--skip-bad", action="store_true", help="leave out and list broken annotations")
     parser.add_argument("--shuffle-images", action="store_true", help="control: give each item another item's image")
-    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the shuffling (0)")
-    _add_generation(parser, batch_size=16)
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the shuffling (0)")
+    add_generation(parser, batch_size=16)
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
@@ -155,7 +108,7 @@ def run_eval(options: Namespace) -> int:
     """`vlm eval`: the table of scores on stdout."""
     from vlm.eval import evaluate, table
 
-    _check_device(options.device)
+    check_device(options.device)
     console.quiet_transformers()
     results = evaluate(
         options.model,
@@ -170,8 +123,8 @@ def run_eval(options: Namespace) -> int:
         skip_bad=options.skip_bad,
         shuffle_images=options.shuffle_images,
         seed=options.seed,
-        device=_unless_auto(options.device),
-        dtype=_unless_auto(options.dtype),
+        device=unless_auto(options.device),
+        dtype=unless_auto(options.dtype),
     )
     print(json.dumps(results, indent=1) if options.json else table(results))
     print(f"written to {options.out}", file=sys.stderr)
@@ -183,11 +136,11 @@ def run_eval(options: Namespace) -> int:
 
 def _caption(commands: Any) -> None:
     details = "Images that cannot be read are named on stderr, the others are described (exit code 3)."
-    parser = _command(commands, run_caption, "caption", "describe images", details)
+    parser = command(commands, run_caption, "caption", "describe images", details)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("--prompt", default="caption en", help="what the model is asked (caption en)")
-    _add_generation(parser, batch_size=8)
+    add_generation(parser, batch_size=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, errors included")
 
 
@@ -197,11 +150,11 @@ def run_caption(options: Namespace) -> int:
 
 
 def _ask(commands: Any) -> None:
-    parser = _command(commands, run_ask, "ask", "ask a question about an image")
+    parser = command(commands, run_ask, "ask", "ask a question about an image")
     parser.add_argument("image", metavar="IMAGE", help="image file")
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it, in English")
-    _add_model(parser)
-    _add_generation(parser, batch_size=None)
+    add_model(parser)
+    add_generation(parser, batch_size=None)
     parser.add_argument("--json", action="store_true", help="print a JSON object, also for an error")
 
 
@@ -213,13 +166,13 @@ def run_ask(options: Namespace) -> int:
 def _answer(options: Namespace, images: list[str], prompt: str, batch_size: int) -> int:
     from vlm.cli.ask import ask_about
 
-    _check_device(options.device)
+    check_device(options.device)
     return ask_about(
         images,
         prompt,
         options.model,
         device=options.device,
-        dtype=_unless_auto(options.dtype),
+        dtype=unless_auto(options.dtype),
         as_json=options.json,
         batch_size=batch_size,
         max_new_tokens=options.max_new_tokens,
@@ -231,7 +184,7 @@ def _answer(options: Namespace, images: list[str], prompt: str, batch_size: int)
 
 
 def _info(commands: Any) -> None:
-    parser = _command(commands, run_info, "info", "show the parts of a model, their sizes and costs")
+    parser = command(commands, run_info, "info", "show the parts of a model, their sizes and costs")
     parser.add_argument("model", metavar="MODEL", help="model directory or hub id")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -251,11 +204,11 @@ def _demo(commands: Any) -> None:
         "Draws scenes, trains in two stages, scores the model on scenes it has never seen and shows its captions:"
         " minutes on two cores. Run again with the same options, it goes on where it stopped."
     )
-    parser = _command(commands, run_demo, "demo", "train a model on a small drawn world", details)
+    parser = command(commands, run_demo, "demo", "train a model on a small drawn world", details)
     parser.add_argument("--out", "-o", type=Path, default=Path("demo"), metavar="DIR", help="folder (demo)")
     parser.add_argument("--from-scratch", action="store_true", help="pretrain the start checkpoints first; longer")
     parser.add_argument("--pretrain", action="store_true", help="only make the start checkpoints the package ships")
-    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of data, weights and training (0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of data, weights and training (0)")
 
 
 def run_demo(options: Namespace) -> int:
@@ -267,7 +220,7 @@ def run_demo(options: Namespace) -> int:
 
 
 def _version(commands: Any) -> None:
-    _command(commands, run_version, "version", "print the versions of vlm and of what it stands on")
+    command(commands, run_version, "version", "print the versions of vlm and of what it stands on")
 
 
 def run_version(_options: Namespace) -> int:
@@ -284,20 +237,3 @@ def run_version(_options: Namespace) -> int:
         except metadata.PackageNotFoundError:
             print(name, "is not installed")
     return console.OK
-
-
-# --- shared -----------------------------------------------------------------------------------------------------------
-
-
-def _unless_auto(choice: str) -> str | None:
-    return None if choice == "auto" else choice
-
-
-def _check_device(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        from vlm.errors import ConfigError
-
-        if not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")

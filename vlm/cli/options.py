@@ -1,0 +1,79 @@
+"""What the commands share: the parser, options that several commands have, and checks of option values."""
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from vlm.cli import console
+
+Run = Callable[[Namespace], int]
+
+
+class Parser(ArgumentParser):
+    """argparse without guessing: an abbreviated option would change its meaning when another one is added."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}\nSee `{self.prog} --help`.", file=sys.stderr)
+        raise SystemExit(console.REFUSED)
+
+
+def command(commands: Any, run: Run, name: str, help: str, details: str = "") -> ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {details}".rstrip())
+    parser.set_defaults(run=run)
+    return parser
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < lowest:
+            raise ArgumentTypeError(f"expected at least {lowest}, got {value}")
+        return value
+
+    return number
+
+
+def add_generation(parser: ArgumentParser, batch_size: int | None) -> None:
+    """Options of every command that runs a model; without `batch_size` there is only one image."""
+    one = at_least(1)
+    parser.add_argument("--max-new-tokens", type=one, default=64, metavar="N", help="most tokens of an answer (64)")
+    parser.add_argument(
+        "--num-beams", type=one, default=1, metavar="N", help="beams of the search; 1, greedy, if not given"
+    )
+    if batch_size is not None:
+        text = f"images at a time ({batch_size})"
+        parser.add_argument("--batch-size", type=one, default=batch_size, metavar="N", help=text)
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the model runs; auto: a GPU if there is one",
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="number format; auto: the checkpoint's"
+    )
+
+
+def add_model(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", "-m", required=True, help="model directory or hub id")
+
+
+def unless_auto(choice: str) -> str | None:
+    return None if choice == "auto" else choice
+
+
+def check_device(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        from vlm.errors import ConfigError
+
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")
