@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vlm.errors import ConfigError
-from vlm.transforms import ImageTransform, patchify, resize_float
+from vlm.transforms import ImageTransform, patch_coordinates, patchify, resize_float
 
+GOLDEN = Path(__file__).parent / "data" / "big_vision_resize"
 SQUASH: dict[str, Any] = {"mode": "squash", "patch_size": 14, "image_size": 28, "resample": "bilinear"}
 
 
@@ -39,6 +41,57 @@ def test_black_and_white_are_minus_one_and_one() -> None:
     for colour, value in (("black", -1.0), ("white", 1.0)):
         out = ImageTransform(**SQUASH)([Image.new("RGB", (9, 70), colour)]).pixel_values
         assert torch.all(out == value)
+
+
+def steps(values: torch.Tensor) -> np.ndarray:
+    """float[1, 3, H, W] in [-1, 1] -> float[H, W, 3] in 8-bit steps."""
+    return ((values[0] + 1) * 127.5).permute(1, 2, 0).double().numpy()
+
+
+@pytest.mark.parametrize("image", ["1", "2"])
+@pytest.mark.parametrize(("antialias", "kind"), [(True, "antialias"), (False, "plain")])
+def test_rounding_down_is_big_visions_resize(image: str, antialias: bool, kind: str) -> None:
+    """Pixels made by running the original; rounding to nearest is within a step, and half a step brighter."""
+    source, wanted = Image.open(GOLDEN / f"{image}.png"), np.asarray(Image.open(GOLDEN / f"{image}_{kind}.png"))
+    settings: dict[str, Any] = {**SQUASH, "image_size": 56, "antialias": antialias}
+    down = steps(ImageTransform(**settings, rounding="down")([source]).pixel_values) - wanted
+    assert abs(down).max() < 1.01 and (abs(down) < 0.01).mean() > 0.99
+    near = steps(ImageTransform(**settings)([source]).pixel_values) - wanted
+    assert near.min() > -0.01 and near.max() < 1.01 and near.mean() > 0.1
+    settings["antialias"] = not antialias
+    other = steps(ImageTransform(**settings, rounding="down")([source]).pixel_values)
+    assert (abs(other - wanted) > 0.5).mean() > 0.1
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_float_resize_is_pillows_but_for_the_rounding(resample: str) -> None:
+    """Antialiased and rounded down: Pillow's value or the one below, shrinking and growing, overshoot clipped."""
+    for size in ((50, 33), (9, 70), (1, 40)):
+        image = picture(3, size)
+        settings = {**SQUASH, "resample": resample}
+        pillow = steps(ImageTransform(**settings)([image]).pixel_values)
+        down = steps(ImageTransform(**settings, rounding="down")([image]).pixel_values)
+        # Pillow also rounds and clips between the axes, which a bicubic overshoot shows in a few pixels.
+        assert (abs(pillow - down) < 1.01).mean() > (0.99 if resample == "bicubic" else 0.9999)
+        assert 0.3 < (pillow - down).mean() < 0.7
+        assert down.min() >= 0 and abs(down - down.round()).max() < 1e-4
+
+
+def test_letterbox_rounds_down_too() -> None:
+    image = picture(4, (50, 33))
+    settings = {**SQUASH, "mode": "letterbox"}
+    gap = [steps(ImageTransform(**settings, **extra)([image]).pixel_values) for extra in ({}, {"rounding": "down"})]
+    assert 0 < (gap[0] - gap[1]).mean() < 1 and abs(gap[0] - gap[1]).max() < 1.01
+
+
+def test_naflex_without_antialias() -> None:
+    image = picture(5, (112, 112))
+    naflex: dict[str, Any] = {"mode": "naflex", "patch_size": 14, "max_num_patches": 4, "resample": "bilinear"}
+    got = ImageTransform(**naflex, antialias=False)([image]).pixel_values[0]
+    whole = ImageTransform(**{**SQUASH, "image_size": 112})([image]).pixel_values
+    wanted = F.interpolate(whole, size=(28, 28), mode="bilinear", align_corners=False)[0]
+    assert torch.allclose(got, patchify(wanted, 14), atol=1e-5)
+    assert not torch.allclose(got, ImageTransform(**naflex)([image]).pixel_values[0], atol=0.1)
 
 
 def test_mean_and_std_are_per_channel() -> None:
@@ -76,6 +129,27 @@ def test_patchify_layout() -> None:
             assert torch.equal(out[row * 3 + column], patch)
 
 
+@pytest.mark.parametrize("antialias", [True, False])
+def test_width_one_is_resized_like_height_one(antialias: bool) -> None:
+    """torch's own antialiased call repeats the first row there (CPU); a transposed image must give a transposed one."""
+    image = torch.rand(3, 40, 1, generator=torch.Generator().manual_seed(0))
+    for size in ((28, 1), (28, 5), (60, 28), (1, 1)):
+        got = resize_float(image, size, "bilinear", antialias=antialias)
+        wanted = resize_float(image.mT.contiguous(), size[::-1], "bilinear", antialias=antialias).mT
+        assert torch.allclose(got, wanted, atol=1e-6)
+        assert size == (1, 1) or not torch.allclose(got[:, 0], got[:, 1])
+    column = F.interpolate(image.mT, size=(28,), mode="linear", align_corners=False)  # no antialias
+    assert antialias or torch.allclose(resize_float(image, (28, 1), "bilinear", antialias=False), column.mT, atol=1e-6)
+
+
+def test_patch_coordinates_are_in_the_order_of_patches() -> None:
+    """An image that holds its own row and column numbers, cut into patches of one pixel."""
+    image = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(5), indexing="ij"))
+    rows, columns = patch_coordinates(3, 5)
+    assert rows.dtype == columns.dtype == torch.int64
+    assert torch.equal(torch.stack([rows, columns], 1), patchify(image, 1))
+
+
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(5, 9), (40, 30), (20, 16), (3, 40)])
 def test_two_axis_resize_equals_one_call(mode: str, size: tuple[int, int]) -> None:
@@ -89,9 +163,15 @@ def test_two_axis_resize_equals_one_call(mode: str, size: tuple[int, int]) -> No
 def test_round_trip_of_the_numbers() -> None:
     for transform in (
         ImageTransform(**SQUASH, mean=(0.1, 0.2, 0.3)),
+        ImageTransform(**SQUASH, antialias=False, rounding="down"),
         ImageTransform(mode="naflex", patch_size=16, max_num_patches=77, resample="bilinear", background=(1, 2, 3)),
     ):
         assert ImageTransform.from_dict(transform.to_dict()) == transform
+
+
+def test_settings_written_before_antialias_and_rounding_existed() -> None:
+    values = {**SQUASH, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "background": [255, 255, 255]}
+    assert ImageTransform.from_dict(values) == ImageTransform(**SQUASH, antialias=True, rounding="nearest")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +184,11 @@ def test_round_trip_of_the_numbers() -> None:
         ({"patch_size": -1}, "needs patch_size"),
         ({"patch_size": 14.0}, "needs patch_size"),
         ({"mode": "naflex"}, "needs max_num_patches"),
+        ({"rounding": "dwn"}, "unknown rounding 'dwn'.*did you mean 'down'"),
+        ({"antialias": "no"}, "antialias must be true or false, got 'no'"),
+        ({"resample": "lanczos", "antialias": False}, "needs resample bilinear or bicubic, got 'lanczos'"),
+        ({"resample": "nearest", "rounding": "down"}, "needs resample bilinear or bicubic, got 'nearest'"),
+        ({"mode": "naflex", "max_num_patches": 4, "rounding": "down"}, "naflex never rounds"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be positive"),
     ],
 )

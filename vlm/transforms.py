@@ -27,6 +27,9 @@ from torch.nn import functional as F
 from vlm.errors import ConfigError, nearest
 
 Mode = Literal["squash", "letterbox", "naflex"]
+Rounding = Literal["nearest", "down"]
+FLOAT_FILTERS = ("bilinear", "bicubic")
+"""Filters of the float resize; the others exist in Pillow only."""
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -62,6 +65,10 @@ class ImageTransform:
         max_num_patches: patch budget of an image (`naflex`). No default: it decides quality and cost.
         mean, std: per-channel normalisation of values in [0, 1].
         resample: `nearest`, `bilinear`, `bicubic` or `lanczos`.
+        antialias: widen the filter when an image shrinks. False is the default of big_vision's own `resize` and the
+            setting of some of its published recipes; transformers always antialiases.
+        rounding: of resized values to 8 bit: `nearest` as Pillow and transformers, `down` as big_vision, whose `resize`
+            truncates (half a step darker on average). NaFlex never rounds.
         background: RGB shown behind transparent pixels and around letterboxed images.
     """
 
@@ -72,6 +79,8 @@ class ImageTransform:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resample: str = "bicubic"
+    antialias: bool = True
+    rounding: Rounding = "nearest"
     background: tuple[int, int, int] = (255, 255, 255)
 
     def __post_init__(self) -> None:
@@ -82,6 +91,7 @@ class ImageTransform:
             raise ConfigError(f"unknown image mode {self.mode!r}{nearest(str(self.mode), known)}; known: {known}")
         if self.resample not in RESAMPLING:
             raise ConfigError(f"unknown resample filter {self.resample!r}; known: {', '.join(RESAMPLING)}")
+        self._check_resize()
         needed = "max_num_patches" if self.mode == "naflex" else "image_size"
         for name in ("patch_size", needed):
             value = getattr(self, name)
@@ -89,6 +99,25 @@ class ImageTransform:
                 raise ConfigError(f"image transform {self.mode!r} needs {name} as a positive integer, got {value!r}")
         if min(self.std) <= 0:
             raise ConfigError(f"image transform std must be positive, got {self.std}")
+
+    def _check_resize(self) -> None:
+        if self.rounding not in get_args(Rounding):
+            known = get_args(Rounding)
+            raise ConfigError(f"unknown rounding {self.rounding!r}{nearest(str(self.rounding), known)}; known: {known}")
+        if not isinstance(self.antialias, bool):
+            raise ConfigError(f"image transform antialias must be true or false, got {self.antialias!r}")
+        if self.mode == "naflex" and self.rounding != "nearest":
+            raise ConfigError(f"naflex never rounds to 8 bit; leave rounding={self.rounding!r} out")
+        if self._in_float and self.resample not in FLOAT_FILTERS:
+            raise ConfigError(
+                f"antialias={self.antialias} with rounding={self.rounding!r} needs resample bilinear or bicubic, got"
+                f" {self.resample!r}"
+            )
+
+    @property
+    def _in_float(self) -> bool:
+        """The square is resized by torch, because Pillow cannot do it so."""
+        return not self.antialias or self.rounding != "nearest"
 
     def __call__(self, images: Sequence[Image.Image]) -> Pixels:
         """Transform RGB images (use `vlm.images.load_image` to get them from files)."""
@@ -151,16 +180,25 @@ class ImageTransform:
 
     def _square(self, image: Image.Image) -> Tensor:
         assert self.image_size is not None
-        size, filter_ = self.image_size, RESAMPLING[self.resample]
+        size = self.image_size
         if self.mode == "letterbox":
             scale = size / max(image.size)
             fit = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
             canvas = Image.new("RGB", (size, size), self.background)
-            canvas.paste(image.resize(fit, filter_), ((size - fit[0]) // 2, (size - fit[1]) // 2))
+            canvas.paste(self._resize(image, fit), ((size - fit[0]) // 2, (size - fit[1]) // 2))
             image = canvas
         elif image.size != (size, size):
-            image = image.resize((size, size), filter_)
+            image = self._resize(image, (size, size))
         return self._normalise(_to_tensor(image))
+
+    def _resize(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        """To (width, height), 8 bit."""
+        if not self._in_float:
+            return image.resize(size, RESAMPLING[self.resample])
+        values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.uint8)).permute(2, 0, 1).float()
+        values = resize_float(values, (size[1], size[0]), self.resample, antialias=self.antialias)
+        values = values.floor() if self.rounding == "down" else values.round()
+        return Image.fromarray(values.clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
     def _normalise(self, values: Tensor) -> Tensor:
         """float32[3, H, W] in [0, 1] -> float32[3, H, W]."""
@@ -168,7 +206,7 @@ class ImageTransform:
         return (values - mean) / torch.tensor(self.std).view(3, 1, 1)
 
     def _naflex(self, images: Sequence[Image.Image]) -> Pixels:
-        if self.resample not in ("bilinear", "bicubic"):
+        if self.resample not in FLOAT_FILTERS:
             raise ConfigError(f"naflex resizes in float and needs resample bilinear or bicubic, got {self.resample!r}")
         grids = [self.grid(image.height, image.width) for image in images]
         longest = max(rows * columns for rows, columns in grids)
@@ -177,7 +215,7 @@ class ImageTransform:
         for i, (image, (rows, columns)) in enumerate(zip(images, grids, strict=True)):
             size = (rows * self.patch_size, columns * self.patch_size)
             # As big_vision does: normalise first, resize in float, never round to 8 bit.
-            resized = resize_float(self._normalise(_to_tensor(image)), size, self.resample)
+            resized = resize_float(self._normalise(_to_tensor(image)), size, self.resample, antialias=self.antialias)
             values[i, : rows * columns] = patchify(resized, self.patch_size)
             mask[i, : rows * columns] = 1
         return Pixels(values, mask, torch.tensor(grids), grids)
@@ -189,24 +227,27 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).float() / 255
 
 
-def resize_float(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Antialiased resize, one axis at a time.
+def resize_float(image: Tensor, size: tuple[int, int], mode: str, *, antialias: bool = True) -> Tensor:
+    """Resize with half-pixel centres, one axis at a time.
 
-    Two calls, because one call of `F.interpolate(antialias=True)` to a width of 1 with a changed height repeats the
-    first row (torch, CPU, contiguous input). The filter is separable, so two calls give the same numbers.
+    Each axis is resized as the last one, because torch's antialiased resize on the CPU repeats the first row whenever
+    the width is 1 in the output and the height changes. The filters are separable, so two calls give the same numbers.
 
     Args:
         image: float[..., C, H, W] with at most one leading dimension.
         size: (height, width).
         mode: `bilinear` or `bicubic`.
+        antialias: widen the filter when an axis shrinks.
 
     Returns:
         float[..., C, height, width].
     """
     batched = image if image.ndim == 4 else image[None]
-    for target in ((size[0], batched.shape[-1]), size):
-        if tuple(batched.shape[-2:]) != target:
-            batched = F.interpolate(batched, size=target, mode=mode, align_corners=False, antialias=True)
+    for target in size:  # height, then width: the axes change places each time
+        batched = batched.transpose(-1, -2)
+        if batched.shape[-1] != target:
+            shape = (batched.shape[-2], target)
+            batched = F.interpolate(batched, size=shape, mode=mode, align_corners=False, antialias=antialias)
     return batched if image.ndim == 4 else batched[0]
 
 
@@ -224,6 +265,15 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
     rows, columns = height // patch_size, width // patch_size
     blocks = image.reshape(channels, rows, patch_size, columns, patch_size)
     return blocks.permute(1, 3, 2, 4, 0).reshape(rows * columns, patch_size**2 * channels)
+
+
+def patch_coordinates(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Where each patch of a grid lies, in the order in which `patchify` cuts them.
+
+    Returns:
+        (int64[rows * columns], int64[rows * columns]): row and column of each patch, big_vision's `yidx` and `xidx`.
+    """
+    return torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
 
 
 def naflex_grid(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
