@@ -8,10 +8,12 @@ pooling head, unused by a VLM, is dropped when
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import SiglipVisionConfig as Config
 from transformers import SiglipVisionModel
 
@@ -19,7 +21,37 @@ from vlm.encoders import EncoderOutput
 from vlm.errors import ConfigError
 from vlm.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "tiny", "transform"]
+__all__ = ["Config", "Encoder", "resample_position_table", "tiny", "transform"]
+
+
+def resample_position_table(table: Tensor, positions: int) -> Tensor:
+    """Learned position embeddings for another image size, as big_vision resizes them when it loads a checkpoint.
+
+    Bilinear, corner to corner (`scipy.ndimage.zoom` of order 1), in float32. Not what transformers'
+    `interpolate_pos_encoding` does (bicubic, half-pixel centres), and not the resize of a NaFlex tower.
+
+    Args:
+        table: float[n, E], a square grid in row order.
+        positions: patches wanted, a square number too.
+
+    Returns:
+        float[positions, E] in the dtype of `table`; the table itself when the number does not change.
+
+    Raises:
+        ConfigError: a number of positions that is no square.
+    """
+    old, new = math.isqrt(table.shape[0]), math.isqrt(max(positions, 0))
+    for count, side in ((table.shape[0], old), (positions, new)):
+        if side < 1 or side * side != count:
+            raise ConfigError(
+                f"position embeddings can be resampled between square grids only, got {table.shape[0]} ->"
+                f" {positions}: {count} is no square number; choose an image size for a square grid of patches"
+            )
+    if old == new:
+        return table
+    grid = table.detach().float().view(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=True)
+    return grid.permute(0, 2, 3, 1).reshape(positions, -1).to(table.dtype)
 
 
 class Encoder(SiglipVisionModel):
