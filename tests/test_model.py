@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from coretools import IMAGE_TOKENS, lay_out, loud, picture, sample
+from coretools import IMAGE_TOKENS, lay_out, loud, picture, sample, shake
 
+import vlm
 from vlm.config import VLMConfig
 from vlm.encoders import EncoderOutput
 from vlm.errors import ConfigError, DataError
@@ -35,6 +38,23 @@ def test_each_parameter_belongs_to_one_part_and_learns(encoder: str, projector: 
     model(**batch).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
+
+
+def test_softcap_in_generation_is_a_choice(tmp_path: Path) -> None:
+    """cap * tanh(logits / cap) of the tied vocabulary, or the logits as they are; recorded; greedy is the same."""
+    model, processor = tiny("siglip", "gemma2", final_logit_softcapping=0.5)
+    shake(model)
+    batch = lay_out(model, ROWS)
+    hidden = model(**batch, output_hidden_states=True).hidden_states[-1]
+    raw = hidden @ model.model.language_model.embed_tokens.weight.T
+    assert VLMConfig().softcap_in_generation is True and raw.abs().max() > 1
+    assert torch.allclose(model(**batch).logits, 0.5 * torch.tanh(raw / 0.5), atol=1e-5)
+    with_cap = vlm.generate(model, processor, picture(1), "no", max_new_tokens=6)
+    model.config.softcap_in_generation = False
+    assert torch.allclose(model(**batch).logits, raw, atol=1e-5)
+    assert vlm.generate(model, processor, picture(1), "no", max_new_tokens=6) == with_cap
+    model.config.save_pretrained(tmp_path)
+    assert VLMConfig.from_pretrained(tmp_path).softcap_in_generation is False
 
 
 def test_the_vocabulary_is_tied() -> None:

@@ -74,8 +74,10 @@ class VLMConfig(PreTrainedConfig):
         text_config: a Gemma, Gemma 2 or Gemma 3 text configuration.
         image_token_id: id of the `<image>` placeholder. No default: a wrong one is silent.
         softcap_in_loss: apply the decoder's `final_logit_softcapping` to the training loss too. Off by default, as in
-            Google's transfer recipe (generation always applies it; big_vision trains without: `compute_logits` bypasses
-            the cap).
+            Google's transfer recipe (big_vision trains without: `compute_logits` bypasses the cap).
+        softcap_in_generation: apply it to the logits of a forward without labels. On by default, as in transformers.
+            Greedy tokens do not depend on it; probabilities, beams and samples do. Off is right for a model whose
+            transfer recipe switched the cap off (`final_logits_softcap=0`), as Google's recipes do.
     """
 
     model_type = "vlm"
@@ -88,6 +90,7 @@ class VLMConfig(PreTrainedConfig):
     text_config: Any = None
     image_token_id: int | None = None
     softcap_in_loss: bool = False
+    softcap_in_generation: bool = True
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -284,8 +284,10 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         return output
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states float[..., D] to logits float[..., V], with the decoder's final soft-cap."""
-        return loss.apply_softcap(self.lm_head(hidden), final_softcap(self.config))
+        """Hidden states float[..., D] to logits float[..., V], with the decoder's final soft-cap unless
+        `softcap_in_generation` is off."""
+        softcap = final_softcap(self.config) if self.config.softcap_in_generation else None
+        return loss.apply_softcap(self.lm_head(hidden), softcap)
 
     def _add_loss(
         self, result: VLMOutput, hidden: Tensor, labels: Tensor, sequence_ids: Tensor | None, reduction: loss.Reduction
