@@ -200,8 +200,8 @@ def test_directories_that_are_no_model(tmp_path: Path, copied: Path) -> None:
         vlm.load(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="no config.json"):
         vlm.load(tmp_path)
-    change(copied, "config.json", model_type="paligemma")
-    with pytest.raises(CheckpointError, match="model_type 'paligemma', expected 'vlm'"):
+    change(copied, "config.json", model_type="llava")
+    with pytest.raises(CheckpointError, match="model_type 'llava', expected 'vlm' or 'paligemma'"):
         vlm.load(copied)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "settings", "images", "config", "masks", "loss", "transforms"),
     ("data", "tokenizer", "prompts", "processor", "encoders", "projectors"),
-    ("model", "generation", "build", "checkpoints", "presets", "info", "siglip"),
+    ("model", "beam", "generation", "build", "checkpoints", "presets", "info", "siglip"),
     ("eval", "train", "check"),
     ("demo", "cli", "__main__"),
 )

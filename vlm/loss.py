@@ -121,3 +121,25 @@ def apply_softcap(logits: Tensor, softcap: float | None) -> Tensor:
     """`c * tanh(logits / c)` (Gemma 2, arXiv 2408.00118, section 2), or the logits themselves when `softcap` is
     None."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def sigmoid_contrastive(logits: Tensor) -> Tensor:
+    """SigLIP's loss: each image-text pair is a yes/no question of its own; the diagonal holds the pairs that belong
+    together.
+
+    `-1/B sum_ij log sigmoid(z_ij * logits_ij)`, z = 1 on the diagonal and -1 elsewhere (arXiv 2303.15343, section 3.2;
+    big_vision `trainers/proj/image_text/siglip.py`).
+
+    Args:
+        logits: float[B, B], image x text.
+
+    Returns:
+        float32[], the sum over texts, averaged over images.
+
+    Raises:
+        ConfigError: the matrix is not square.
+    """
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
+        raise ConfigError(f"logits have shape {tuple(logits.shape)}, expected one text per image: [B, B]")
+    sign = 2 * torch.eye(logits.shape[0], device=logits.device) - 1
+    return -F.logsigmoid(sign * logits.float()).sum(-1).mean()

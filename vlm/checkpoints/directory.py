@@ -1,21 +1,31 @@
-"""A model directory that stands alone: config.json, safetensors, tokenizer, processor."""
+"""Opening and writing models: this library's directories, PaliGemma 1 and 2 in Hugging Face format, big_vision files."""
 
 from __future__ import annotations
 
+import logging
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from transformers import GenerationConfig
 
-from vlm.checkpoints.parts import weight_files
+from vlm.checkpoints import big_vision, configs, manifest
+from vlm.checkpoints.files import INDEX, Weights, locate, read_json
+from vlm.checkpoints.loader import Placement, live_source, load_model
+from vlm.checkpoints.preprocessing import from_sentencepiece, open_tokenizer, paligemma_transform
 from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.generation import check_dtype
 from vlm.model import VLM
 from vlm.processor import Processor
+from vlm.tokenizer import image_token_id
 
+logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LONGEST_TEXT = 1024
+"""Text tokens beside an image that a model is expected to see; decides whether a sliding window would matter."""
 
 
 def load(
@@ -23,97 +33,193 @@ def load(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | Path | None = None,
     attn_implementation: str | None = None,
+    tokenizer: str | Path | None = None,
     force_fp16: bool = False,
+    allow_nonfinite: bool = False,
+    verify: manifest.Verify = "quick",
+    revision: str | None = None,
 ) -> tuple[VLM, Processor]:
-    """Open a model directory or hub id.
+    """Open a model.
 
     Args:
+        path: a directory that `vlm.save` wrote, a PaliGemma 1 or 2 directory in Hugging Face format, a hub id of either,
+            or a big_vision `.npz` of PaliGemma.
         dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps the checkpoint's.
-        device: where the model goes; None stays on the CPU.
+        device: where the whole model goes; None is the CPU.
+        device_map: instead of `device`: `auto` (GPUs first, then memory, then disk), or part name -> device.
+        max_memory: device -> bytes or `"10GB"`, for `device_map="auto"`.
+        offload_folder: where parts on `disk` are written.
         attn_implementation: `sdpa` or `eager` for tower and decoder; None chooses (eager for decoders with an attention
-            soft-cap). force_fp16: open in float16 although Gemma overflows there.
+            soft-cap).
+        tokenizer: the sentencepiece `.model` that belongs to a `.npz`.
+        force_fp16: open in float16 although Gemma overflows there.
+        allow_nonfinite: open weights that hold NaN or infinity.
+        verify: how much to compare with `manifest.json`: `quick`, `full` or `none`.
+        revision: of a hub id.
 
     Returns:
         (model in eval mode, processor).
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or mis-shaped, a file is missing or broken, or model and
-            processor do not belong together.
+        CheckpointError: a file is missing or broken; tensors are missing, unexpected, mis-shaped, quantised or not
+            finite; model and processor do not belong together.
         GenerationError: float16 without `force_fp16`.
         ConfigError: an unknown dtype, or an attention backend that would drop the decoder's soft-cap.
     """
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json in this directory; give the directory that vlm.save wrote")
-    if not Path(path).exists() and str(path).count("/") != 1:
-        raise CheckpointError(f"{path}: no such directory, and not a hub id (owner/name)")
-    processor = Processor.from_pretrained(path)
-    model = _open(path, _dtype(dtype))
-    check_pair(str(path), model, processor)
+    if device is not None and device_map is not None:
+        raise ConfigError("device and device_map are both given; use one")
+    placement = Placement(
+        dtype=_dtype(dtype),
+        device=torch.device(device or "cpu"),
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+    )
+    if Path(path).suffix == ".npz":
+        model, processor = _open_big_vision(path, tokenizer, placement, allow_nonfinite)
+    else:
+        if tokenizer is not None:
+            raise ConfigError(f"{path} has its own tokenizer; tokenizer= is for a big_vision .npz")
+        model, processor = _open_folder(path, revision, verify, placement, allow_nonfinite)
     check_dtype(model.config, model.dtype, force=force_fp16)
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
-    if device is not None:
-        model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval(), processor
+    return model, processor
 
 
-def _open(path: str | Path, dtype: Any) -> VLM:
-    """The model of a directory or hub id, every tensor accounted for."""
+def _open_folder(
+    path: str | Path, revision: str | None, verify: manifest.Verify, placement: Placement, allow_nonfinite: bool
+) -> tuple[VLM, Processor]:
+    folder = locate(path, revision=revision)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: no config.json in this directory; give the directory that vlm.save wrote")
+    values = read_json(folder / "config.json")
+    kind = values.get("model_type")
+    if kind not in READERS:
+        raise CheckpointError(f"{folder}: config.json has model_type {kind!r}, expected {_expected(kind)}")
+    config, processor = READERS[kind](folder, values)
+    weights = Weights(folder)
+    source = live_source(str(path), weights.tensors, weights.read)
+    configs.check_layers(config, source.shapes, str(path))
+    check_pair(str(path), config, processor)
+    # Last, because it cannot say what is wrong inside a file.
+    model = load_model(
+        config,
+        source,
+        placement,
+        allow_nonfinite=allow_nonfinite,
+        before_reading=lambda: manifest.check(folder, verify),
+    )
+    _read_generation_config(model, folder)
+    return model, processor
+
+
+def _expected(kind: Any) -> str:
+    known = " or ".join(map(repr, READERS))
+    if kind in ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model"):
+        return f"{known}; this is a vision tower, build a model on it: vlm new --encoder"
+    if str(kind).startswith("gemma"):
+        return f"{known}; this is a decoder, build a model on it: vlm new --decoder"
+    return known
+
+
+def _own(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
+    return configs.own_config(values, str(folder / "config.json")), Processor.from_pretrained(folder)
+
+
+def _paligemma(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
+    config = configs.paligemma_config(values, str(folder / "config.json"))
+    tokenizer = open_tokenizer(folder)
     try:
-        kind = VLMConfig.get_config_dict(str(path))[0].get("model_type")
-        if kind != VLMConfig.model_type:
-            raise CheckpointError(f"{path}: config.json has model_type {kind!r}, expected {VLMConfig.model_type!r}")
-        if Path(path).is_dir():
-            weight_files(path)
-        # Mis-shaped tensors are let through here, to be listed with the missing and unexpected ones.
-        opened: Any = VLM.from_pretrained(
-            str(path), dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        processor = Processor(tokenizer, paligemma_transform(folder, config.vision_config))
+        if config.image_token_id is None:
+            config.image_token_id = image_token_id(tokenizer)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    note_sliding_window(config, processor)
+    return config, processor
+
+
+READERS = {VLMConfig.model_type: _own, "paligemma": _paligemma}
+"""How a directory is read, by the `model_type` of its configuration."""
+
+
+def note_sliding_window(config: VLMConfig, processor: Processor) -> None:
+    """Say so where following the original (no sliding window in PaliGemma 2) changes results."""
+    window = getattr(config.text_config, "sliding_window", None)
+    if config.text_config.model_type != "gemma2" or window is None:
+        return
+    tokens = processor.image_transform.max_patches
+    if tokens + LONGEST_TEXT > window:
+        logger.info(
+            "%d image tokens: all layers see the whole sequence, as in the original PaliGemma 2; transformers would hide"
+            " what is more than %d tokens back in every other layer",
+            tokens,
+            window,
         )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error}") from error
-    model, info = opened
-    check_report(str(path), info)
-    return model
+
+
+def _open_big_vision(
+    path: str | Path, tokenizer: str | Path | None, placement: Placement, allow_nonfinite: bool
+) -> tuple[VLM, Processor]:
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{path}: a big_vision file holds no tokenizer; give its sentencepiece model: tokenizer='tokenizer.model'"
+        )
+    with big_vision.open_npz(path) as arrays:
+        return big_vision.paligemma(
+            arrays,
+            from_sentencepiece(tokenizer),
+            origin=str(path),
+            placement=placement,
+            allow_nonfinite=allow_nonfinite,
+        )
+
+
+def _read_generation_config(model: VLM, folder: Path) -> None:
+    if not (folder / "generation_config.json").exists():
+        return
+    values = read_json(folder / "generation_config.json")
+    model.generation_config = configs.guarded(
+        lambda: GenerationConfig.from_dict(values), str(folder / "generation_config.json")
+    )
 
 
 def save(model: VLM, processor: Processor, path: str | Path, *, max_shard_size: str = "5GB") -> Path:
-    """Write a model directory that `load` and transformers' Auto classes open bit for bit."""
+    """Write a model directory that `load` and transformers' Auto classes open bit for bit.
+
+    Files are written beside and moved into place; `manifest.json` comes last. Weights of an earlier save that are not
+    part of this one are removed; other files stay.
+    """
     folder = Path(path)
+    check_pair(str(path), model.config, processor)
     folder.mkdir(parents=True, exist_ok=True)
-    check_pair(str(path), model, processor)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    processor.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        processor.save_pretrained(temporary)
+        files = list(Path(temporary).iterdir())
+        (folder / manifest.NAME).unlink(missing_ok=True)
+        for file in files:
+            file.replace(folder / file.name)
+    written = {file.name for file in files}
+    for file in (*folder.glob("model*.safetensors"), folder / INDEX):
+        if file.name not in written:
+            file.unlink(missing_ok=True)
+    manifest.write(folder)
     return folder
 
 
-def check_report(path: str, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that did not fill the model exactly.
-
-    Raises:
-        CheckpointError: with the lists of missing, unexpected and mis-shaped tensors.
-    """
-    problems = []
-    for key, what in (
-        ("missing_keys", "missing"),
-        ("unexpected_keys", "unexpected"),
-        ("mismatched_keys", "mis-shaped"),
-    ):
-        names = sorted(str(name) for name in info.get(key) or [])
-        if names:
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            problems.append(f"{len(names)} {what}: {shown}")
-    if problems:
-        raise CheckpointError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}")
-
-
-def check_pair(path: str, model: VLM, processor: Processor) -> None:
+def check_pair(path: str, config: VLMConfig, processor: Processor) -> None:
     """Model and processor must agree on the placeholder, the vocabulary and the image size.
 
     Raises:
         CheckpointError: names the number that differs.
     """
-    config, tokenizer = model.config, processor.tokenizer
+    tokenizer = processor.tokenizer
     if processor.image_token_id != config.image_token_id:
         raise CheckpointError(
             f"{path}: <image> is id {processor.image_token_id} in the tokenizer, image_token_id"
@@ -137,10 +243,8 @@ def check_pair(path: str, model: VLM, processor: Processor) -> None:
         raise CheckpointError(f"{path}: image mode {transform.mode!r} does not fit encoder {config.encoder!r}")
 
 
-def _dtype(dtype: str | torch.dtype | None) -> Any:
-    if dtype is None:
-        return "auto"
-    if isinstance(dtype, torch.dtype):
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")

@@ -1,0 +1,153 @@
+"""Configurations out of checkpoint files: checked and bounded before anything is built from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from vlm.config import VLMConfig, decoder_config, part
+from vlm.errors import CheckpointError, ConfigError
+
+# Far above any published model; a wrong number must not ask for terabytes or build layers for hours.
+BOUNDS = {
+    "hidden_size": 65_536,
+    "intermediate_size": 1_048_576,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 1_024,
+    "num_key_value_heads": 1_024,
+    "head_dim": 4_096,
+    "vocab_size": 4_000_000,
+    "max_position_embeddings": 100_000_000,
+    "sliding_window": 1 << 40,
+    "image_size": 16_384,
+    "patch_size": 1_024,
+    "num_patches": 1_000_000,
+    "num_channels": 64,
+}
+# Notes of whoever saved the file, not part of the architecture.
+NOTES = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+
+
+def check_numbers(values: Any, where: str) -> None:
+    """Refuse sizes that are not whole numbers or are out of any sensible range.
+
+    Raises:
+        CheckpointError: names the key.
+    """
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} is {type(values).__name__}, expected a map of settings")
+    for key, highest in BOUNDS.items():
+        value = values.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+            raise CheckpointError(f"{where}.{key} is {value!r}, expected a whole number from 1 to {highest:,}")
+    for key in ("rms_norm_eps", "layer_norm_eps"):
+        value = values.get(key)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < 1):
+            raise CheckpointError(f"{where}.{key} is {value!r}, expected a small positive number such as 1e-06")
+    if values.get("patch_size") and values.get("image_size", 1 << 30) < values["patch_size"]:
+        raise CheckpointError(
+            f"{where}: image_size {values['image_size']} is smaller than patch_size {values['patch_size']}"
+        )
+
+
+def check_layers(config: VLMConfig, names: Iterable[str], origin: str) -> None:
+    """Compare the numbers of layers with the tensors' names, before layers are built.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    listed = list(names)
+    for prefix, part_config in (
+        ("model.language_model.layers.", config.text_config),
+        ("model.vision_tower.encoder.layers.", config.vision_config),
+    ):
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+        found = {int(match[1]) for name in listed if (match := pattern.match(name))}
+        if found and found != set(range(part_config.num_hidden_layers)):
+            raise CheckpointError(
+                f"{origin}: config.json says {part_config.num_hidden_layers} layers in {prefix.rsplit('.', 2)[0]}, the"
+                f" weights have layers {min(found)} to {max(found)} ({len(found)}); the two do not belong together"
+            )
+
+
+def own_config(values: Mapping[str, Any], where: str) -> VLMConfig:
+    """`VLMConfig` of a directory that this library wrote.
+
+    Raises:
+        CheckpointError: values that are missing, of a wrong type or out of range.
+    """
+    for key in ("text_config", "vision_config"):
+        check_numbers(values.get(key), f"{where}: {key}")
+    if "image_token_id" not in values:
+        raise CheckpointError(f"{where}: no image_token_id; write the tokenizer's id of <image>")
+    return guarded(lambda: VLMConfig.from_dict(dict(values)), where)
+
+
+def paligemma_config(values: Mapping[str, Any], where: str) -> VLMConfig:
+    """`VLMConfig` of a PaliGemma 1 or 2 `config.json`.
+
+    transformers' own defaults for what a file leaves out are not used where they are wrong: a missing vision_config is
+    the published So400m/14 (intermediate_size 4304, not 4096), a missing image_token_index is left to the tokenizer
+    (not 256000, which is `<loc0000>`). Gemma 2 gets no sliding window: the original has none, and at 896 px transformers'
+    window of 4096 would hide image rows from the text (big_vision `models/ppp/gemma.py`).
+
+    Raises:
+        CheckpointError: values that are missing, of a wrong type or out of range.
+    """
+    text, vision = values.get("text_config"), values.get("vision_config")
+    if text is None:
+        raise CheckpointError(f"{where}: no text_config; a PaliGemma configuration names its Gemma decoder there")
+    vision = {**SO400M, "image_size": 224} if vision is None else vision
+    check_numbers(text, f"{where}: text_config")
+    check_numbers(vision, f"{where}: vision_config")
+    return guarded(lambda: _paligemma(dict(values), dict(text), dict(vision)), where)
+
+
+SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+"""SigLIP So400m/14 (big_vision `models/vit.py`), the tower of every published PaliGemma."""
+
+
+def _paligemma(values: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) -> VLMConfig:
+    if vision.get("model_type", "siglip_vision_model") != "siglip_vision_model":
+        raise ConfigError(f"vision_config.model_type is {vision['model_type']!r}, PaliGemma has 'siglip_vision_model'")
+    for key in (*NOTES, "model_type", "num_image_tokens", "projection_dim", "projector_hidden_act"):
+        vision.pop(key, None)
+    for key in (*NOTES, "num_image_tokens", "use_bidirectional_attention"):
+        text.pop(key, None)
+    text.setdefault("model_type", "gemma")
+    # The file's top level repeats some of the decoder's ids; the decoder's own win.
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if key in values:
+            text.setdefault(key, values[key])
+    text_config = decoder_config(text)
+    if text_config.model_type == "gemma2":
+        text_config.layer_types = ["full_attention"] * text_config.num_hidden_layers
+    return VLMConfig(
+        encoder="siglip",
+        vision_config=part("vlm.encoders", "siglip").Config(**{**vision, "vision_use_head": False}),
+        projector_config={"kind": "linear"},
+        text_config=text_config,
+        image_token_id=values.get("image_token_index", values.get("image_token_id")),
+        dtype=values.get("dtype", values.get("torch_dtype")),
+    )
+
+
+def guarded(build: Any, where: str) -> Any:
+    """Run a configuration's constructor; what it refuses becomes a CheckpointError that names the file."""
+    try:
+        return build()
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+        raise CheckpointError(f"{where}: not a usable configuration: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,224 @@
+"""The files of a checkpoint: where they are, and its tensors by name, read one at a time.
+
+Headers are read and checked first (the safetensors library refuses a bad one), so that names, shapes and dtypes can be
+compared with a configuration before any weight is in memory. Tensor data is then read straight into memory of our own:
+the library's tensors are views of the mapped file, which doubles resident memory when they are copied, and dies with
+the process when the file changes underneath.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vlm.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = SINGLE + ".index.json"
+MAX_JSON_BYTES = 64 * 2**20
+"""Largest JSON file that is read: Gemma's tokenizer takes about 35 MB, an index or a configuration far less."""
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Tensor types that are weights. Integers and 8-bit floats are quantised and need their own code."""
+HUB_FILES = ("*.json", "*.safetensors", "*.model")
+
+
+def locate(path: str | Path, *, revision: str | None = None) -> Path:
+    """The directory of a checkpoint: `path` itself, or the downloaded files of a hub id (`owner/name`).
+
+    Raises:
+        CheckpointError: there is no such directory and it is no hub id, or the Hub does not give it out.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists():
+        raise CheckpointError(f"{path}: is a file, expected a checkpoint directory or a hub id (owner/name)")
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"{path}: no such directory, and not a hub id (owner/name)")
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: no such directory, and the Hub does not give it: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, not a regular file, too large, not JSON, or not an object.
+    """
+    check_regular(file)
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read as JSON")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a huge number, brackets without end
+        raise CheckpointError(f"{file}: not valid JSON ({str(error)[:100]}); copy the file again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: holds a {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def check_regular(file: Path) -> None:
+    """Refuse what is missing or is no plain file (a pipe would block, a directory cannot be read).
+
+    Raises:
+        CheckpointError: says which.
+    """
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(f"{file}: no such file ({error.strerror})") from None
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{file}: not a regular file; refused")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+        file: the safetensors file.
+        dtype: the format's name, such as `BF16`.
+        shape: its sizes.
+        start, end: position of its bytes in the file.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Weights:
+    """The tensors of a checkpoint directory by the names in its files; nothing is read until `read`.
+
+    Raises:
+        CheckpointError: no safetensors file, a missing, empty, cut or broken shard, an index that names files outside
+            the directory or disagrees with the shards, or more than one set of weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files, listed = weight_files(folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            for name, info in read_header(file).items():
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"{folder}: tensor {name} is in {self.tensors[name].file.name} and {file.name}"
+                    )
+                self.tensors[name] = info
+        if listed is not None:
+            _compare_index(folder, listed, self.tensors)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, in memory of its own."""
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=FLOATS[info.dtype])
+        if tensor.numel():
+            with open(info.file, "rb", buffering=0) as file:
+                file.seek(info.start)
+                _read_into(file, tensor.reshape(-1).view(torch.uint8).numpy(), info.file, name)
+        return tensor
+
+
+def _read_into(file: Any, buffer: Any, path: Path, name: str) -> None:
+    view = memoryview(buffer)
+    while view:
+        count = file.readinto(view)  # at most about 2 GB at a time
+        if not count:
+            raise CheckpointError(f"{path}: ends in the middle of tensor {name}; copy the file again")
+        view = view[count:]
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files of a directory, and the index when it is sharded.
+
+    Raises:
+        CheckpointError: as `Weights`.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        raise CheckpointError(
+            f"{folder}: holds both {SINGLE} and {INDEX}, one of them is left over; delete the one that is stale"
+        )
+    if not index.exists():
+        if not single.exists():
+            raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are read")
+        _refuse_strays(folder, [SINGLE])
+        return [single], None
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise CheckpointError(f"{index}: weight_map is missing or is not a map from tensors to files")
+    names = sorted(set(listed.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name ending in .safetensors; refused")
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name}: no such file, but {INDEX} lists it; copy it too")
+    _refuse_strays(folder, names)
+    return [folder / name for name in names], listed
+
+
+def _refuse_strays(folder: Path, names: list[str]) -> None:
+    strays = sorted(file.name for file in folder.glob("model*.safetensors") if file.name not in names)
+    if strays:
+        raise CheckpointError(
+            f"{folder}: {', '.join(strays[:5])} beside {', '.join(names[:2])}, and no index lists both; delete what is"
+            f" left over, or copy {INDEX}"
+        )
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes, shapes and places of the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: not a regular file, or the header is broken or does not fit the file's length.
+    """
+    check_regular(file)
+    try:
+        with safe_open(str(file), framework="pt") as opened:  # the library checks lengths, offsets and dtypes
+            opened.keys()
+        with open(file, "rb") as raw:
+            (length,) = struct.unpack("<Q", raw.read(8))
+            header = json.loads(raw.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        start = file.read_bytes()[:64] if file.stat().st_size < 1024 else b""
+        pointer = (
+            " (this is a Git LFS pointer: run `git lfs pull`)" if start.startswith(b"version https://git-lfs") else ""
+        )
+        raise CheckpointError(f"{file}: not a complete safetensors file: {error}{pointer}; copy it again") from error
+    header.pop("__metadata__", None)
+    base = 8 + length
+    return {
+        name: TensorInfo(
+            file, item["dtype"], tuple(item["shape"]), base + item["data_offsets"][0], base + item["data_offsets"][1]
+        )
+        for name, item in header.items()
+    }
+
+
+def _compare_index(folder: Path, listed: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    wrong = sorted(name for name in set(listed) | set(tensors) if listed.get(name) != _file_name(tensors.get(name)))
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {INDEX} and the shards disagree about {len(wrong)} tensors: {', '.join(wrong[:5])}; copy the"
+            f" index and all shards from one source"
+        )
+
+
+def _file_name(info: TensorInfo | None) -> str | None:
+    return None if info is None else info.file.name

@@ -1,0 +1,75 @@
+"""`manifest.json`: size and sha256 of every file of a model directory, written last, compared when it is opened.
+
+A flipped bit, a transposed square matrix, swapped token ids or a changed head count give a model that loads and is
+wrong; only a hash of the bytes sees them. Directories without a manifest (published ones) are opened without this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal, get_args
+
+from vlm.checkpoints.files import check_regular, read_json
+from vlm.errors import CheckpointError, ConfigError, nearest
+
+NAME = "manifest.json"
+QUICK_BYTES = 32 * 2**20
+"""`quick` hashes files up to this size (configurations and tokenizers) and compares only the length of larger ones."""
+Verify = Literal["quick", "full", "none"]
+
+
+def write(folder: Path) -> None:
+    """Write the manifest of all files in a model directory (subdirectories belong to others)."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != NAME)
+    listed = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    temporary = folder / (NAME + ".tmp")
+    temporary.write_text(json.dumps({"format": 1, "files": listed}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / NAME)
+
+
+def check(folder: Path, verify: Verify = "quick") -> None:
+    """Compare a directory with its manifest, if it has one. Files that the manifest does not list are not looked at.
+
+    Args:
+        verify: `quick` compares sizes, and hashes of small files; `full` hashes everything; `none` compares nothing.
+
+    Raises:
+        CheckpointError: a file is missing or differs.
+        ConfigError: an unknown level.
+    """
+    if verify not in get_args(Verify):
+        raise ConfigError(
+            f"unknown verify {verify!r}{nearest(str(verify), get_args(Verify))}; known: quick, full, none"
+        )
+    if verify == "none" or not (folder / NAME).exists():
+        return
+    listed = read_json(folder / NAME).get("files")
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{folder / NAME}: no list of files; it was not written by vlm.save")
+    for name, expected in listed.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / NAME}: {name!r} is not a plain file name; refused")
+        problem = _difference(folder / name, expected, verify)
+        if problem:
+            raise CheckpointError(
+                f"{folder / name}: {problem} than {NAME} says; copy it again, or, if you changed it on purpose, delete"
+                f" {NAME} or open with verify='none'"
+            )
+
+
+def _difference(file: Path, expected: dict[str, object], verify: Verify) -> str | None:
+    check_regular(file)
+    size = file.stat().st_size
+    if size != expected.get("size"):
+        return f"has another size ({size:,} bytes, not {expected.get('size')})"
+    if (verify == "full" or size <= QUICK_BYTES) and sha256(file) != expected.get("sha256"):
+        return "has another sha256"
+    return None
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
