@@ -1,0 +1,273 @@
+"""`vlm.export`: a model in the layout that others read, proven equal by opening it again with transformers' classes.
+
+The directory is written beside its final place and renamed when the comparison has passed: a killed or failed export
+leaves nothing under the final name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vlm.checkpoints import card, layout, probes, tower
+from vlm.checkpoints.directory import DTYPES
+from vlm.checkpoints.parity import LIMITS, ParityReport, compare, compare_files
+from vlm.checkpoints.shards import parse_size
+from vlm.errors import CheckpointError, ConfigError, nearest
+from vlm.generation import check_dtype
+from vlm.model import VLM, attention_softcap, final_softcap
+from vlm.processor import Processor
+
+log = logging.getLogger(__name__)
+Parity = Literal["full", "weights", "none"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout that can be written, and how to compare it.
+
+    Attributes:
+        check: raises ConfigError for a model that the layout cannot hold.
+        write: writes the files, returns name in the files -> the model's tensor.
+        inputs, written_inputs: what both sides' processors make of the samples.
+        run, run_written: what both sides' models make of the same inputs.
+    """
+
+    check: Callable[[VLM, Processor], None]
+    write: Callable[[Path, VLM, Processor, torch.dtype, str | int], dict[str, Tensor]]
+    inputs: Callable[[Processor], probes.Outputs]
+    written_inputs: Callable[[Path], probes.Outputs]
+    run: Callable[[VLM, Processor], probes.Outputs]
+    run_written: Callable[[Any, Processor], probes.Outputs]
+
+
+FORMATS = {
+    "paligemma": Format(
+        layout.check,
+        layout.write,
+        probes.paligemma_inputs,
+        probes.written_paligemma_inputs,
+        probes.run_paligemma,
+        probes.run_written_paligemma,
+    ),
+    "tower": Format(
+        tower.check,
+        tower.write,
+        probes.tower_inputs,
+        probes.written_tower_inputs,
+        probes.run_tower,
+        probes.run_written_tower,
+    ),
+}
+
+
+def export(
+    model: VLM,
+    processor: Processor,
+    out: str | Path,
+    *,
+    to: str = "paligemma",
+    source: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    parity: Parity = "full",
+) -> ParityReport:
+    """Write a model for transformers, vLLM and lmms-eval, and prove that what was written is the model.
+
+    Args:
+        out: the directory to make; it must not exist, or be empty.
+        to: `paligemma`, the layout of PaliGemma checkpoints on the Hub, or `tower`, the vision tower alone as a SigLIP
+            (or SigLIP 2 NaFlex) checkpoint.
+        source: where the model came from (directory or hub id), for the model card.
+        dtype: `float32` or `bfloat16`; None keeps the model's.
+        max_shard_size: of a safetensors file, such as `5GB`.
+        parity: `full` runs the model and the written checkpoint in float32 on the same images and prompts; it takes one
+            float32 copy of the model beside the model given. `weights` only reads the tensors back and compares bits.
+            `none` compares nothing.
+
+    Returns:
+        the report, also saved as `parity.json`.
+
+    Raises:
+        ConfigError: the format cannot hold this model, or a setting is wrong.
+        CheckpointError: `out` exists, the disk is full, or the written checkpoint is not equal; nothing is left behind.
+        GenerationError: the weights are float16, in which Gemma overflows.
+    """
+    target = _format(to)
+    if parity not in get_args(Parity):
+        raise ConfigError(
+            f"unknown parity {parity!r}{nearest(str(parity), get_args(Parity))}; known: full, weights, none"
+        )
+    stored = _dtype(model, dtype)
+    parse_size(max_shard_size)
+    probes.check_in_memory(model)
+    target.check(model, processor)
+    report = ParityReport(to, str(out), "", layout.dtype_name(stored))
+    with _published(Path(out)) as folder:
+        tensors = target.write(folder, model, processor, stored, max_shard_size)
+        if parity != "none":
+            report.rows.append(compare_files(folder, tensors, stored))
+            report.require()
+        del tensors
+        if parity == "weights":
+            probes.opened(folder, empty=True)
+        if parity != "none":
+            _compare_inputs(report, target, folder, processor)
+        if parity == "full":
+            _compare_models(report, target, folder, model, processor, stored)
+        report.require()
+        _notes(report, model, processor, parity)
+        report.write(folder)
+        card.write(folder, model, processor, report, _origin(model, source))
+    return report
+
+
+def _format(to: str) -> Format:
+    if to not in FORMATS:
+        raise ConfigError(f"unknown format {to!r}{nearest(to, FORMATS)}; known: {', '.join(FORMATS)}")
+    return FORMATS[to]
+
+
+def _dtype(model: VLM, dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype to write: the one asked for, or the model's widest (a training run may keep some parts in float32)."""
+    if dtype is None:
+        own = {parameter.dtype for parameter in model.parameters()}
+        chosen = max(own, key=lambda item: (item.itemsize, str(item)))
+    elif isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
+        chosen = DTYPES[dtype]
+    else:
+        chosen = dtype
+    if chosen not in DTYPES.values():
+        raise ConfigError(f"the weights are {layout.dtype_name(chosen)}, which is not written; use dtype='bfloat16'")
+    check_dtype(model.config, chosen)
+    return chosen
+
+
+def _compare_inputs(report: ParityReport, target: Format, folder: Path, processor: Processor) -> None:
+    """What both processors make of the samples."""
+    ours, theirs = target.inputs(processor), target.written_inputs(folder)
+    exact = inexact_transform(processor) is None
+    limits = {**LIMITS, "pixels": LIMITS["pixels"] if exact else None}
+    report.rows += [compare(name, ours[name], theirs[name], limits[name]) for name in ours]
+    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    report.reader = f"{architecture} of transformers {transformers.__version__}"
+    prompts = [f", {prompt!r}" if report.to == "paligemma" else "" for prompt, _, _ in probes.SAMPLES]
+    sizes = [f"{width}x{height} px" for _, _, (width, height) in probes.SAMPLES]
+    report.samples = [size + prompt for size, prompt in zip(sizes, prompts, strict=True)]
+
+
+def _compare_models(
+    report: ParityReport, target: Format, folder: Path, model: VLM, processor: Processor, dtype: torch.dtype
+) -> None:
+    """What both models make of the same inputs: the source first, so that its copy is gone before the other is open."""
+    log.info("parity: running the model on %d samples in float32", len(probes.SAMPLES))
+    copied = probes.in_float32(model, dtype)
+    attention = {part: getattr(copied.config, part)._attn_implementation for part in ("vision_config", "text_config")}
+    ours = target.run(copied, processor)
+    del copied
+    log.info("parity: running what was written, opened by transformers")
+    theirs = target.run_written(probes.opened(folder, attention).to(model.device), processor)
+    report.rows += [compare(name, ours[name], theirs[name], LIMITS[name]) for name in LIMITS if name in theirs]
+    report.texts = [processor.decode(ids.flatten()) for ids in theirs.get("greedy tokens", [])]
+    if set(ours) - set(theirs):
+        report.notes.append(
+            f"transformers {transformers.__version__} does not apply PaliGemma 2's final soft-cap (5.23 does); greedy"
+            f" tokens are the same without it, sampled ones are not"
+        )
+
+
+def inexact_transform(processor: Processor) -> str | None:
+    """What of the image transform transformers' image processors do differently, or None."""
+    transform = processor.image_transform
+    if transform.mode == "naflex":
+        return "NaFlex images are resized in float here, as in the original; transformers rounds them to 8 bit"
+    if transform.mode != "squash":
+        return f"images are prepared by {transform.mode!r} here; transformers squashes them to a square"
+    if not transform.antialias:
+        return "images are shrunk without antialias here; transformers always antialiases"
+    if transform.rounding != "nearest":
+        return f"resized values are rounded {transform.rounding!r} here; transformers rounds to nearest"
+    return None
+
+
+def _notes(report: ParityReport, model: VLM, processor: Processor, parity: Parity) -> None:
+    """What a reader of the numbers has to know."""
+    if parity == "full":
+        report.notes.append("both models ran in float32 on the written weights and on the same inputs")
+    else:
+        report.notes.append(f"the checkpoint was not run (parity={parity})")
+    difference = inexact_transform(processor)
+    if difference is not None:
+        measured = next((row.max_abs for row in report.rows if row.name == "pixels"), None)
+        shown = "" if measured is None else f"; largest difference of a normalised value: {measured:.2g}"
+        report.notes.append(f"the format cannot say how this model's images are resized: {difference}{shown}")
+    if report.to != "paligemma" or parity != "full":
+        return
+    cap = final_softcap(model.config)
+    if cap is not None:
+        in_use = getattr(model.config, "softcap_in_generation", True)
+        written = "" if in_use else "; this model generates without it, so it is written as null"
+        report.notes.append(f"`logits` and `loss` are without the final soft-cap of {cap:g} on both sides{written}")
+    if attention_softcap(model.config) is not None:
+        report.notes.append("attention ran eagerly on both sides: sdpa has no soft-cap")
+
+
+def _origin(model: VLM, source: str | Path | None) -> str:
+    """Directory or hub id the model was opened from, or an empty string."""
+    return str(source or getattr(model.config, "_name_or_path", "") or "")
+
+
+def check_out(out: Path) -> None:
+    """Raise `CheckpointError` if `out` is anything but a new or empty directory."""
+    if out.is_dir() and any(out.iterdir()):
+        raise CheckpointError(f"{out}: the directory is not empty; choose another, or delete it first")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; give a directory to make")
+
+
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """A new directory that becomes `out` when the block ends well, and is removed when it does not.
+
+    Raises:
+        CheckpointError: `out` is not empty, is a file, or cannot be written.
+    """
+    check_out(out)
+    out = out.resolve()
+    folder = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # left by an export that was killed outright
+        folder.mkdir(parents=True)
+        yield folder
+        for file in folder.iterdir():
+            _sync(file)
+        folder.rename(out)  # takes the place of an empty directory
+        _sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"{out}: cannot be written: {error}") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
