@@ -27,6 +27,7 @@ _HOMES = {
     "VLMError": "errors",
 }
 _MODULES = (
+    "check",
     "checkpoints",
     "data",
     "demo",

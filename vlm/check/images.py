@@ -1,0 +1,116 @@
+"""Images on their way in: as many placeholders as image tokens, pixels in the range that the tower was trained on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm.check.report import Finding
+from vlm.check.subject import PIXELS, Subject, Tensors, evaluating, picture, text_logits
+from vlm.config import part
+from vlm.errors import DataError
+
+SIZES = ((1, 1), (1, 64), (64, 1), (7, 300), (300, 7), (200, 100), (97, 113))
+"""(width, height): down to one pixel, up to a ratio of 1:64."""
+OFF_RANGE = 1e-3
+"""Most that black or white may miss their place: 8-bit values have no rounding there."""
+OVERSHOOT = 0.1
+"""Most that a resized photo may leave the range, in parts of it: cubic filters overshoot at edges."""
+
+
+@torch.no_grad()
+def tokens(subject: Subject) -> Finding:
+    """Placeholders written by the processor against tokens given by tower and projector, image by image; and two wrong
+    counts that the model has to refuse."""
+    processor = subject.processor
+    worst, where = 0, ""
+    counts = []
+    for number, size in enumerate(SIZES):
+        batch = processor([picture(number, size)], ["caption en"])
+        placeholders = int((batch.input_ids == processor.image_token_id).sum())
+        given = _tokens_per_image(subject, {name: batch[name] for name in batch.keys()})
+        counts += given
+        if abs(placeholders - sum(given)) > worst or not where:
+            worst = abs(placeholders - sum(given))
+            where = f"{placeholders} placeholders, {sum(given)} tokens at {size[0]}x{size[1]} px"
+    detail = f"largest difference over {len(SIZES)} sizes from 1x1 px; {min(counts)} to {max(counts)} tokens per image"
+    problem = where if worst else _refuses_wrong_counts(subject)
+    return Finding(measured=worst, limit=0, detail=detail, problem=problem)
+
+
+def _tokens_per_image(subject: Subject, tensors: Tensors) -> list[int]:
+    pixels = [tensors[name].to(subject.model.device) for name in PIXELS if name in tensors]
+    with evaluating(subject.model):
+        _, counts = subject.model.model.project(subject.model.encode(*pixels))
+    result: list[int] = counts.tolist()
+    return result
+
+
+def _refuses_wrong_counts(subject: Subject) -> str:
+    """What is wrong if the model takes a batch with a placeholder too few or too many."""
+    tensors = subject.batch((0, 1))
+    placeholder, other = subject.processor.image_token_id, int(subject.ordinary_ids[0])
+    one_less, one_more = tensors["input_ids"].clone(), tensors["input_ids"].clone()
+    one_less[0, int((one_less[0] == placeholder).int().argmax())] = other
+    one_more[0, int((tensors["token_type_ids"][0] == 1).int().argmax())] = placeholder
+    for ids, what in ((one_less, "one placeholder too few"), (one_more, "one placeholder too many")):
+        try:
+            text_logits(subject.model, {**tensors, "input_ids": ids}, 1)
+        except DataError:
+            continue
+        return f"the model takes a batch with {what} without a word"
+    return ""
+
+
+def pixel_range(subject: Subject) -> Finding:
+    """Black, white and photo-like images through the processor, against the normalisation of the tower's own transform
+    (`transform` in the encoder's file)."""
+    config = subject.model.config
+    own = part("vlm.encoders", config.encoder).transform(config.vision_config)
+    low = torch.tensor([(0 - mean) / std for mean, std in zip(own.mean, own.std, strict=True)])
+    high = torch.tensor([(1 - mean) / std for mean, std in zip(own.mean, own.std, strict=True)])
+    black, white = (_colours(subject, Image.new("RGB", (60, 45), (level,) * 3)) for level in (0, 255))
+    photos = torch.cat([_colours(subject, picture(seed, size)) for seed, size in enumerate(((60, 45), (20, 90)))])
+    flat = torch.cat([(black - low).abs().flatten(), (white - high).abs().flatten()]).max()
+    outside = torch.maximum(low - photos, photos - high).max() / (high - low).min()
+    # The photo's allowance is wider; it is brought to the scale of the other limit.
+    excess = max(0.0, float(outside)) * OFF_RANGE / OVERSHOOT if torch.isfinite(outside) else math.nan
+    measured = float(torch.tensor([float(flat), excess]).max())
+    mean, std = subject.processor.image_transform.mean, subject.processor.image_transform.std
+    detail = f"black and white land at {_span(black)} and {_span(white)}, photos in {_span(photos)}"
+    problem = _size_problem(subject)
+    if not measured <= OFF_RANGE:
+        wanted = f"mean {own.mean} std {own.std}"
+        problem = f"the {config.encoder} tower expects {wanted}, the processor has mean {mean} std {std}"
+    return Finding(measured=measured, limit=OFF_RANGE, detail=f"off the tower's range; {detail}", problem=problem)
+
+
+def _colours(subject: Subject, image: Image.Image) -> Tensor:
+    """float32[K, 3]: an image's pixel values as the processor gives them, padding patches left out."""
+    batch = subject.processor([image], ["caption en"])
+    pixels: Any = batch.pixel_values
+    if batch.pixel_attention_mask is None:
+        return pixels.permute(0, 2, 3, 1).reshape(-1, 3)
+    return pixels[batch.pixel_attention_mask.bool()].reshape(-1, 3)
+
+
+def _size_problem(subject: Subject) -> str:
+    """Whether the pixels have the tower's size: a square side, or the width of a patch."""
+    vision = subject.model.config.vision_config
+    batch = subject.processor([picture(0, (60, 45))], ["caption en"])
+    assert batch.pixel_values is not None
+    got = tuple(batch.pixel_values.shape[1:])
+    if batch.spatial_shapes is not None:
+        wanted: tuple[int, ...] = (got[0], 3 * vision.patch_size**2)
+    else:
+        wanted = (3, vision.image_size, vision.image_size)
+    return "" if got == wanted else f"pixels have the shape {got}, the tower reads {wanted}"
+
+
+def _span(values: Tensor) -> str:
+    low, high = f"{float(values.min()):.3g}", f"{float(values.max()):.3g}"
+    return low if low == high else f"[{low}, {high}]"

@@ -1,0 +1,86 @@
+"""`run`: all checks, or some, on one model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm.check.report import Finding, Report, Result
+from vlm.check.subject import Subject, attention_backends, preserved
+from vlm.check.table import CHECKS, Check
+from vlm.data import Example, read_jsonl
+from vlm.errors import ConfigError, VLMError, nearest
+from vlm.model import VLM
+from vlm.processor import Processor
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    model: VLM,
+    processor: Processor,
+    *,
+    data: str | Path | Sequence[Example] | None = None,
+    stage_manifest: str | Path | None = None,
+    only: Sequence[str] | None = None,
+    path: str | Path | None = None,
+    image_root: str | Path | None = None,
+    max_text_length: int | None = None,
+) -> Report:
+    """Check a model by its behaviour. Weights, mode, attention backend, dtype, device and random state stay as found.
+
+    Args:
+        data: training examples, or their JSONL file: their labels are checked.
+        stage_manifest: STAGE/manifest.json of a training run; looked for around `path` by default.
+        only: names of checks (`vlm.check.CHECKS`); all by default.
+        path: where the model was loaded from.
+        image_root: folder of the data's images, by default that of the file.
+        max_text_length: as in training; longer suffixes are counted.
+
+    Raises:
+        ConfigError: an unknown name in `only`.
+        DataError: the data file cannot be used.
+    """
+    chosen = choose(only)
+    examples = read_jsonl(data, image_root=image_root)[0] if isinstance(data, str | Path) else data
+    subject = Subject(
+        model=model,
+        processor=processor,
+        data=examples,
+        max_text_length=max_text_length,
+        path=None if path is None else Path(path),
+        stage_manifest=None if stage_manifest is None else Path(stage_manifest),
+    )
+    backends = ", ".join(dict.fromkeys(attention_backends(model).values()))
+    return Report(
+        model="" if path is None else str(path),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        attention=backends,
+        results=tuple(_run_one(check, subject) for check in chosen),
+    )
+
+
+def choose(only: Sequence[str] | None) -> tuple[Check, ...]:
+    """The checks of these names, in the order of the table. Raises `ConfigError` with the nearest known name."""
+    if only is None:
+        return CHECKS
+    known = [check.name for check in CHECKS]
+    for name in only:
+        if name not in known:
+            raise ConfigError(f"unknown check {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    return tuple(check for check in CHECKS if check.name in only)
+
+
+def _run_one(check: Check, subject: Subject) -> Result:
+    log.info("%s: %s", check.name, check.title)
+    began = time.monotonic()
+    try:
+        with preserved(subject.model):
+            finding = check.function(subject)
+    except (VLMError, RuntimeError) as error:
+        # The model refused an input that a healthy one takes (or torch did, on its behalf): that is a result.
+        finding = Finding(problem=f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return Result.of(check.name, check.title, finding, time.monotonic() - began)
