@@ -205,6 +205,24 @@ def test_ask_asks_in_the_models_words(model: str, images: dict[str, str], capsys
     assert json.loads(capsys.readouterr().out) == {"image": images["red"], "prompt": prompt, "text": expected}
 
 
+def test_the_rule_of_the_beams_reaches_the_search(
+    model: str, images: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import vlm
+
+    net, processor = vlm.load(model)
+    rules = ("big_vision", "transformers")
+    args: Any = net, processor, [images["red"]], ["caption en"]
+    expected = [vlm.generate(*args, max_new_tokens=5, num_beams=3, beam_search=rule)[0] for rule in rules]
+    assert expected[0] != expected[1]
+    for rule, text in zip(rules, expected, strict=True):
+        options = ["--model", model, "--max-new-tokens", "5", "--num-beams", "3", "--beam-search", rule, "--json"]
+        assert main(["caption", images["red"], *options]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == text
+    assert main(["caption", images["red"], "--model", model, "--beam-search", "google"]) == 2
+    assert "--beam-search: invalid choice: 'google'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("batch_size", ["1", "2", "8"])
 def test_bad_images_are_named_and_the_others_described(
     model: str, images: dict[str, str], batch_size: str, capsys: pytest.CaptureFixture[str]

@@ -93,3 +93,16 @@ def test_a_saved_model_has_the_fingerprint_of_the_one_in_memory(data: Path, tmp_
 def test_dtype_of_a_pair_cannot_be_chosen(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dtype='bfloat16' can only be chosen when a model directory is opened"):
         evaluate(lively("siglip", "gemma"), data, "exact_match", tmp_path / "o", dtype="bfloat16", progress=False)
+
+
+def test_the_rule_of_the_beams_is_used_and_recorded(data: Path, tmp_path: Path) -> None:
+    pair = lively("siglip", "gemma")
+    options: dict[str, Any] = {"max_new_tokens": 4, "report": False, "progress": False, "limit": 3}
+    said = {}
+    for rule in ("big_vision", "transformers"):
+        found = evaluate(pair, data, "exact_match", tmp_path / rule, num_beams=3, beam_search=rule, **options)
+        assert found["decoding"] == {"max_new_tokens": 4, "num_beams": 3, "beam_search": rule}
+        said[rule] = predictions(tmp_path / rule)
+    assert said["big_vision"] != said["transformers"]
+    greedy = evaluate(pair, data, "exact_match", tmp_path / "greedy", **options)
+    assert greedy["decoding"] == {"max_new_tokens": 4, "num_beams": 1}

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
 from transformers import GenerationConfig
 
+from vlm.beam import beam_search as big_vision_beams
 from vlm.config import VLMConfig
-from vlm.errors import GenerationError
+from vlm.errors import GenerationError, nearest
 from vlm.model import VLM
 from vlm.processor import Batch, ImageSource, Processor
+
+BeamSearch = Literal["transformers", "big_vision"]
+"""Whose rule of beam search: transformers' (normalised by length), or the original PaliGemma's (`vlm.beam`)."""
 
 
 def check_dtype(config: VLMConfig, dtype: torch.dtype, *, force: bool = False) -> None:
@@ -44,6 +49,7 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     length_penalty: float = 1.0,
+    beam_search: BeamSearch = "transformers",
     seed: int | None = None,
     batch_size: int = 16,
     force_fp16: bool = False,
@@ -56,6 +62,8 @@ def generate(
         ids: names of the samples for error messages.
         max_new_tokens: most tokens generated for a sample.
         num_beams: 1 is greedy (or sampling); more is beam search.
+        beam_search: `transformers`, or `big_vision` for the rule that PaliGemma's published results were decoded with:
+            the highest sum of log-probabilities (see `vlm.beam`). length_penalty: of `transformers` beams only.
         do_sample, temperature, top_p, top_k: sampling; `top_k=0` means no limit. `seed` makes it repeatable.
         batch_size: samples at a time; it does not change greedy results beyond floating-point rounding. force_fp16: run
             a float16 model although it may overflow.
@@ -78,6 +86,7 @@ def generate(
         top_k=top_k,
         length_penalty=length_penalty,
     )
+    check_beam_search(beam_search, do_sample=do_sample, length_penalty=length_penalty)
     if batch_size < 1:
         raise GenerationError(f"batch_size is {batch_size}, expected at least 1")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -89,26 +98,80 @@ def generate(
             torch.manual_seed(seed)
         for chunk in _chunks(images, prompts, ids, batch_size):
             batch = processor(*chunk[:2], ids=chunk[2])
-            texts += processor.batch_decode(generate_ids(model, batch, settings))
+            texts += processor.batch_decode(generate_ids(model, batch, settings, beam_search=beam_search))
     return texts
 
 
 @torch.inference_mode()
-def generate_ids(model: VLM, batch: Batch, settings: GenerationConfig) -> torch.Tensor:
-    """Generate for one batch made without suffixes; returns int64[B, N], the new tokens only, padded after EOS."""
+def generate_ids(
+    model: VLM, batch: Batch, settings: GenerationConfig, *, beam_search: BeamSearch = "transformers"
+) -> torch.Tensor:
+    """Generate for one batch made without suffixes; returns int64[B, N], the new tokens only, padded after EOS.
+
+    Args:
+        settings: what `generation_config` returns, or any of transformers'.
+        beam_search: the rule when `settings.num_beams` is above 1. `big_vision` reads `num_beams`, `max_new_tokens`,
+            `suppress_tokens` and the ids of EOS and padding; the rest belongs to transformers' search.
+    """
     if batch.labels is not None:
         raise GenerationError("this batch was made for training (it has labels, padding right); make it without suffix")
-    # Each module's own mode comes back: model.train() would wake a frozen tower that is in eval mode.
+    check_beam_search(beam_search, do_sample=bool(settings.do_sample), length_penalty=settings.length_penalty)
+    batch = batch.to(model.device)
+    with _in_eval_mode(model):
+        if beam_search == "big_vision" and (settings.num_beams or 1) > 1:
+            return _big_vision(model, batch, settings)
+        output = model.generate(**batch, generation_config=settings)  # type: ignore[misc]
+    return output[:, batch.input_ids.shape[1] :]
+
+
+def _big_vision(model: VLM, batch: Batch, settings: GenerationConfig) -> torch.Tensor:
+    eos, limit = settings.eos_token_id, settings.max_new_tokens
+    if not isinstance(eos, int) or limit is None:
+        raise GenerationError(
+            f"big_vision's beam search needs one eos_token_id and max_new_tokens, got eos_token_id={eos!r},"
+            f" max_new_tokens={limit!r}; take the settings from vlm.generation.generation_config"
+        )
+    return big_vision_beams(
+        model,
+        batch,
+        num_beams=int(settings.num_beams or 1),
+        max_new_tokens=limit,
+        eos=eos,
+        pad=eos if settings.pad_token_id is None else settings.pad_token_id,
+        suppress=settings.suppress_tokens or (),
+    )[0]
+
+
+@contextmanager
+def _in_eval_mode(model: VLM) -> Iterator[None]:
+    """Each module's own mode comes back: model.train() would wake a frozen tower that is in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        output = model.generate(  # type: ignore[misc]
-            **batch.to(model.device), generation_config=settings
-        )
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    return output[:, batch.input_ids.shape[1] :]
+
+
+def check_beam_search(beam_search: str, *, do_sample: bool, length_penalty: float | None) -> None:
+    """Refuse settings that the rule would ignore.
+
+    Raises:
+        GenerationError: an unknown rule; sampling or a length penalty with big_vision's.
+    """
+    known = get_args(BeamSearch)
+    if beam_search not in known:
+        raise GenerationError(
+            f"unknown beam_search {beam_search!r}{nearest(str(beam_search), known)}; known: {', '.join(known)}"
+        )
+    if beam_search == "big_vision" and do_sample:
+        raise GenerationError("beam_search='big_vision' with do_sample=True: it is a search; choose one")
+    if beam_search == "big_vision" and length_penalty not in (None, 1.0):
+        raise GenerationError(
+            f"length_penalty={length_penalty} with beam_search='big_vision', which sums log-probabilities and never"
+            f" normalises by length; leave it out or use beam_search='transformers'"
+        )
 
 
 def generation_config(

@@ -20,7 +20,7 @@ def ask_about(
     An image that cannot be decoded is one line on stderr, or with `as_json` a JSON line with `error` and `code`.
 
     Args:
-        generation: `batch_size`, `max_new_tokens` and `num_beams` of `vlm.generate`.
+        generation: `batch_size`, `max_new_tokens`, `num_beams` and `beam_search` of `vlm.generate`.
     """
     num_bad = 0
     for path, outcome in _outcomes(paths, prompt, model, device, dtype, generation):

@@ -119,6 +119,7 @@ def run_eval(options: Namespace) -> int:
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
+        beam_search=options.beam_search,
         limit=options.limit,
         skip_bad=options.skip_bad,
         shuffle_images=options.shuffle_images,
@@ -177,6 +178,7 @@ def _answer(options: Namespace, images: list[str], prompt: str, batch_size: int)
         batch_size=batch_size,
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
+        beam_search=options.beam_search,
     )
 
 

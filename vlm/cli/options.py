@@ -47,6 +47,12 @@ def add_generation(parser: ArgumentParser, batch_size: int | None) -> None:
     parser.add_argument(
         "--num-beams", type=one, default=1, metavar="N", help="beams of the search; 1, greedy, if not given"
     )
+    parser.add_argument(
+        "--beam-search",
+        choices=("transformers", "big_vision"),
+        default="transformers",
+        help="whose rule: transformers' (normalised by length), or that of PaliGemma's published results",
+    )
     if batch_size is not None:
         text = f"images at a time ({batch_size})"
         parser.add_argument("--batch-size", type=one, default=batch_size, metavar="N", help=text)

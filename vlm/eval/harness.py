@@ -50,6 +50,7 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 64,
     num_beams: int = 1,
+    beam_search: str = "transformers",
     limit: int | None = None,
     skip_bad: bool = False,
     device: str | None = None,
@@ -72,6 +73,7 @@ def evaluate(
         metrics: names, as a list or comma-separated.
         out: the folder for everything that is written.
         batch_size: items predicted at a time; results do not depend on it beyond floating-point rounding.
+        max_new_tokens, num_beams, beam_search: of `vlm.generate`.
         limit: only the first so many items.
         skip_bad: leave out annotations that are broken, list and count them, instead of refusing the file.
         device, dtype: where and as what a model directory is opened; see `as_predictor`.
@@ -94,7 +96,7 @@ def evaluate(
     examples, problems = _examples(data, limit, skip_bad, image_root)
     shown = items.shuffle_images(examples, seed) if shuffle_images else examples
     predictor, name = as_predictor(model, device=device, dtype=dtype)
-    decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=num_beams)
+    decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=num_beams, beam_search=beam_search)
     settings: dict[str, Any] = {
         "model": predictor.identity(),
         "data_sha256": items.digest(examples),

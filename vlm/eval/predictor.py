@@ -22,9 +22,14 @@ class Decoding:
 
     max_new_tokens: int = 64
     num_beams: int = 1
+    beam_search: str = "transformers"
+    """Whose rule of beam search; see `vlm.generate`."""
 
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        if self.num_beams == 1:
+            del values["beam_search"]  # greedy has no beams
+        return values
 
 
 class Predictor(Protocol):
@@ -85,6 +90,7 @@ class ModelPredictor:
             ids=ids,
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.num_beams,
+            beam_search=decoding.beam_search,  # type: ignore[arg-type]  # checked there
             batch_size=len(prompts),
         )
 
