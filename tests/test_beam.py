@@ -78,7 +78,7 @@ def search(model: VLM, batch: dict[str, Tensor], beams: int, limit: int, eos: in
     return list(zip(scores.tolist(), rows, strict=True))
 
 
-def as_batch(batch: dict[str, Tensor]) -> Batch:
+def as_batch(batch: dict[str, Any]) -> Batch:
     return Batch(**batch)
 
 

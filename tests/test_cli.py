@@ -211,7 +211,7 @@ def test_the_rule_of_the_beams_reaches_the_search(
     import vlm
 
     net, processor = vlm.load(model)
-    rules = ("big_vision", "transformers")
+    rules: Any = ("big_vision", "transformers")
     args: Any = net, processor, [images["red"]], ["caption en"]
     expected = [vlm.generate(*args, max_new_tokens=5, num_beams=3, beam_search=rule)[0] for rule in rules]
     assert expected[0] != expected[1]

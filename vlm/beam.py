@@ -95,7 +95,7 @@ def beam_search(
         beams, parents = advance(beams, log_probs, num_beams, eos)
         if not left or beams.done():
             break
-        cache.reorder_cache(_rows(parents, log_probs.shape[1]))
+        cache.reorder_cache(_rows(parents, log_probs.shape[1]))  # type: ignore[arg-type]
         attention_mask = _one_more(attention_mask, len(parents) * num_beams)
         # Embedded here: a generated token is text, also where it has the id of the image placeholder.
         embedded = model.get_input_embeddings()(beams.tokens[:, :, -1].flatten()[:, None])
