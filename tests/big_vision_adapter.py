@@ -150,7 +150,7 @@ class TwoTowers:
         assert loss is not None
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = {name: p.grad for name, p in self.model.model.named_parameters() if p.grad is not None}
-        return float(loss), big_vision.encode(gradients, self.shapes, two_towers=True)
+        return float(loss.detach()), big_vision.encode(gradients, self.shapes, two_towers=True)
 
     def _forward(self, batch: Arrays) -> two_towers.TwoTowerOutput:
         if self.model.kind == "siglip":

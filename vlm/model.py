@@ -208,6 +208,11 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
             "decoder": nn.ModuleDict({"language_model": self.model.language_model, "lm_head": self.lm_head}),
         }
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the first parameter that is in memory (parts on disk are on none)."""
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
+
     # The names are spelled out because generate() checks its arguments against this signature.
     def forward(
         self,

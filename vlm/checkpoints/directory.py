@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from vlm.checkpoints import big_vision, configs, manifest
-from vlm.checkpoints.files import INDEX, Weights, locate, read_json
+from vlm.checkpoints.files import INDEX, Weights, check_regular, locate, read_json
 from vlm.checkpoints.loader import Placement, live_source, load_model
 from vlm.checkpoints.preprocessing import from_sentencepiece, open_tokenizer, paligemma_transform
 from vlm.config import VLMConfig
@@ -166,6 +166,7 @@ def note_sliding_window(config: VLMConfig, processor: Processor) -> None:
 def _open_big_vision(
     path: str | Path, tokenizer: str | Path | None, placement: Placement, allow_nonfinite: bool
 ) -> tuple[VLM, Processor]:
+    check_regular(Path(path))
     if tokenizer is None:
         raise CheckpointError(
             f"{path}: a big_vision file holds no tokenizer; give its sentencepiece model: tokenizer='tokenizer.model'"

@@ -130,7 +130,9 @@ def load_model(
 def empty(config: VLMConfig) -> VLM:
     """The model of a configuration with parameters that take no memory; buffers are real."""
     with init_empty_weights(include_buffers=False):
-        return VLM(config)
+        model = VLM(config)
+    model.tie_weights()
+    return model
 
 
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -193,12 +195,13 @@ def _fill(
         tensor = finite(source.read(name), name, source.origin, allow_nonfinite).to(placement.dtype)
         device = placement.device if devices is None else _device_of(name, devices)
         if device == "disk":
-            assert placement.offload_folder is not None
             offload_weight(tensor, name, str(placement.offload_folder), index=offloaded)
         else:
             put(model, name, tensor.to(device))
     if HEAD in source.shapes:
         _check_stored_head(model, source, placement)
+    if EMBEDDING in offloaded:  # accelerate looks for the tied name too
+        offload_weight(source.read(EMBEDDING).to(placement.dtype), HEAD, str(placement.offload_folder), index=offloaded)
     if offloaded:
         save_offload_index(offloaded, str(placement.offload_folder))
 
@@ -305,8 +308,10 @@ def _device_map(model: VLM, placement: Placement) -> dict[str, Any] | None:
         devices = dict(infer_auto_device_map(model, memory, blocks, dtype=placement.dtype))
     else:
         devices = dict(asked)
-    if "disk" in devices.values() and placement.offload_folder is None:
-        raise ConfigError("parts of the model go to disk, but there is no folder for them; pass offload_folder=")
+    if "disk" in devices.values():
+        if placement.offload_folder is None:
+            raise ConfigError("parts of the model go to disk, but there is no folder for them; pass offload_folder=")
+        Path(placement.offload_folder).mkdir(parents=True, exist_ok=True)
     for name in expected_shapes(model):
         _device_of(name, devices)
     return devices
