@@ -159,7 +159,9 @@ def _dtype(model: VLM, dtype: str | torch.dtype | None) -> torch.dtype:
 
 def _compare_inputs(report: ParityReport, target: Format, folder: Path, processor: Processor) -> None:
     """What both processors make of the samples."""
-    ours, theirs = target.inputs(processor), target.written_inputs(folder)
+    ours = target.inputs(processor)
+    with _their_failure(folder):
+        theirs = target.written_inputs(folder)
     exact = inexact_transform(processor) is None
     limits = {**LIMITS, "pixels": LIMITS["pixels"] if exact else None}
     report.rows += [compare(name, ours[name], theirs[name], limits[name]) for name in ours]
@@ -180,7 +182,9 @@ def _compare_models(
     ours = target.run(copied, processor)
     del copied
     log.info("parity: running what was written, opened by transformers")
-    theirs = target.run_written(probes.opened(folder, attention).to(model.device), processor)
+    written = probes.opened(folder, attention).to(model.device)
+    with _their_failure(folder):
+        theirs = target.run_written(written, processor)
     report.rows += [compare(name, ours[name], theirs[name], LIMITS[name]) for name in LIMITS if name in theirs]
     report.texts = [processor.decode(ids.flatten()) for ids in theirs.get("greedy tokens", [])]
     if set(ours) - set(theirs):
@@ -188,6 +192,24 @@ def _compare_models(
             f"transformers {transformers.__version__} does not apply PaliGemma 2's final soft-cap (5.23 does); greedy"
             f" tokens are the same without it, sampled ones are not"
         )
+
+
+@contextmanager
+def _their_failure(folder: Path) -> Iterator[None]:
+    """What transformers refuses of the written directory becomes a CheckpointError."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise CheckpointError(
+            f"{folder}: not enough memory to run the model twice in float32, one after the other; use --parity weights,"
+            f" which compares the files without running them, or --device cpu"
+        ) from error
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: transformers {transformers.__version__} cannot run what was written: {text[:300]}; nothing was"
+            f" left there. This is a bug of the export: report it"
+        ) from error
 
 
 def inexact_transform(processor: Processor) -> str | None:
