@@ -13,6 +13,7 @@ from transformers import AddedToken, GemmaTokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
 from vlm.errors import ConfigError, DataError
+from vlm.piece_model import Kind, PieceModel, read_piece_model
 
 IMAGE_TOKEN = "<image>"
 LOC_TOKENS = [f"<loc{i:04d}>" for i in range(1024)]
@@ -31,9 +32,7 @@ def build(corpus: Iterable[str], *, vocab_size: int = 1000, loc_seg: bool = True
     """Train a small tokenizer laid out like PaliGemma's.
 
     A sentencepiece BPE model with Gemma's conventions (pad, eos, bos, unk = 0, 1, 2, 3; newline a piece of its own;
-    byte fallback; no prefix space), then `<image>`, 1024 `<locDDDD>` and 128 `<segDDD>` tokens appended in the order in
-    which transformers'
-    PaliGemmaProcessor appends them.
+    byte fallback; no prefix space), then the tokens of `add_image_tokens`.
 
     Args:
         corpus: texts to learn pieces from. The same texts give the same tokenizer.
@@ -77,20 +76,73 @@ def build(corpus: Iterable[str], *, vocab_size: int = 1000, loc_seg: bool = True
     return tokenizer
 
 
+def from_sentencepiece(path: str | Path) -> Tokenizer:
+    """A Gemma tokenizer from a sentencepiece `.model` file, such as the one beside Google's original checkpoints.
+
+    Cuts every text as sentencepiece does. User-defined pieces (newline runs, blanks, HTML tags) are added tokens, found
+    before anything is merged; control pieces are special tokens; pad, eos, bos and unk are the model's own.
+
+    Raises:
+        ConfigError: no sentencepiece model, or one that a Gemma tokenizer cannot express: another algorithm than BPE, a
+            normaliser, a prefix blank, no padding token.
+    """
+    model = read_piece_model(path)
+    _check_is_gemmas(model, path)
+    vocab = {piece.text: index for index, piece in enumerate(model.pieces)}
+    scores = {piece.text: piece.score for piece in model.pieces if piece.kind is Kind.NORMAL}
+    fixed = [piece.text for piece in model.pieces if piece.kind is not Kind.NORMAL]
+    names = {f"{name}_token": model.pieces[index].text for name, index in model.special.items()}
+    # "<mask>" is a user-defined piece of Gemma: as a special token it would not be found where sentencepiece finds it.
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores, fixed), mask_token=None, **names)
+    control = [p.text for p in model.pieces if p.kind is Kind.CONTROL and p.text not in names.values()]
+    if control:
+        tokenizer.add_special_tokens({"extra_special_tokens": [_token(text, special=True) for text in control]})
+    # Normalised: sentencepiece looks for them after it has written blanks as U+2581.
+    tokenizer.add_tokens(
+        [AddedToken(p.text, normalized=True, special=False) for p in model.pieces if p.kind is Kind.USER_DEFINED]
+    )
+    return tokenizer
+
+
+def _check_is_gemmas(model: PieceModel, path: str | Path) -> None:
+    settings = model.normalizer
+    expected = {
+        "algorithm": (model.algorithm, "bpe"),
+        "normaliser": (settings["name"] if settings["charsmap"] else "identity", "identity"),
+        "add_dummy_prefix": (settings["add_dummy_prefix"], False),
+        "remove_extra_whitespaces": (settings["remove_extra_whitespaces"], False),
+        "escape_whitespaces": (settings["escape_whitespaces"], True),
+    }
+    for name, (got, wanted) in expected.items():
+        if got != wanted:
+            raise ConfigError(
+                f"{path}: {name} is {got!r}, a Gemma tokenizer has {wanted!r}; give the tokenizer.model of a Gemma or"
+                f" PaliGemma checkpoint"
+            )
+    for name, index in model.special.items():
+        if not 0 <= index < len(model.pieces):
+            raise ConfigError(f"{path}: has no {name} token (id {index}); a Gemma tokenizer has pad, eos, bos and unk")
+
+
+def _token(text: str, *, special: bool) -> AddedToken:
+    return AddedToken(text, normalized=False, special=special)
+
+
 def add_image_tokens(tokenizer: Tokenizer, *, loc_seg: bool = True) -> int:
-    """Append the tokens of PaliGemma that are missing: `<image>` (special), `<loc0000>`...`<loc1023>`,
-    `<seg000>`...`<seg127>` (not special).
+    """Append the tokens of PaliGemma that are missing: `<loc0000>`...`<loc1023>`, `<seg000>`...`<seg127>` (not
+    special), then `<image>` (special). That is the order of the published vocabulary: 256,000 Gemma pieces, locations
+    from 256000, segments from 257024, `<image>` 257152. Tokens that are there keep their ids.
 
     Returns:
         how many tokens were added; the embedding must grow by as many rows.
     """
     before = len(tokenizer)
     known = tokenizer.get_vocab()
-    if IMAGE_TOKEN not in known:
-        image = AddedToken(IMAGE_TOKEN, normalized=False, special=True)
-        tokenizer.add_special_tokens({"additional_special_tokens": [image]})
     if loc_seg:
         tokenizer.add_tokens([token for token in LOC_TOKENS + SEG_TOKENS if token not in known])
+    if IMAGE_TOKEN not in known:
+        image = [_token(IMAGE_TOKEN, special=True)]
+        tokenizer.add_special_tokens({"extra_special_tokens": image}, replace_extra_special_tokens=False)
     return len(tokenizer) - before
 
 
