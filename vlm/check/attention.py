@@ -6,6 +6,7 @@ leaked (huggingface/transformers#30967).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vlm.check.subject import (
     Tensors,
     deviation,
     evaluating,
+    largest,
     moved,
     other_ids,
     text_length,
@@ -41,13 +43,14 @@ def future(subject: Subject) -> Finding:
         leaks.append(leak)
         controls.append(control)
         gradients.append(_future_gradient(subject, tensors))
-    if min(controls) < CONTROL * subject.nothing and max(leaks) <= subject.nothing:
-        return not_applicable(f"attention moves a later logit by {min(controls):.1e} only: a leak would not be seen")
+    leak, gradient, control = largest(leaks), largest(gradients), min(controls)
+    if control < CONTROL * subject.nothing and leak <= subject.nothing:
+        return not_applicable(f"attention moves a later logit by {control:.1e} only: a leak would not be seen")
     detail = (
-        f"earlier logits move {max(leaks):.1e} of their deviation (later ones {min(controls):.1e}),"
-        f" gradient at later tokens in train mode {max(gradients):.1e} of that at earlier ones"
+        f"earlier logits move {leak:.1e} of their deviation (later ones {control:.1e}),"
+        f" gradient at later tokens in train mode {gradient:.1e} of that at earlier ones"
     )
-    return Finding(measured=largest([*leaks, *gradients]), limit=subject.nothing, detail=detail)
+    return Finding(measured=largest([leak, gradient]), limit=subject.nothing, detail=detail)
 
 
 def _future_logits(subject: Subject, tensors: Tensors) -> tuple[float, float]:
@@ -117,7 +120,7 @@ def prefix(subject: Subject) -> Finding:
         for where, name in ((earlier & image, "image"), (earlier & ~image, "prefix")):
             if bool(where.any()):
                 smallest.append((float(change[where].min()) / unit, name))
-    measured, name = min(smallest)
+    measured, name = min(smallest, key=lambda pair: -math.inf if math.isnan(pair[0]) else pair[0])
     detail = f"the last prefix token moves the hidden state of every earlier position; least at one of the {name}"
     limit = SEES.get(subject.model.dtype, SEES[torch.float32])
     return Finding(measured=measured, limit=limit, relation=">=", detail=detail)
@@ -126,9 +129,7 @@ def prefix(subject: Subject) -> Finding:
 def image(subject: Subject) -> Finding:
     """Another image for one sample: its own text logits must move, those of the other samples stay."""
     if subject.image_is_blind:
-        return not_applicable(
-            "the image does not reach the decoder yet: the projector gives every image the same tokens"
-        )
+        return not_applicable("the image does not reach the decoder yet: the projector gives zeros (it is new)")
     model, tensors = subject.model, subject.batch()
     length = text_length(model, tensors)
     real = tensors["attention_mask"][:, -length:].bool()
@@ -143,8 +144,9 @@ def image(subject: Subject) -> Finding:
         own.append(float(change[row].max()))
         change[row] = 0
         others.append(float(change.max()))
-    detail = f"another image moves logits of other samples by {max(others):.1e}, of its own by at least {min(own):.1e}"
-    blind = min(own) < SEES.get(model.dtype, SEES[torch.float32])
+    seen = min(own)
+    detail = f"another image moves logits of other samples by {largest(others):.1e}, of its own by at least {seen:.1e}"
+    blind = seen < SEES.get(model.dtype, SEES[torch.float32])
     problem = "an image does not move the logits of its own sample" if blind else ""
     return Finding(measured=largest(others), limit=subject.nothing, detail=detail, problem=problem)
 
@@ -170,8 +172,3 @@ def _hidden(subject: Subject, tensors: Tensors) -> Tensor:
     finally:
         hook.remove()
     return seen[0].float()
-
-
-def largest(values: list[float]) -> float:
-    """The maximum, NaN if any is (Python's `max` may hide one)."""
-    return float(torch.tensor(values).max())

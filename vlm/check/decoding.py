@@ -15,6 +15,7 @@ from vlm.check.subject import (
     attention_backends,
     deviation,
     evaluating,
+    largest,
     other_ids,
     padded_left,
     text_length,
@@ -124,10 +125,9 @@ def backends(subject: Subject) -> Finding:
             logits[backend] = [text_logits(model, tensors, text_length(model, tensors)) for tensors in batches]
     finally:
         model.set_attn_implementation(was)
-    worst, unit = 0.0, 1.0
+    worst = []
     for tensors, one, two in zip(batches, logits["sdpa"], logits["eager"], strict=True):
         real = tensors["attention_mask"][:, -one.shape[1] :].bool()
-        unit = deviation(one, real)
-        worst = max(worst, float((one - two)[real].abs().max()) / unit)
+        worst.append(float((one - two)[real].abs().max()) / deviation(one, real))
     detail = "largest difference of a logit between sdpa and eager, in deviations"
-    return Finding(measured=worst, limit=subject.rounding, detail=detail)
+    return Finding(measured=largest(worst), limit=subject.rounding, detail=detail)

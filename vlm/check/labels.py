@@ -105,6 +105,8 @@ def _problem(subject: Subject, batch: Batch, row: int, example: Example) -> str:
         return f"supervised text is {ascii(said[:60])}, the suffix {ascii(example.suffix[:60])}"
     if asked != f"{example.prefix}\n":
         return f"unsupervised text is {ascii(asked[:60])}, the prefix {ascii(example.prefix[:60])} and a newline"
+    if int(ids[0]) != tokenizer.bos_token_id:
+        return "the text does not begin with BOS"
     last = int(targets[supervised][-1])
     if (last == tokenizer.eos_token_id) == cut:
         return "the last supervised token is EOS after a cut" if cut else "the last supervised token is not EOS"

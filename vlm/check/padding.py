@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm.check.attention import largest
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import (
     CONTROL,
@@ -14,6 +13,7 @@ from vlm.check.subject import (
     Tensors,
     deviation,
     evaluating,
+    largest,
     moved,
     other_ids,
     padded_left,
@@ -26,16 +26,17 @@ def content(subject: Subject) -> Finding:
     """Other ids, token types and positions under the padding, and noise in padding patches: real tokens must stay."""
     moves, controls = [], []
     for tensors in (subject.encoded(), padded_left(subject.encoded())):
-        move, control = _content_logits(subject, tensors)
-        moves.append(move)
-        controls.append(control)
-    if min(controls) < CONTROL * subject.nothing and max(moves) <= subject.nothing:
-        return not_applicable(f"padding made real moves a logit by {min(controls):.1e} only: nothing would be seen")
+        hidden, visible = _content_logits(subject, tensors)
+        moves.append(hidden)
+        controls.append(visible)
+    move, control = largest(moves), min(controls)
+    if control < CONTROL * subject.nothing and move <= subject.nothing:
+        return not_applicable(f"padding made real moves a logit by {control:.1e} only: nothing would be seen")
     patches = _content_patches(subject)
-    detail = f"logits of real tokens move {max(moves):.1e} of their deviation ({min(controls):.1e} were padding real)"
+    detail = f"logits of real tokens move {move:.1e} of their deviation ({control:.1e} were padding real)"
     if patches is not None:
         detail += f", features of real patches {patches:.1e}"
-    return Finding(measured=largest([*moves, patches or 0.0]), limit=subject.nothing, detail=detail)
+    return Finding(measured=largest([move, patches or 0.0]), limit=subject.nothing, detail=detail)
 
 
 def _content_logits(subject: Subject, tensors: Tensors) -> tuple[float, float]:
@@ -106,10 +107,11 @@ def mates(subject: Subject) -> Finding:
         own = _features(subject, alone)
         worst_features.append(float((own - features[first : first + len(own)]).abs().max()) / deviation(own))
         first += len(own)
-    detail = f"logits move {max(worst_logits):.1e} of their deviation, image features {max(worst_features):.1e}"
+    logits, images = largest(worst_logits), largest(worst_features)
+    detail = f"logits move {logits:.1e} of their deviation, image features {images:.1e}"
     if subject.image_is_blind:
-        detail += "; the image does not reach the decoder yet (zero projector)"
-    return Finding(measured=largest([*worst_logits, *worst_features]), limit=subject.rounding, detail=detail)
+        detail += "; the image does not reach the decoder yet (the projector gives zeros)"
+    return Finding(measured=largest([logits, images]), limit=subject.rounding, detail=detail)
 
 
 @torch.no_grad()

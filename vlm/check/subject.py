@@ -99,15 +99,10 @@ class Subject:
 
     @cached_property
     def image_is_blind(self) -> bool:
-        """The projector gives different images the same tokens: a fresh, zero one, or a dead one."""
-        tensors = self.batch((0, 2))
+        """The projector gives nothing but zeros, as a fresh one does: no image can matter."""
         with torch.no_grad(), evaluating(self.model):
-            tokens, counts = self.model.model.image_tokens(
-                tensors["pixel_values"], **{name: tensors[name] for name in PIXELS[1:] if name in tensors}
-            )
-        one, two = tokens[: counts[0]].float(), tokens[counts[0] :].float()
-        shared = min(len(one), len(two))
-        return not bool((one[:shared] - two[:shared]).abs().max() > 0)
+            tokens, _ = self.model.model.project(self.encoded()["encoded"])
+        return not bool(tokens.any())
 
 
 PIXELS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -151,6 +146,11 @@ def deviation(logits: Tensor, where: Tensor | None = None) -> float:
 def moved(before: Tensor, after: Tensor) -> Tensor:
     """float[B, n]: how far each position moved."""
     return (before - after).abs().amax(-1)
+
+
+def largest(values: list[float]) -> float:
+    """The maximum, NaN if any is (Python's `max` may hide one)."""
+    return float(torch.tensor(values).max())
 
 
 def other_ids(subject: Subject, ids: Tensor, seed: int) -> Tensor:

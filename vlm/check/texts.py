@@ -75,7 +75,7 @@ def _user_regions(subject: Subject, text: str) -> list[list[int]]:
     """Ids of a text as prefix (between BOS and newline) and as suffix (up to EOS)."""
     batch = subject.processor(text=[text], suffix=[text])
     ids, types = batch.input_ids[0].tolist(), batch.token_type_ids[0].tolist()
-    boundary = types.index(1)
+    boundary = types.index(1) if 1 in types else len(types)
     return [ids[1 : boundary - 1], ids[boundary:-1]]
 
 
