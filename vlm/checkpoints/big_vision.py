@@ -1,8 +1,8 @@
 """Google's own checkpoints: big_vision `.npz` files of PaliGemma 1 and 2, SigLIP and SigLIP 2 (FixRes and NaFlex).
 
 Layers stored one by one or stacked (scanned), query/key/value fused or not, float32, float16, or bfloat16 (which numpy
-stores as two raw bytes). Sizes are read from the arrays; what they do not show (soft-caps, the query scale) is Gemma 2's
-published value unless big_vision's own model settings are given.
+stores as two raw bytes). Sizes are read from the arrays; what they do not show (soft-caps, the query scale) is Gemma
+2's published value unless big_vision's own model settings are given.
 """
 
 from __future__ import annotations
@@ -449,10 +449,21 @@ def encode(tensors: Mapping[str, Tensor], shapes: Shapes, *, two_towers: bool) -
     Returns:
         big_vision name -> float32 array.
     """
+    rebuilt = rebuild(tensors, shapes, two_towers=two_towers)
+    return {name: tensor.detach().float().cpu().numpy() for name, tensor in rebuilt}
+
+
+def rebuild(tensors: Mapping[str, Tensor], shapes: Shapes, *, two_towers: bool) -> Iterator[tuple[str, Tensor]]:
+    """As `encode`, one (big_vision name, tensor in the parameters' dtype) after the other.
+
+    Raises:
+        CheckpointError: a parameter that an array needs is not there.
+    """
     tensors = dict(tensors)
     for name in [n for n in tensors if ".in_proj_" in n]:
         tensors |= {f"{name}#{i}": piece for i, piece in enumerate(tensors[name].chunk(3))}
-    found = rules(shapes, two_towers=two_towers, origin="big_vision shapes")
-    return {
-        name: rule.join(tensors, tuple(shapes[name])).detach().float().cpu().numpy() for name, rule in found.items()
-    }
+    for name, rule in rules(shapes, two_towers=two_towers, origin="big_vision shapes").items():
+        absent = [parameter for parameter in rule.names if parameter not in tensors]
+        if absent:
+            raise CheckpointError(f"array {name} needs {absent[0]}, which the model does not have")
+        yield name, rule.join(tensors, tuple(shapes[name]))

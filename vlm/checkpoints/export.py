@@ -6,6 +6,7 @@ leaves nothing under the final name.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -115,7 +116,7 @@ def export(
     probes.check_in_memory(model)
     target.check(model, processor)
     report = ParityReport(to, str(out), "", layout.dtype_name(stored))
-    with _published(Path(out)) as folder:
+    with published(Path(out)) as folder:
         tensors = target.write(folder, model, processor, stored, max_shard_size)
         if parity != "none":
             report.rows.append(compare_files(folder, tensors, stored))
@@ -126,7 +127,8 @@ def export(
         if parity != "none":
             _compare_inputs(report, target, folder, processor)
         if parity == "full":
-            _compare_models(report, target, folder, model, processor, stored)
+            with _memory(folder):
+                _compare_models(report, target, folder, model, processor, stored)
         report.require()
         _notes(report, model, processor, parity)
         report.write(folder)
@@ -181,6 +183,7 @@ def _compare_models(
     attention = {part: getattr(copied.config, part)._attn_implementation for part in ("vision_config", "text_config")}
     ours = target.run(copied, processor)
     del copied
+    gc.collect()  # a model is held by its own modules until then
     log.info("parity: running what was written, opened by transformers")
     written = probes.opened(folder, attention).to(model.device)
     with _their_failure(folder):
@@ -195,15 +198,24 @@ def _compare_models(
 
 
 @contextmanager
-def _their_failure(folder: Path) -> Iterator[None]:
-    """What transformers refuses of the written directory becomes a CheckpointError."""
+def _memory(folder: Path) -> Iterator[None]:
+    """Too little memory for the comparison becomes a CheckpointError."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise CheckpointError(
-            f"{folder}: not enough memory to run the model twice in float32, one after the other; use --parity weights,"
-            f" which compares the files without running them, or --device cpu"
+            f"{folder}: not enough memory to run a float32 copy of the model; use --parity weights, which compares the"
+            f" files without running them, or another --device"
         ) from error
+
+
+@contextmanager
+def _their_failure(folder: Path) -> Iterator[None]:
+    """What transformers refuses of the written directory becomes a CheckpointError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(
@@ -262,7 +274,7 @@ def check_out(out: Path) -> None:
 
 
 @contextmanager
-def _published(out: Path) -> Iterator[Path]:
+def published(out: Path) -> Iterator[Path]:
     """A new directory that becomes `out` when the block ends well, and is removed when it does not.
 
     Raises:
