@@ -259,6 +259,16 @@ def test_without_running_the_models_files_and_names_are_still_compared(
     assert [path.name for path in tmp_path.iterdir()] == ["right"]
 
 
+def test_too_little_memory_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(probes, "in_float32", full)
+    with pytest.raises(CheckpointError, match="not enough memory .* use --parity weights"):
+        export(*loud("siglip", "gemma"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_pictures_and_prompts_are_told_apart() -> None:
     """A comparison on equal samples would see less."""
     model, processor = loud("siglip", "gemma")

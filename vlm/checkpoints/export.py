@@ -6,7 +6,6 @@ leaves nothing under the final name.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -183,7 +182,6 @@ def _compare_models(
     attention = {part: getattr(copied.config, part)._attn_implementation for part in ("vision_config", "text_config")}
     ours = target.run(copied, processor)
     del copied
-    gc.collect()  # a model is held by its own modules until then
     log.info("parity: running what was written, opened by transformers")
     written = probes.opened(folder, attention).to(model.device)
     with _their_failure(folder):
