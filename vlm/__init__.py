@@ -22,6 +22,8 @@ _HOMES = {
     "new": "build",
     "load": "checkpoints",
     "save": "checkpoints",
+    "export": "checkpoints.export",
+    "convert": "checkpoints.importing",
     "generate": "generation",
     "load_image": "images",
     "VLMError": "errors",
@@ -43,6 +45,7 @@ _MODULES = (
     "projectors",
     "prompts",
     "settings",
+    "siglip",
     "train",
 )
 
@@ -52,6 +55,8 @@ if TYPE_CHECKING:
     from vlm.build import new as new
     from vlm.checkpoints import load as load
     from vlm.checkpoints import save as save
+    from vlm.checkpoints.export import export as export
+    from vlm.checkpoints.importing import convert as convert
     from vlm.config import VLMConfig as VLMConfig
     from vlm.errors import VLMError as VLMError
     from vlm.generation import generate as generate
