@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from transformers import Siglip2VisionModel, SiglipVisionModel
 
 import vlm
 from vlm.checkpoints import card
-from vlm.checkpoints import export as exporting
-from vlm.checkpoints.export import export
+from vlm.checkpoints.export import FORMATS, export
 from vlm.checkpoints.shards import parse_size, write_shards
 from vlm.cli import main
 from vlm.errors import CheckpointError, ConfigError, GenerationError
@@ -369,12 +369,12 @@ def test_the_command_fails_when_the_export_is_not_equal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm.save(*loud("siglip", "gemma"), tmp_path / "model")
-    real = exporting.probes.run_written_tower
-    off = exporting.Format(
-        *(getattr(exporting.FORMATS["tower"], name) for name in ("check", "write", "inputs", "written_inputs", "run")),
-        lambda *args: {name: [value + 0.01 for value in values] for name, values in real(*args).items()},
-    )
-    monkeypatch.setitem(exporting.FORMATS, "tower", off)
+    real = FORMATS["tower"]
+
+    def off(*args: Any) -> Any:
+        return {name: [value + 0.01 for value in values] for name, values in real.run_written(*args).items()}
+
+    monkeypatch.setitem(FORMATS, "tower", replace(real, run_written=off))
     out = tmp_path / "out"
     assert main(["export", str(tmp_path / "model"), "--to", "tower", "--out", str(out)]) == 2
     error = capsys.readouterr().err

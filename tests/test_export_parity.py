@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import torch
 from coretools import lay_out, loud, picture, sample, shake
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
+import vlm
 from vlm.checkpoints import layout, probes, shards
 from vlm.checkpoints.export import export
 from vlm.checkpoints.parity import LIMITS, Limit, ParityReport, compare
 from vlm.errors import CheckpointError
 from vlm.loss import apply_softcap
+from vlm.masks import prefix_lm_mask
 from vlm.model import VLM
 from vlm.presets import tiny
 from vlm.processor import Processor
@@ -314,3 +318,38 @@ def test_shapes_and_lengths_count() -> None:
     assert compare("x", ids, [torch.tensor([[5, 9]])], Limit(absolute=0.0)).max_abs == 2
     with pytest.raises(ValueError, match="0 tensors against 1"):
         compare("x", [], ids, None)
+
+
+# --- the documentation ------------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, processor = loud("siglip", "gemma")
+    vlm.save(model, processor, "runs/shapes/model")
+    picture(1, (40, 30)).save("cat.jpg")
+    text = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        if "exported-chat" in block:
+            shutil.copytree("exported", "exported-chat")
+        exec(compile(block, "docs/export.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "greedy tokens" in printed and "as in vLLM" in printed and "'missing_keys': []" in printed
+    # The template makes what the processor takes.
+    theirs = AutoProcessor.from_pretrained("exported-chat", backend="pil")
+    parts = [{"type": "image"}, {"type": "text", "text": "caption en"}]
+    chat = theirs.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    made = theirs(images=[picture(1)], text=[chat], return_tensors="pt")
+    assert torch.equal(made["input_ids"], processor([picture(1)], ["caption en"])["input_ids"])
+
+
+def test_token_type_1_for_the_prompt_is_the_mask_of_vllm() -> None:
+    """docs/export.md: causal, or both in the image."""
+    for image, text in ((4, 5), (1, 1), (6, 2)):
+        size = image + text
+        types = torch.tensor([[0] * image + [1] * text])
+        allowed = prefix_lm_mask(torch.ones(1, size, dtype=torch.int64), types, None)
+        wanted = [[key <= query or (key < image and query < image) for key in range(size)] for query in range(size)]
+        assert allowed.view(size, size).tolist() == wanted
