@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import sentencepiece
 import torch
 from coretools import loud, picture, shake
 from safetensors.torch import load_file, save_file
+from test_gemma_tokenizer import train
 from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     GemmaForCausalLM,
+    GemmaTokenizer,
     SiglipConfig,
     SiglipModel,
     SiglipVisionConfig,
@@ -156,6 +161,101 @@ def test_swapping_a_part_leaves_the_others(parts: Path) -> None:
     assert_equal(state(loaded[0], "language_model"), state(loaded[2], "language_model"))
 
 
+def interpolated(table: torch.Tensor, new: int) -> torch.Tensor:
+    """A square table at another size: linear between corners, rows then columns."""
+    old = math.isqrt(len(table))
+    at = np.linspace(0, old - 1, new)
+    grid = table.double().numpy().reshape(old, old, -1)
+    for axis in (0, 1):
+        grid = np.apply_along_axis(lambda line: np.interp(at, np.arange(old), line), axis, grid)
+    return torch.from_numpy(grid.reshape(new * new, -1)).float()
+
+
+@pytest.mark.parametrize("source", ["siglip", "vision"])
+def test_another_image_size_resamples_the_positions_alone(parts: Path, source: str) -> None:
+    grown, processor = vlm.new(parts / source, "linear", parts / "gemma", image_size=70)
+    same, _ = vlm.new(parts / source, "linear", parts / "gemma")
+    name = "model.vision_tower.embeddings.position_embedding.weight"
+    assert processor.image_transform.image_size == grown.config.vision_config.image_size == 70
+    assert grown.state_dict()[name].shape == (25, 32)
+    assert torch.allclose(grown.state_dict()[name], interpolated(same.state_dict()[name], 5), atol=1e-6)
+    rest = [{key: value for key, value in m.state_dict().items() if key != name} for m in (grown, same)]
+    assert_equal(*rest)
+    batch = processor([picture(1, (90, 70))], ["no"])
+    assert int((batch.input_ids == processor.image_token_id).sum()) == 25 and grown(**batch).logits.isfinite().all()
+    again, _ = vlm.new(parts / source, "linear", parts / "gemma", image_size=28)
+    assert_equal(again.state_dict(), same.state_dict())
+
+
+def test_image_size_of_a_new_tower() -> None:
+    _, donor = loud("siglip", "gemma")
+    text = tiny_decoder("gemma")
+    model, processor = vlm.new(siglip.tiny(), "linear", text, donor.tokenizer, image_size=56)
+    assert len(model.model.vision_tower.embeddings.position_embedding.weight) == 16
+    assert processor.image_transform.image_size == 56 and siglip.tiny().image_size == 28
+
+
+def test_unseen_pixels_are_warned_of(parts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    vlm.new(parts / "siglip", "linear", parts / "gemma", image_size=42)
+    assert not caplog.records
+    vlm.new(parts / "siglip", "linear", parts / "gemma", image_size=48)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "48 is no multiple of the patch size 14: the last 6 pixels of each side are never seen; 42 or 56" in message
+
+
+def test_bad_image_sizes(parts: Path) -> None:
+    def new(**options: Any) -> None:
+        vlm.new(parts / "siglip", "linear", parts / "gemma", **options)
+
+    with pytest.raises(ConfigError, match=r"siglip2_naflex tower takes images of any size.*\"max_num_patches\": 16"):
+        new(image_size=56, encoder_kind="siglip2_naflex")
+    for size in (13, 0, -28, 28.0, "28"):
+        with pytest.raises(ConfigError, match="image_size is .*, expected a whole number from 14"):
+            new(image_size=size)
+    with pytest.raises(ConfigError, match="image_size is 56, the tower has 28; use image_size=56, which resamples"):
+        new(image={"image_size": 56})
+    with pytest.raises(ConfigError, match="patch_size is 16, the tower has 14; leave it out"):
+        new(image={"patch_size": 16})
+    with pytest.raises(ConfigError, match="unknown image setting 'resampel'.*did you mean 'resample'"):
+        new(image={"resampel": "bilinear"})
+
+
+def test_everything_is_float32(parts: Path, tmp_path: Path) -> None:
+    """Whatever the checkpoints and configurations say; bfloat16 values are kept exactly."""
+    _, donor = loud("siglip", "gemma")
+    for source, kind in (("siglip", SiglipModel), ("gemma", GemmaForCausalLM)):
+        kind.from_pretrained(parts / source).bfloat16().save_pretrained(tmp_path / source)
+    assert json.loads((tmp_path / "gemma" / "config.json").read_text())["dtype"] == "bfloat16"
+    model, _ = vlm.new(tmp_path / "siglip", "linear", tmp_path / "gemma", donor.tokenizer)
+    configs = [SiglipVisionConfig(**VISION, dtype="bfloat16"), tiny_decoder("gemma", dtype="bfloat16")]
+    fresh, _ = vlm.new(configs[0], "linear", configs[1], donor.tokenizer)
+    for made in (model, fresh):
+        assert {value.dtype for value in made.state_dict().values()} == {torch.float32}
+    stored = load_file(tmp_path / "gemma" / "model.safetensors")["model.norm.weight"]
+    assert stored.dtype == torch.bfloat16 and torch.equal(model.model.language_model.norm.weight, stored.float())
+
+
+def test_gemmas_vocabulary_becomes_paligemmas(parts: Path, tmp_path: Path) -> None:
+    """256,000 Gemma rows: 257,216 in all, `<loc0000>` 256000, `<seg000>` 257024, `<image>` 257152 (a decoder of width 2
+    and 3 real pieces stands in)."""
+    pieces = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "\n": 4, **{f"p{i}": i for i in range(5, 256_000)}}
+    tokenizer = GemmaTokenizer(vocab=pieces, merges=[], mask_token=None)  # type: ignore[arg-type]
+    text = tiny_decoder("gemma", vocab_size=256_000, hidden_size=2, intermediate_size=2, num_hidden_layers=1)
+    model, processor = vlm.new(siglip.tiny(), "linear", text, tokenizer)
+    ids = processor.tokenizer.convert_tokens_to_ids(["<loc0000>", "<loc1023>", "<seg000>", "<seg127>", "<image>"])
+    assert ids == [256_000, 257_023, 257_024, 257_151, 257_152]
+    assert model.config.text_config.vocab_size == 257_216 and model.config.image_token_id == 257_152
+
+
+def test_a_sentencepiece_file_is_a_tokenizer(parts: Path, tmp_path: Path) -> None:
+    path = train(tmp_path)
+    model, processor = vlm.new(siglip.tiny(), "linear", tiny_decoder("gemma"), path)
+    original = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = processor(None, ["a red  square"]).input_ids[0].tolist()
+    assert ids == [2, *original.encode("a red  square"), *original.encode("\n")]
+    assert processor.image_token_id == original.get_piece_size() + 1152 < model.config.text_config.vocab_size
+
+
 def test_recorded_preprocessing_is_used(parts: Path) -> None:
     """The checkpoint's own filter and normalisation; a setting overrides; NaFlex keeps its float filter."""
     _, processor = vlm.new(parts / "siglip", "linear", parts / "gemma")
@@ -276,7 +376,7 @@ def test_bad_requests(parts: Path, tmp_path: Path, bare_tokenizer: Any) -> None:
         vlm.new(siglip.tiny(), "linear", text)
     with pytest.raises(ConfigError, match="did you mean 'linear'"):
         vlm.new(siglip.tiny(), "liner", text, bare_tokenizer)
-    with pytest.raises(ConfigError, match="decoder model_type is 'siglip_text_model'"):
+    with pytest.raises(CheckpointError, match="decoder model_type is 'siglip_text_model'"):
         vlm.new(siglip.tiny(), "linear", parts / "siglip", bare_tokenizer)
     with pytest.raises(ConfigError, match="no encoder takes a GemmaConfig"):
         vlm.new(text, "linear", text, bare_tokenizer)

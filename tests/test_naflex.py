@@ -242,6 +242,7 @@ def test_fixed_tower_read_as_naflex_is_the_same_function(tmp_path: Path) -> None
         patch_size=14,
         vision_use_head=False,
     )
+    torch.manual_seed(0)
     fixed = SiglipVisionModel(config).eval()
     shake(fixed)
     fixed.save_pretrained(tmp_path)

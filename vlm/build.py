@@ -5,25 +5,30 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
+import logging
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import cached_file
 
+from vlm.checkpoints import big_vision
+from vlm.checkpoints.configs import NOTES, check_numbers, guarded
+from vlm.checkpoints.files import locate, read_json
 from vlm.checkpoints.parts import load_decoder, load_tower
+from vlm.checkpoints.preprocessing import image_settings, open_tokenizer
 from vlm.config import VLMConfig, decoder_config, kinds, part
-from vlm.errors import ConfigError
+from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.model import DECODERS, VLM
 from vlm.processor import Processor
 from vlm.projectors import init_weights
-from vlm.tokenizer import Tokenizer, add_image_tokens, image_token_id
+from vlm.tokenizer import Tokenizer, add_image_tokens, from_sentencepiece, image_token_id
 from vlm.transforms import RESAMPLING, ImageTransform
+
+logger = logging.getLogger(__name__)
 
 TOWER_KINDS = {
     "siglip": "siglip",
@@ -44,20 +49,23 @@ def new(
     tokenizer: Any = None,
     *,
     encoder_kind: str | None = None,
+    image_size: int | None = None,
     image: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> tuple[VLM, Processor]:
     """Assemble a model.
 
     Args:
-        encoder: a SigLIP or SigLIP 2 checkpoint (directory or hub id; full model or vision tower alone), or a vision
-            configuration for new weights.
+        encoder: a SigLIP or SigLIP 2 checkpoint (directory or hub id, full model or vision tower alone; or a big_vision
+            `.npz`), or a vision configuration for new weights.
         projector: a projector kind (`linear`, `mlp`), or `{"kind": ..., **settings}`.
         decoder: a Gemma, Gemma 2 or Gemma 3 text checkpoint, or a text configuration for new weights.
-        tokenizer: a tokenizer or where to find one; by default the decoder checkpoint's. `<image>`, `<loc>` and `<seg>`
-            tokens are added when missing.
+        tokenizer: a tokenizer or where to find one (a sentencepiece `.model` too); by default the decoder checkpoint's.
+            `<loc>`, `<seg>` and `<image>` tokens are added when missing.
         encoder_kind: read a SigLIP checkpoint as another kind: `siglip2_naflex` runs a FixRes tower at any aspect ratio
             (the same function at its own grid: the patch convolution becomes the equal linear layer).
+        image_size: side of the square images in pixels; by default the checkpoint's. Another size resamples the tower's
+            position table as big_vision does. A NaFlex tower has a budget instead: `image={"max_num_patches": N}`.
         image: settings of the image transform to change, such as `{"max_num_patches": 64}` or `{"resample":
             "bicubic"}`.
         seed: of the new weights. Each part has its own stream, so swapping one part leaves the others' weights as they
@@ -68,19 +76,18 @@ def new(
 
     Raises:
         ConfigError: parts that do not fit, or settings that are unknown.
-        CheckpointError: a checkpoint with missing, unexpected or mis-shaped tensors.
+        CheckpointError: a checkpoint that cannot be opened, or with missing, unexpected or mis-shaped tensors.
     """
-    kind, vision_config = _vision(encoder, encoder_kind)
+    encoder, decoder = _located(encoder), _located(decoder)
+    kind, vision_config = _vision(encoder, encoder_kind, image_size)
     text_config = _text(decoder)
     tokenizer = _tokenizer(tokenizer, decoder)
     old_rows = text_config.vocab_size
     add_image_tokens(tokenizer)
-    # A vocabulary larger than the tokenizer (padding, unused rows) is kept as it is.
-    needed = max(tokenizer.get_vocab().values()) + 1
-    if needed > old_rows:
-        text_config.vocab_size = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    text_config.vocab_size = _rows_for(tokenizer, old_rows)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text_config, name, getattr(tokenizer, name))
+    transform = _transform(kind, vision_config, encoder, image or {})
     config = VLMConfig(
         encoder=kind,
         vision_config=vision_config,
@@ -91,133 +98,181 @@ def new(
     with torch.random.fork_rng():  # the weights drawn here are all replaced below, each part from its own stream
         model = VLM(config)
     inner = model.model
-    _fill(inner.vision_tower, encoder, lambda: part("vlm.encoders", kind).Encoder._from_config(vision_config), seed)
+    if isinstance(encoder, Path):
+        load_tower(inner.vision_tower, encoder, resize_positions=image_size is not None)
+    else:
+        tower = part("vlm.encoders", kind).Encoder
+        _load_fresh(inner.vision_tower, "encoder", lambda: tower._from_config(vision_config), seed)
     _seeded(seed, "projector", lambda: init_weights(inner.multi_modal_projector))
-    if isinstance(decoder, str | Path):
+    if isinstance(decoder, Path):
         _seeded(seed, "vocabulary", lambda: load_decoder(inner.language_model, decoder, old_rows))
     else:
         _load_fresh(
             inner.language_model, "decoder", lambda: DECODERS[text_config.model_type]._from_config(text_config), seed
         )
     model.tie_weights()
-    processor = Processor(tokenizer, _transform(kind, vision_config, encoder, image or {}))
-    return model.eval(), processor
+    return model.eval(), Processor(tokenizer, transform)
 
 
-def _vision(encoder: str | Path | PreTrainedConfig, kind: str | None) -> tuple[str, PreTrainedConfig]:
+def stored_rows(decoder: str | Path | PreTrainedConfig | dict[str, Any]) -> int:
+    """Vocabulary rows that a decoder brings along."""
+    return int(_text(_located(decoder)).vocab_size)
+
+
+def _rows_for(tokenizer: Tokenizer, rows: int) -> int:
+    """The decoder's vocabulary: as it is where it holds every token (padding and unused rows stay), else larger."""
+    needed = max(tokenizer.get_vocab().values()) + 1
+    return rows if needed <= rows else -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def _located(source: Any) -> Any:
+    """The folder or `.npz` file of a checkpoint; a configuration stays what it is."""
+    if not isinstance(source, str | Path) or not str(source):
+        return source
+    return Path(source) if Path(source).suffix == ".npz" else locate(source)
+
+
+def _vision(encoder: Any, kind: str | None, image_size: int | None) -> tuple[str, PreTrainedConfig]:
+    source, config = _own_vision(encoder)
+    config.vision_use_head = False  # the pooling head would never get a gradient
+    config.dtype = None
+    name = type(encoder).__name__ if isinstance(encoder, PreTrainedConfig) else str(encoder)
+    if kind not in (None, source):
+        config = _naflex_from_fixed(config, source, str(kind), name)
+    _set_image_size(config, kind or source, image_size)
+    return kind or source, config
+
+
+def _own_vision(encoder: Any) -> tuple[str, PreTrainedConfig]:
+    """(encoder kind, a configuration of its own) as the encoder says it."""
     if isinstance(encoder, PreTrainedConfig):
         matching = [name for name in kinds("vlm.encoders") if isinstance(encoder, part("vlm.encoders", name).Config)]
         if not matching:
             raise ConfigError(f"no encoder takes a {type(encoder).__name__}; known: {', '.join(kinds('vlm.encoders'))}")
-        config = copy.deepcopy(encoder)
-        config.vision_use_head = False  # the pooling head would never get a gradient
-        return kind or matching[0], config
-    values = read_json(encoder, "config.json")
+        return matching[0], copy.deepcopy(encoder)
+    if encoder.suffix == ".npz":
+        with big_vision.open_npz(encoder) as arrays:
+            config = big_vision.vision_config(big_vision.headers(arrays, str(encoder))[0], origin=str(encoder))
+        return TOWER_KINDS[config.model_type], config
+    values = _config_file(encoder)
     source = TOWER_KINDS.get(str(values.get("model_type")))
     if source is None:
         raise ConfigError(
             f"{encoder}: model_type is {values.get('model_type')!r}, expected a SigLIP checkpoint:"
             f" {', '.join(TOWER_KINDS)}"
         )
-    vision = dict(values.get("vision_config", values))
-    for key in ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version"):
-        vision.pop(key, None)
-    vision["vision_use_head"] = False
-    if kind not in (None, source):
-        vision = _naflex_from_fixed(vision, source, str(kind), encoder)
-    return kind or source, part("vlm.encoders", kind or source).Config(**vision)
+    vision = values.get("vision_config", values)
+    check_numbers(vision, f"{encoder}: vision_config")
+    settings = {key: value for key, value in vision.items() if key not in (*NOTES, "model_type")}
+    return source, guarded(lambda: part("vlm.encoders", source).Config(**settings), f"{encoder}: vision_config")
 
 
-def _naflex_from_fixed(vision: dict[str, Any], source: str, kind: str, encoder: str | Path) -> dict[str, Any]:
+def _naflex_from_fixed(full: PreTrainedConfig, source: str, kind: str, name: str) -> PreTrainedConfig:
     if (source, kind) != ("siglip", "siglip2_naflex"):
         raise ConfigError(
-            f"{encoder} is a {source!r} tower and cannot be read as {kind!r}; only siglip -> siglip2_naflex is possible"
+            f"{name} is a {source!r} tower and cannot be read as {kind!r}; only siglip -> siglip2_naflex is possible"
         )
-    full = part("vlm.encoders", "siglip").Config(**vision)
-    vision = {key: value for key, value in vision.items() if key != "image_size"}
-    return {**vision, "patch_size": full.patch_size, "num_patches": (full.image_size // full.patch_size) ** 2}
+    values = {key: value for key, value in full.to_dict().items() if key not in (*NOTES, "model_type", "image_size")}
+    positions = (full.image_size // full.patch_size) ** 2
+    config: PreTrainedConfig = part("vlm.encoders", kind).Config(**{**values, "num_patches": positions})
+    return config
 
 
-def _text(decoder: str | Path | PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
-    if isinstance(decoder, PreTrainedConfig | dict):
-        return copy.deepcopy(decoder_config(decoder))
-    if not str(decoder):
+def _set_image_size(config: PreTrainedConfig, kind: str, image_size: int | None) -> None:
+    if not hasattr(config, "image_size"):
+        if image_size is not None:
+            raise ConfigError(
+                f"image_size={image_size}: a {kind} tower takes images of any size; set its budget,"
+                f' image={{"max_num_patches": {max(1, image_size // config.patch_size) ** 2}}}'
+            )
+        return
+    patch = config.patch_size
+    if image_size is not None:
+        if not isinstance(image_size, int) or image_size < patch:
+            raise ConfigError(f"image_size is {image_size!r}, expected a whole number from {patch}, a patch, upwards")
+        config.image_size = image_size
+    unseen = config.image_size % patch
+    if unseen:
+        lower = config.image_size - unseen
+        logger.warning(
+            "image_size %d is no multiple of the patch size %d: the last %d pixels of each side are never seen;"
+            " %d or %d uses every pixel",
+            config.image_size,
+            patch,
+            unseen,
+            lower,
+            lower + patch,
+        )
+
+
+def _text(decoder: Any) -> PreTrainedConfig:
+    if isinstance(decoder, Path):
+        values = _config_file(decoder)
+        values = values.get("text_config", values)
+        check_numbers(values, f"{decoder}: text_config")
+        settings = {key: value for key, value in values.items() if key not in NOTES}
+        config: PreTrainedConfig = guarded(lambda: decoder_config(settings), f"{decoder}: config.json")
+    elif isinstance(decoder, PreTrainedConfig | dict):
+        config = copy.deepcopy(decoder_config(decoder))
+    else:
         raise ConfigError("decoder is missing: give a Gemma checkpoint or a text configuration")
-    values = read_json(decoder, "config.json")
-    values = values.get("text_config", values)
-    return decoder_config(
-        {
-            key: value
-            for key, value in values.items()
-            if key not in ("architectures", "dtype", "torch_dtype", "transformers_version")
-        }
-    )
+    config.dtype = None
+    return config
+
+
+def _config_file(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder}: no config.json; give a checkpoint directory or a hub id such as google/siglip-base-patch16-224"
+        )
+    return read_json(folder / "config.json")
 
 
 def _tokenizer(tokenizer: Any, decoder: Any) -> Tokenizer:
     if tokenizer is None:
-        if not isinstance(decoder, str | Path):
+        if not isinstance(decoder, Path):
             raise ConfigError("tokenizer is missing: a decoder configuration has none; pass tokenizer=")
         tokenizer = decoder
-    if isinstance(tokenizer, str | Path):
-        return AutoTokenizer.from_pretrained(str(tokenizer))
-    return copy.deepcopy(tokenizer)
+    if not isinstance(tokenizer, str | Path):
+        return copy.deepcopy(tokenizer)
+    return from_sentencepiece(tokenizer) if Path(tokenizer).is_file() else open_tokenizer(locate(tokenizer))
 
 
 def _transform(kind: str, config: PreTrainedConfig, encoder: Any, settings: dict[str, Any]) -> ImageTransform:
-    recorded = {} if isinstance(encoder, PreTrainedConfig) else recorded_transform(encoder)
+    known = [field.name for field in fields(ImageTransform)]
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f"unknown image setting {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+        own = getattr(config, key, value) if key in ("image_size", "patch_size") else value
+        if own != value:
+            advice = f"use image_size={value}, which resamples the tower" if key == "image_size" else "leave it out"
+            raise ConfigError(f"image setting {key} is {value!r}, the tower has {own}; {advice}")
+    recorded = recorded_transform(encoder) if isinstance(encoder, Path) else {}
     if kind == "siglip2_naflex":
-        # NaFlex resizes in float with its own filter; a FixRes checkpoint's filter does not apply.
-        recorded.pop("resample", None)
+        # NaFlex resizes in float with its own filter; a FixRes checkpoint's resize does not apply.
+        recorded = {key: value for key, value in recorded.items() if key not in ("resample", "rounding")}
     transform: ImageTransform = part("vlm.encoders", kind).transform(config, **{**recorded, **settings})
     return transform
 
 
-def recorded_transform(path: str | Path) -> dict[str, Any]:
-    """Normalisation and filter from a Hugging Face `preprocessor_config.json` (empty when there is none)."""
-    values = read_json(path, "preprocessor_config.json", required=False)
+def recorded_transform(path: Path) -> dict[str, Any]:
+    """Normalisation and filter that a tower's checkpoint records (empty when it records none). A big_vision `.npz`
+    means big_vision's own resize, which rounds down."""
+    if path.suffix == ".npz":
+        return {"resample": "bilinear", "rounding": "down"}
+    values = image_settings(path) or {}
     names = {int(code): name for name, code in RESAMPLING.items()}
     result: dict[str, Any] = {}
     if "resample" in values:
-        result["resample"] = names.get(int(values["resample"]))
+        if values["resample"] not in names:
+            raise CheckpointError(f"{path}: image settings have resample {values['resample']!r}, known: {names}")
+        result["resample"] = names[values["resample"]]
     for key, name in (("image_mean", "mean"), ("image_std", "std")):
         if key in values:
-            result[name] = tuple(values[key])
+            result[name] = values[key]
     if "max_num_patches" in values:
         result["max_num_patches"] = values["max_num_patches"]
     return result
-
-
-def read_json(path: str | Path, name: str, *, required: bool = True) -> dict[str, Any]:
-    """A JSON file of a checkpoint directory or hub repository.
-
-    Raises:
-        ConfigError: it is missing (and required).
-    """
-    if Path(path).is_dir():
-        found: Any = Path(path) / name
-        found = found if found.is_file() else None
-    elif Path(path).is_absolute() or str(path).count("/") != 1:
-        found = None
-    else:
-        found = cached_file(
-            str(path), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-    if found is None:
-        if required:
-            raise ConfigError(
-                f"{path}: no {name}; give a checkpoint directory or a hub id such as google/siglip-base-patch16-224"
-            )
-        return {}
-    values: dict[str, Any] = json.loads(Path(found).read_text(encoding="utf-8"))
-    return values
-
-
-def _fill(tower: nn.Module, encoder: Any, fresh: Callable[[], nn.Module], seed: int) -> None:
-    if isinstance(encoder, PreTrainedConfig):
-        _load_fresh(tower, "encoder", fresh, seed)
-    else:
-        load_tower(tower, encoder)
 
 
 def _load_fresh(module: nn.Module, name: str, build: Callable[[], nn.Module], seed: int) -> None:

@@ -93,7 +93,7 @@ def from_sentencepiece(path: str | Path) -> Tokenizer:
     fixed = [piece.text for piece in model.pieces if piece.kind is not Kind.NORMAL]
     names = {f"{name}_token": model.pieces[index].text for name, index in model.special.items()}
     # "<mask>" is a user-defined piece of Gemma: as a special token it would not be found where sentencepiece finds it.
-    tokenizer = GemmaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores, fixed), mask_token=None, **names)
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores, fixed), mask_token=None, **names)  # type: ignore[arg-type]
     control = [p.text for p in model.pieces if p.kind is Kind.CONTROL and p.text not in names.values()]
     if control:
         tokenizer.add_special_tokens({"extra_special_tokens": [_token(text, special=True) for text in control]})

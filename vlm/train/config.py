@@ -31,6 +31,8 @@ class ModelConfig:
     """A SigLIP checkpoint, or a transformers vision configuration (`model_type` and its settings) for new weights."""
     encoder_kind: str | None = None
     """Read a SigLIP checkpoint as another kind, such as siglip2_naflex."""
+    image_size: int | None = None
+    """Side of the square images in pixels; another one than the tower's resamples its position table."""
     projector: str | dict[str, Any] = "linear"
     decoder: str | dict[str, Any] | None = None
     """A Gemma checkpoint, or a transformers text configuration for new weights."""

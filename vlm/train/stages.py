@@ -141,6 +141,7 @@ def make_model(config: ModelConfig) -> tuple[VLM, Processor]:
     if config.path is not None:
         return load(config.path, dtype="float32")
     options: dict[str, Any] = {"encoder_kind": config.encoder_kind, "image": config.image or None, "seed": config.seed}
+    options["image_size"] = config.image_size
     return new(
         _part(config.encoder, "encoder"),
         config.projector,
