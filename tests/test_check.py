@@ -239,7 +239,7 @@ def test_dead_attention_is_not_taken_for_a_sound_mask(monkeypatch: pytest.Monkey
     model, processor = healthy()
     with torch.no_grad():
         for layer in model.model.language_model.layers:
-            layer.self_attn.o_proj.weight.zero_()  # type: ignore[union-attr]
+            layer.self_attn.o_proj.weight.zero_()
     monkeypatch.setattr(MASK, full)
     assert "would not be seen" in one("future", model, processor).detail
     monkeypatch.setattr(MASK, prefix_sees_padding)
@@ -415,7 +415,7 @@ def test_an_untied_head_fails_even_when_it_is_equal() -> None:
 def test_a_model_of_nan_fails_and_its_report_is_json() -> None:
     model, processor = healthy()
     with torch.no_grad():
-        model.model.language_model.norm.weight[0] = torch.nan  # type: ignore[index, union-attr]
+        model.model.language_model.norm.weight[0] = torch.nan
     report = check.run(
         model,
         processor,

@@ -154,7 +154,8 @@ def test_any_filter_is_in_range(encoder: str) -> None:
 
 
 def test_pixels_of_another_size_fail() -> None:
-    for encoder, changes in (("siglip", {"image_size": 42}), ("siglip2_naflex", {"patch_size": 16})):
+    cases: list[tuple[str, Any]] = [("siglip", {"image_size": 42}), ("siglip2_naflex", {"patch_size": 16})]
+    for encoder, changes in cases:
         model, processor = pair(encoder)
         processor.image_transform = replace(processor.image_transform, **changes)
         result = one("image-range", model, processor)

@@ -54,7 +54,7 @@ def future(subject: Subject) -> Finding:
 
 
 def _future_logits(subject: Subject, tensors: Tensors) -> tuple[float, float]:
-    """(largest move of an earlier logit, smallest move that one changed token causes in the logits after it), in
+    """(largest move of an earlier logit, largest move that one changed token causes in the logits after it), in
     deviations."""
     model = subject.model
     ids, suffix = tensors["input_ids"], _suffix(tensors)
@@ -75,8 +75,7 @@ def _future_logits(subject: Subject, tensors: Tensors) -> tuple[float, float]:
     single = index == first[:, None]
     after = text_logits(model, {**tensors, "input_ids": _replace(subject, ids, single, 9)}, length)
     later = (suffix & ~single)[:, -length:]
-    per_row = (moved(before, after) * later).amax(1)
-    return largest(leaks), float(per_row.min()) / unit
+    return largest(leaks), float(moved(before, after)[later].max()) / unit
 
 
 def _future_gradient(subject: Subject, tensors: Tensors) -> float:

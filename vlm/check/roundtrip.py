@@ -39,7 +39,7 @@ def exported(subject: Subject) -> Finding:
         try:
             report = export(subject.model, subject.processor, folder / "model", to="paligemma")
         except ConfigError as error:
-            return not_applicable(f"PaliGemma's format cannot express this model: {error}")
+            return not_applicable(str(error))
         if not report.ok:
             return Finding(problem="the export's parity report has a mismatch; run `vlm export` to see it")
         return _compare(subject, folder / "model", "export and vlm.load; parity report ok")

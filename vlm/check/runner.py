@@ -64,10 +64,13 @@ def run(
 
 
 def choose(only: Sequence[str] | None) -> tuple[Check, ...]:
-    """The checks of these names, in the order of the table. Raises `ConfigError` with the nearest known name."""
+    """The checks of these names, in the order of the table. Raises `ConfigError`: an unknown name (the message has the
+    nearest one), or none at all."""
     if only is None:
         return CHECKS
     known = [check.name for check in CHECKS]
+    if not only:
+        raise ConfigError(f"no check is named; leave `only` out for all, or name some of {', '.join(known)}")
     for name in only:
         if name not in known:
             raise ConfigError(f"unknown check {name!r}{nearest(name, known)}; known: {', '.join(known)}")

@@ -42,6 +42,7 @@ def run(options: Namespace) -> int:
 
     from vlm import check
     from vlm.check.runner import choose
+    from vlm.check.stage import read_manifest
     from vlm.checkpoints import load
     from vlm.data import read_jsonl
 
@@ -50,6 +51,8 @@ def run(options: Namespace) -> int:
     only = None if options.only is None else [name.strip() for name in options.only.split(",") if name.strip()]
     # What a person can have mistyped is refused before the model is read.
     choose(only)
+    if options.stage_manifest is not None:
+        read_manifest(options.stage_manifest)
     data = None if options.data is None else read_jsonl(options.data, image_root=options.image_root)[0]
     device = unless_auto(options.device) or ("cuda" if torch.cuda.is_available() else "cpu")
     log.info("opening %s", options.model)
