@@ -50,9 +50,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def opened(folder: Path) -> Any:
     """transformers' model; eager, because the sdpa of 5.17 drops Gemma 2's soft-cap."""
-    model, info = PaliGemmaForConditionalGeneration.from_pretrained(
-        folder, attn_implementation="eager", output_loading_info=True
-    )
+    reader: Any = PaliGemmaForConditionalGeneration
+    model, info = reader.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
     assert {key: list(names) for key, names in info.items() if names} == {}
     return model.eval()
 
@@ -151,6 +150,21 @@ def test_a_resize_that_the_format_cannot_say_is_measured_and_said(tmp_path: Path
     assert report.ok and row.ok is None and row.max_abs > 0.9 / 255
     (note,) = [note for note in report.notes if "the format cannot say" in note]
     assert word in note and f"{row.max_abs:.2g}" in note and note in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("case", ["gemma", "gemma2-full"])
+def test_a_checkpoint_that_transformers_wrote_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
+    """export -> transformers -> import -> export -> transformers."""
+    export(*source(case), tmp_path / "ours", parity="weights")
+    first = opened(tmp_path / "ours")
+    first.save_pretrained(tmp_path / "theirs")
+    AutoProcessor.from_pretrained(tmp_path / "ours", backend="pil").save_pretrained(tmp_path / "theirs")
+    export(*vlm.load(tmp_path / "theirs"), tmp_path / "again", parity="weights")
+    again = opened(tmp_path / "again").state_dict()
+    assert again.keys() == first.state_dict().keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.state_dict().items())
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "generation_config.json"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / "ours" / name).read_text()
 
 
 # --- the report notices -----------------------------------------------------------------------------------------------
