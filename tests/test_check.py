@@ -438,6 +438,16 @@ def test_a_model_that_raises_is_a_failure_not_a_crash(monkeypatch: pytest.Monkey
     assert report["future"].detail == "ConfigError: no such size"
 
 
+def test_too_little_memory_is_not_a_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = healthy()
+
+    def full_up(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(VLM, "encode", full_up)
+    assert one("future", model, processor).status == "n/a"
+
+
 def test_only_takes_names_and_says_the_nearest() -> None:
     model, processor = loud("siglip", "gemma")
     report = check.run(model, processor, only=["tied-weights", "future"])

@@ -295,6 +295,22 @@ def test_wrong_labels_fail(change: Callable[[Batch], Batch], says: str, monkeypa
     assert "train.jsonl:1 (e0)" in result.detail
 
 
+def test_labels_that_forget_the_image_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right for texts, off by the placeholders where there is an image."""
+    model, processor = pair()
+    call = Processor.__call__
+
+    def moved(self: Processor, *args: Any, **named: Any) -> Batch:
+        batch = call(self, *args, **named)
+        assert batch.labels is not None
+        labels = batch.labels if batch.pixel_values is None else batch.labels.roll(-4, 1)
+        return replace(batch, labels=labels)
+
+    monkeypatch.setattr(Processor, "__call__", moved)
+    result = one("labels", model, processor, data=GOOD)
+    assert result.status == "FAIL" and "train.jsonl:1 (e0), with its image: a label is not the token" in result.detail
+
+
 def no_eos(encoded: EncodedText) -> EncodedText:
     return replace(encoded, suffix=encoded.suffix[:-1])
 

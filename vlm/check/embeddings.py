@@ -28,6 +28,8 @@ def scale(subject: Subject) -> Finding:
     tensors = subject.batch()
     ids, image = tensors["input_ids"], tensors["input_ids"] == model.config.image_token_id
     table: Any = model.get_input_embeddings()
+    if table.weight.device.type == "meta":
+        return not_applicable("the embedding is offloaded to the disk; open the model whole to check this")
     rows = table.weight[ids].float()
     with _noise_for_projector(subject) as tokens, _seen_by_decoder(subject) as seen, evaluating(model):
         direct = table(ids).float()
@@ -54,7 +56,9 @@ def tied(subject: Subject) -> Finding:
         return not_applicable("tie_word_embeddings is false: this model has an output embedding of its own")
     table: Any = model.get_input_embeddings()
     one, two = table.weight, model.lm_head.weight
-    shared = one is two or (one.device == two.device and one.device.type != "meta" and one.data_ptr() == two.data_ptr())
+    if one.device.type == "meta" or two.device.type == "meta":
+        return not_applicable("the embedding is offloaded to the disk; open the model whole to check this")
+    shared = one is two or (one.device == two.device and one.data_ptr() == two.data_ptr())
     problem = "" if shared else "lm_head.weight and embed_tokens.weight are two tensors; training would part them"
     return Finding(measured=1 if shared else 2, limit=1, detail="storages of the vocabulary", problem=problem)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import Subject
 from vlm.data import Example
-from vlm.errors import DataError
+from vlm.errors import DataError, ImageError
 from vlm.loss import IGNORE
 from vlm.processor import Batch
 
 CHUNK = 64
 """Examples laid out at a time."""
+WITH_IMAGE = 3
+"""Examples laid out with their image too: the labels must move along with the placeholders before the text."""
 
 
 @dataclass
@@ -26,7 +29,7 @@ class _Count:
 
 
 def labels(subject: Subject) -> Finding:
-    """Every example as the processor lays it out (its text; images change no label), held against the texts
+    """Every example's text as the processor lays it out, the first ones with their image too, held against the texts
     themselves."""
     if subject.data is None:
         return not_applicable("no data given: add --data FILE.jsonl (data= in Python)")
@@ -36,6 +39,8 @@ def labels(subject: Subject) -> Finding:
     count = _Count()
     for start in range(0, len(examples), CHUNK):
         _add(subject, examples[start : start + CHUNK], count)
+    for example in examples[:WITH_IMAGE]:
+        _add_image(subject, example, count)
     total = sum(count.supervised)
     problem = f"{len(count.wrong)} wrong: {'; '.join(count.wrong[:3])}" if count.wrong else ""
     if not total and not problem:
@@ -76,8 +81,20 @@ def _add(subject: Subject, examples: list[Example], count: _Count) -> None:
             count.wrong.append(f"{example.file}:{example.line} ({example.id}): {problem}")
 
 
-def _lay_out(subject: Subject, examples: list[Example]) -> Batch:
+def _add_image(subject: Subject, example: Example, count: _Count) -> None:
+    """Check the labels of one example behind its image; nothing is counted twice."""
+    try:
+        batch = _lay_out(subject, [example], [example.image])
+    except (DataError, ImageError):
+        return  # the text alone has been judged already, and broken images are training's business
+    problem = "" if batch.labels is None else _problem(subject, batch, 0, example)
+    if problem:
+        count.wrong.append(f"{example.file}:{example.line} ({example.id}), with its image: {problem}")
+
+
+def _lay_out(subject: Subject, examples: list[Example], images: list[Any] | None = None) -> Batch:
     return subject.processor(
+        images,
         text=[example.prefix for example in examples],
         suffix=[example.suffix or "" for example in examples],
         ids=[example.id for example in examples],
@@ -90,6 +107,7 @@ def _problem(subject: Subject, batch: Batch, row: int, example: Example) -> str:
     assert batch.labels is not None and example.suffix is not None
     tokenizer = subject.processor.tokenizer
     real = batch.attention_mask[row].bool()
+    real &= (batch.input_ids[row] != subject.processor.image_token_id) | (batch.labels[row] != IGNORE)
     ids, targets, types = (values[row][real] for values in (batch.input_ids, batch.labels, batch.token_type_ids))
     supervised = targets != IGNORE
     if not supervised.any():

@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.check.report import Finding, Report, Result
+import torch
+
+from vlm.check.report import Finding, Report, Result, not_applicable
 from vlm.check.subject import Subject, attention_backends, preserved
 from vlm.check.table import CHECKS, Check
 from vlm.data import Example, read_jsonl
@@ -83,6 +85,8 @@ def _run_one(check: Check, subject: Subject) -> Result:
     try:
         with preserved(subject.model):
             finding = check.function(subject)
+    except torch.OutOfMemoryError as error:
+        finding = not_applicable(f"out of memory: {' '.join(str(error).split())[:200]}")
     except (VLMError, RuntimeError) as error:
         # The model refused an input that a healthy one takes (or torch did, on its behalf): that is a result.
         finding = Finding(problem=f"{type(error).__name__}: {' '.join(str(error).split())}")

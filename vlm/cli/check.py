@@ -21,7 +21,8 @@ DETAILS = (
 def add(commands: Any) -> None:
     """The options of `vlm check`."""
     parser = command(commands, run, "check", "check a model by its behaviour", DETAILS)
-    parser.add_argument("model", metavar="MODEL", help="model directory or hub id")
+    parser.add_argument("model", metavar="MODEL", help="model directory, hub id, or PaliGemma as a big_vision .npz")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="sentencepiece .model of a .npz")
     parser.add_argument("--data", "-d", type=Path, metavar="FILE", help="training data (JSONL) whose labels to check")
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder of the images (that of the data)")
     parser.add_argument("--max-text-length", type=at_least(1), metavar="N", help="as in training: count longer texts")
@@ -56,7 +57,7 @@ def run(options: Namespace) -> int:
     data = None if options.data is None else read_jsonl(options.data, image_root=options.image_root)[0]
     device = unless_auto(options.device) or ("cuda" if torch.cuda.is_available() else "cpu")
     log.info("opening %s", options.model)
-    model, processor = load(options.model, dtype=unless_auto(options.dtype), device=device)
+    model, processor = load(options.model, dtype=unless_auto(options.dtype), device=device, tokenizer=options.tokenizer)
     report = check.run(
         model,
         processor,
