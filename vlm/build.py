@@ -247,6 +247,11 @@ def _transform(kind: str, config: PreTrainedConfig, encoder: Any, settings: dict
         if own != value:
             advice = f"use image_size={value}, which resamples the tower" if key == "image_size" else "leave it out"
             raise ConfigError(f"image setting {key} is {value!r}, the tower has {own}; {advice}")
+    if "max_num_patches" in settings and hasattr(config, "image_size"):
+        raise ConfigError(
+            f"max_num_patches is a budget of NaFlex towers; this one reads squares of {config.image_size} px: use"
+            f" image_size, or read it as encoder_kind='siglip2_naflex'"
+        )
     recorded = recorded_transform(encoder) if isinstance(encoder, Path) else {}
     if kind == "siglip2_naflex":
         # NaFlex resizes in float with its own filter; a FixRes checkpoint's resize does not apply.
