@@ -13,11 +13,21 @@ import torch
 import yaml
 from coretools import loud, picture, pixels
 from safetensors import safe_open
-from transformers import Siglip2VisionModel, SiglipVisionModel
+from transformers import (
+    Gemma2Config,
+    GemmaConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import vlm
 from vlm.checkpoints import card
 from vlm.checkpoints.export import FORMATS, export
+from vlm.checkpoints.layout import config_values
+from vlm.checkpoints.loader import empty
 from vlm.checkpoints.shards import parse_size, write_shards
 from vlm.cli import main
 from vlm.errors import CheckpointError, ConfigError, GenerationError
@@ -48,6 +58,13 @@ HUB_NAMES = {
     "language_model.model.norm.weight",
 }
 """Names of a PaliGemma checkpoint on the Hub (google/paligemma-3b-pt-224), cut to two layers each."""
+SHARED: dict[str, Any] = {"vocab_size": 257_152, "num_attention_heads": 8, "head_dim": 256}
+GEMMA_2B = GemmaConfig(
+    **SHARED, hidden_size=2048, intermediate_size=16_384, num_hidden_layers=18, num_key_value_heads=1
+)
+GEMMA2_2B = Gemma2Config(
+    **SHARED, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_key_value_heads=4
+)
 FILES = {
     "README.md",
     "config.json",
@@ -110,6 +127,32 @@ def test_every_number_is_written_so_that_no_reader_needs_a_default(tmp_path: Pat
     for name in ("image_seq_length", "size", "resample", "image_mean"):
         value = read(tmp_path / "out", "preprocessor_config.json")[name]
         assert value == read(tmp_path / "out", "processor_config.json")["image_processor"][name]
+
+
+@pytest.mark.parametrize(("text", "parameters"), [(GEMMA_2B, 2_923_335_408), (GEMMA2_2B, 3_032_094_960)])
+def test_transformers_builds_the_published_sizes_from_what_is_written(text: Any, parameters: int) -> None:
+    """PaliGemma 3B and PaliGemma 2 3B at 224 px: the parameters of the published checkpoints (without the 64 rows that
+    the Hub's files append)."""
+    vision = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    config = vlm.VLMConfig(
+        encoder="siglip",
+        vision_config=vision,
+        projector_config={"kind": "linear"},
+        text_config=text,
+        image_token_id=257_000,
+    )
+    written = config_values(empty(config), torch.bfloat16)
+    with torch.device("meta"):
+        built = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(written))
+    assert sum(parameter.numel() for parameter in built.parameters()) == parameters
 
 
 def test_no_soft_cap_in_generation_is_written_as_null(tmp_path: Path) -> None:
