@@ -4,8 +4,8 @@ configurations, several devices, and a refusal for everything that would otherwi
 from __future__ import annotations
 
 import json
-import math
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers import (
 
 import vlm
 from vlm.checkpoints.configs import paligemma_config
-from vlm.checkpoints.loader import empty, expected_shapes
+from vlm.checkpoints.loader import empty
 from vlm.checkpoints.manifest import NAME as MANIFEST
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model import VLM
@@ -216,8 +216,6 @@ def test_published_configurations_are_completed_as_published(written: Path) -> N
         },
     }
     config = paligemma_config(values, "config.json")
-    from vlm.checkpoints.loader import empty
-
     assert (
         sum(p.numel() for p in empty(config).parameters()) == 2_923_335_408 + 64 * 2048
     )  # 64 rows more than published
@@ -259,7 +257,7 @@ def test_wrong_configurations_are_refused(copied: Path, change: Callable[[dict[s
     [
         (lambda c: c["image_processor"].update(size={"height": 56, "width": 56}), "the tower reads 28x28"),
         (lambda c: c["image_processor"].update(image_std=[0, 0, 0]), "std must be positive"),
-        (lambda c: c["image_processor"].update(image_mean=[0.5]), "image_mean is"),
+        (lambda c: c["image_processor"].update(image_mean=[0.5]), "mean must be three numbers"),
         (lambda c: c["image_processor"].update(image_seq_length=5), "image_seq_length is 5, the tower gives 4"),
         (lambda c: c["image_processor"].update(do_normalize=False), "do_normalize False"),
         (lambda c: c["image_processor"].update(resample=9), "resample is 9"),
@@ -391,6 +389,43 @@ def test_broken_json_is_refused(copied: Path, content: str) -> None:
     (copied / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match="config.json: (not valid JSON|holds a list)"):
         vlm.load(copied)
+
+
+JUNK: tuple[Any, ...] = (None, -1, 0, 3.5, 10**30, "x", "", [], {}, [1, 2, 3], True, float("inf"))
+
+
+def keys_of(values: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if not isinstance(values, dict):
+        return []
+    return [found for key, value in values.items() for found in [(*path, key), *keys_of(value, (*path, key))]]
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", ["paligemma", "own"])
+def test_junk_values_open_or_are_refused(kind: str, name: str, written: Path, tmp_path: Path) -> None:
+    """Whatever stands in a file: no exception but ours, each naming the place."""
+    folder = tmp_path / "model"
+    if kind == "own":
+        vlm.save(*loud("siglip2_naflex", "gemma3_text"), folder)
+        (folder / MANIFEST).unlink()
+    else:
+        shutil.copytree(written, folder)
+    values = json.loads((folder / name).read_text())
+    draw, refused = random.Random(f"{kind}/{name}"), 0
+    for _ in range(40):
+        changed = json.loads(json.dumps(values))
+        *parents, last = draw.choice(keys_of(values))
+        target = changed
+        for key in parents:
+            target = target[key]
+        target[last] = draw.choice(JUNK)
+        (folder / name).write_text(json.dumps(changed))
+        try:
+            vlm.load(folder)
+        except CheckpointError as error:
+            refused += 1
+            assert str(folder) in str(error)
+    assert refused > 5
 
 
 def test_code_in_a_checkpoint_is_not_run(copied: Path) -> None:

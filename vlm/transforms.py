@@ -85,17 +85,17 @@ class ImageTransform:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "background"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, _three_numbers(name, getattr(self, name)))
         if self.mode not in get_args(Mode):
             known = get_args(Mode)
             raise ConfigError(f"unknown image mode {self.mode!r}{nearest(str(self.mode), known)}; known: {known}")
-        if self.resample not in RESAMPLING:
+        if not isinstance(self.resample, str) or self.resample not in RESAMPLING:
             raise ConfigError(f"unknown resample filter {self.resample!r}; known: {', '.join(RESAMPLING)}")
         self._check_resize()
         needed = "max_num_patches" if self.mode == "naflex" else "image_size"
         for name in ("patch_size", needed):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"image transform {self.mode!r} needs {name} as a positive integer, got {value!r}")
         if min(self.std) <= 0:
             raise ConfigError(f"image transform std must be positive, got {self.std}")
@@ -219,6 +219,14 @@ class ImageTransform:
             values[i, : rows * columns] = patchify(resized, self.patch_size)
             mask[i, : rows * columns] = 1
         return Pixels(values, mask, torch.tensor(grids), grids)
+
+
+def _three_numbers(name: str, values: Any) -> tuple[Any, ...]:
+    """One number per channel, as a tuple."""
+    numbers = tuple(values) if isinstance(values, list | tuple) else ()
+    if len(numbers) != 3 or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
+        raise ConfigError(f"image transform {name} must be three numbers, got {values!r}")
+    return numbers
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -31,6 +31,21 @@ BOUNDS = {
 NOTES = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
+# What transformers raises for values of a wrong type or kind; it has no exception of its own for them.
+FOREIGN = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    OSError,
+    ImportError,
+    StrictDataclassError,
+)
+
+
 def check_numbers(values: Any, where: str) -> None:
     """Refuse sizes that are not whole numbers or are out of any sensible range.
 
@@ -83,6 +98,13 @@ def own_config(values: Mapping[str, Any], where: str) -> VLMConfig:
     """
     for key in ("text_config", "vision_config"):
         check_numbers(values.get(key), f"{where}: {key}")
+        if not isinstance(values[key].get("dtype"), str | None):
+            raise CheckpointError(
+                f"{where}: {key}.dtype is {values[key]['dtype']!r}, expected a name such as 'float32'"
+            )
+    for key in ("softcap_in_loss", "softcap_in_generation"):
+        if not isinstance(values.get(key, False), bool):
+            raise CheckpointError(f"{where}: {key} is {values[key]!r}, expected true or false")
     if "image_token_id" not in values:
         raise CheckpointError(f"{where}: no image_token_id; write the tokenizer's id of <image>")
     return guarded(lambda: VLMConfig.from_dict(dict(values)), where)
@@ -93,8 +115,8 @@ def paligemma_config(values: Mapping[str, Any], where: str) -> VLMConfig:
 
     transformers' own defaults for what a file leaves out are not used where they are wrong: a missing vision_config is
     the published So400m/14 (intermediate_size 4304, not 4096), a missing image_token_index is left to the tokenizer
-    (not 256000, which is `<loc0000>`). Gemma 2 gets no sliding window: the original has none, and at 896 px transformers'
-    window of 4096 would hide image rows from the text (big_vision `models/ppp/gemma.py`).
+    (not 256000, which is `<loc0000>`). Gemma 2 gets no sliding window: the original has none, and at 896 px
+    transformers' window of 4096 would hide image rows from the text (big_vision `models/ppp/gemma.py`).
 
     Raises:
         CheckpointError: values that are missing, of a wrong type or out of range.
@@ -149,5 +171,8 @@ def guarded(build: Any, where: str) -> Any:
         return build()
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
-        raise CheckpointError(f"{where}: not a usable configuration: {' '.join(str(error).split())[:300]}") from error
+    except FOREIGN as error:
+        raise CheckpointError(
+            f"{where}: not a usable configuration ({type(error).__name__}: {' '.join(str(error).split())[:300]}); copy"
+            f" the file again"
+        ) from error

@@ -1,4 +1,4 @@
-"""Opening and writing models: this library's directories, PaliGemma 1 and 2 in Hugging Face format, big_vision files."""
+"""Opening and writing models: this library's directories, PaliGemma in Hugging Face format, big_vision files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.generation import check_dtype
 from vlm.model import VLM
+from vlm.processor import CONFIG_NAME as PROCESSOR_CONFIG
 from vlm.processor import Processor
-from vlm.tokenizer import image_token_id
+from vlm.transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,8 +47,8 @@ def load(
     """Open a model.
 
     Args:
-        path: a directory that `vlm.save` wrote, a PaliGemma 1 or 2 directory in Hugging Face format, a hub id of either,
-            or a big_vision `.npz` of PaliGemma.
+        path: a directory that `vlm.save` wrote, a PaliGemma 1 or 2 directory in Hugging Face format, a hub id of
+            either, or a big_vision `.npz` of PaliGemma.
         dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps the checkpoint's.
         device: where the whole model goes; None is the CPU.
         device_map: instead of `device`: `auto` (GPUs first, then memory, then disk), or part name -> device.
@@ -99,7 +100,7 @@ def _open_folder(
         raise CheckpointError(f"{folder}: no config.json in this directory; give the directory that vlm.save wrote")
     values = read_json(folder / "config.json")
     kind = values.get("model_type")
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise CheckpointError(f"{folder}: config.json has model_type {kind!r}, expected {_expected(kind)}")
     config, processor = READERS[kind](folder, values)
     weights = Weights(folder)
@@ -128,20 +129,30 @@ def _expected(kind: Any) -> str:
 
 
 def _own(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
-    return configs.own_config(values, str(folder / "config.json")), Processor.from_pretrained(folder)
+    config = configs.own_config(values, str(folder / "config.json"))
+    settings = read_json(folder / PROCESSOR_CONFIG).get("image_transform")
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            f"{folder / PROCESSOR_CONFIG}: no image_transform; give the directory that vlm.save wrote"
+        )
+    return config, _processor(folder, settings)
 
 
 def _paligemma(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
     config = configs.paligemma_config(values, str(folder / "config.json"))
-    tokenizer = open_tokenizer(folder)
-    try:
-        processor = Processor(tokenizer, paligemma_transform(folder, config.vision_config))
-        if config.image_token_id is None:
-            config.image_token_id = image_token_id(tokenizer)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+    processor = _processor(folder, paligemma_transform(folder, config.vision_config))
+    if config.image_token_id is None:
+        config.image_token_id = processor.image_token_id
     note_sliding_window(config, processor)
     return config, processor
+
+
+def _processor(folder: Path, transform: ImageTransform | dict[str, Any]) -> Processor:
+    tokenizer = open_tokenizer(folder)
+    try:
+        return Processor(tokenizer, transform)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 READERS = {VLMConfig.model_type: _own, "paligemma": _paligemma}
@@ -156,8 +167,8 @@ def note_sliding_window(config: VLMConfig, processor: Processor) -> None:
     tokens = processor.image_transform.max_patches
     if tokens + LONGEST_TEXT > window:
         logger.info(
-            "%d image tokens: all layers see the whole sequence, as in the original PaliGemma 2; transformers would hide"
-            " what is more than %d tokens back in every other layer",
+            "%d image tokens: all layers see the whole sequence, as in the original PaliGemma 2; transformers would"
+            " hide what is more than %d tokens back in every other layer",
             tokens,
             window,
         )

@@ -19,6 +19,7 @@ from accelerate.utils import get_balanced_memory, offload_weight, save_offload_i
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from vlm.checkpoints.configs import guarded
 from vlm.checkpoints.files import FLOATS
 from vlm.checkpoints.names import HEAD, to_live
 from vlm.config import VLMConfig
@@ -110,7 +111,7 @@ def load_model(
             embedding that is not the tied one.
     """
     placement = placement or Placement()
-    model = empty(config)
+    model: VLM = guarded(lambda: empty(config), f"{source.origin}: config.json")
     check_fit(source, expected_shapes(model))
     placement = _with_dtype(placement, source, config)
     before_reading()

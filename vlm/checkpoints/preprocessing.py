@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from vlm import tokenizer as tokenizers
+from vlm.checkpoints.configs import FOREIGN
 from vlm.checkpoints.files import check_regular, read_json
 from vlm.errors import CheckpointError, ConfigError
 from vlm.tokenizer import Tokenizer
@@ -58,24 +59,17 @@ def paligemma_transform(folder: Path, vision_config: Any) -> ImageTransform:
             image_size=side,
             patch_size=vision_config.patch_size,
             resample=_filter(values.get("resample", 3), folder),
-            mean=_three(values, "image_mean", folder),
-            std=_three(values, "image_std", folder),
+            mean=values.get("image_mean", (0.5, 0.5, 0.5)),
+            std=values.get("image_std", (0.5, 0.5, 0.5)),
         )
     except ConfigError as error:
         raise CheckpointError(f"{folder}: image settings: {error}") from error
 
 
 def _filter(code: Any, folder: Path) -> str:
-    if code not in FILTERS:
+    if not isinstance(code, int) or code not in FILTERS:
         raise CheckpointError(f"{folder}: resample is {code!r}, known: {FILTERS}")
     return FILTERS[code]
-
-
-def _three(values: dict[str, Any], key: str, folder: Path) -> tuple[float, float, float]:
-    found = values.get(key, [0.5, 0.5, 0.5])
-    if not isinstance(found, list) or len(found) != 3 or not all(isinstance(v, int | float) for v in found):
-        raise CheckpointError(f"{folder}: {key} is {found!r}, expected three numbers")
-    return found[0], found[1], found[2]
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
@@ -92,8 +86,10 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     read_json(folder / "tokenizer.json")
     try:
         # A tokenizer's own code is never run: trust_remote_code stays off, and chat templates are not rendered here.
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer("a"), tokenizer.all_special_ids  # settings of a wrong type show only in use
+        return tokenizer
+    except FOREIGN as error:
         raise CheckpointError(
             f"{folder}: no tokenizer that can be opened: {' '.join(str(error).split())[:300]}"
         ) from error
