@@ -292,7 +292,7 @@ def test_wrong_labels_fail(change: Callable[[Batch], Batch], says: str, monkeypa
     monkeypatch.setattr(Processor, "__call__", lambda self, *a, **k: change(call(self, *a, **k)))
     result = one("labels", model, processor, data=GOOD[:3])
     assert result.status == "FAIL" and says in result.detail, result
-    assert "train.jsonl:1 (e0)" in result.detail
+    assert "train.jsonl:1: example 'e0'" in result.detail
 
 
 def test_labels_that_forget_the_image_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_labels_that_forget_the_image_fail(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Processor, "__call__", moved)
     result = one("labels", model, processor, data=GOOD)
-    assert result.status == "FAIL" and "train.jsonl:1 (e0), with its image: a label is not the token" in result.detail
+    assert result.status == "FAIL" and "example 'e0' with its image: a label is not the token" in result.detail
 
 
 def no_eos(encoded: EncodedText) -> EncodedText:

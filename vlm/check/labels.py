@@ -78,7 +78,7 @@ def _add(subject: Subject, examples: list[Example], count: _Count) -> None:
         count.truncated += example.id in batch.truncated
         problem = _problem(subject, batch, row, example)
         if problem:
-            count.wrong.append(f"{example.file}:{example.line} ({example.id}): {problem}")
+            count.wrong.append(f"{example.file}:{example.line}: example {example.id!r}: {problem}")
 
 
 def _add_image(subject: Subject, example: Example, count: _Count) -> None:
@@ -89,7 +89,7 @@ def _add_image(subject: Subject, example: Example, count: _Count) -> None:
         return  # the text alone has been judged already, and broken images are training's business
     problem = "" if batch.labels is None else _problem(subject, batch, 0, example)
     if problem:
-        count.wrong.append(f"{example.file}:{example.line} ({example.id}), with its image: {problem}")
+        count.wrong.append(f"{example.file}:{example.line}: example {example.id!r} with its image: {problem}")
 
 
 def _lay_out(subject: Subject, examples: list[Example], images: list[Any] | None = None) -> Batch:

@@ -80,7 +80,8 @@ class Result:
             measured=finding.measured,
             relation=finding.relation,
             limit=finding.limit,
-            detail="; ".join(text for text in texts if text),
+            # One line, whatever an error message held.
+            detail=" ".join("; ".join(text for text in texts if text).split()),
             seconds=round(seconds, 3),
         )
 
