@@ -247,6 +247,31 @@ def test_gemmas_vocabulary_becomes_paligemmas(parts: Path, tmp_path: Path) -> No
     assert model.config.text_config.vocab_size == 257_216 and model.config.image_token_id == 257_152
 
 
+@pytest.mark.parametrize("decoder", ["gemma", "gemma2"])
+def test_parts_of_a_paligemma(decoder: str, tmp_path: Path) -> None:
+    """Tower and decoder of one, in the Hub's layout: no new rows, a new projector, Gemma 2 without its window."""
+    model, processor = loud("siglip", decoder)
+    vlm.export(model, processor, tmp_path / "pali", parity="none")
+    made, other = vlm.new(tmp_path / "pali", "linear", tmp_path / "pali")
+    assert_equal(state(made, "vision_tower"), state(model, "vision_tower"))
+    assert_equal(state(made, "language_model"), state(model, "language_model"))
+    assert not any(value.any() for value in state(made, "projector").values())
+    assert other.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert other.image_transform == processor.image_transform
+    assert set(getattr(made.config.text_config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+
+
+def test_the_decoder_of_a_model_of_ours(parts: Path, tmp_path: Path) -> None:
+    model, processor = loud("siglip", "gemma2")
+    vlm.save(model, processor, tmp_path / "ours")
+    made, other = vlm.new(parts / "siglip", "linear", tmp_path / "ours")
+    assert_equal(state(made, "language_model"), state(model, "language_model"))
+    assert made.config.text_config.layer_types == model.config.text_config.layer_types
+    assert other.image_token_id == processor.image_token_id
+    with pytest.raises(ConfigError, match="is a whole model; write its tower first: vlm export"):
+        vlm.new(tmp_path / "ours", "linear", parts / "gemma")
+
+
 def test_a_sentencepiece_file_is_a_tokenizer(parts: Path, tmp_path: Path) -> None:
     path = train(tmp_path)
     model, processor = vlm.new(siglip.tiny(), "linear", tiny_decoder("gemma"), path)

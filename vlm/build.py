@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.checkpoints import big_vision
-from vlm.checkpoints.configs import NOTES, check_numbers, guarded
+from vlm.checkpoints.configs import NOTES, check_numbers, guarded, own_config, paligemma_config
 from vlm.checkpoints.files import locate, read_json
 from vlm.checkpoints.parts import load_decoder, load_tower
 from vlm.checkpoints.preprocessing import image_settings, open_tokenizer
@@ -56,10 +56,11 @@ def new(
     """Assemble a model.
 
     Args:
-        encoder: a SigLIP or SigLIP 2 checkpoint (directory or hub id, full model or vision tower alone; or a big_vision
-            `.npz`), or a vision configuration for new weights.
+        encoder: a SigLIP or SigLIP 2 checkpoint (directory or hub id: both towers, the vision tower alone, or a
+            PaliGemma; or a big_vision `.npz`), or a vision configuration for new weights.
         projector: a projector kind (`linear`, `mlp`), or `{"kind": ..., **settings}`.
-        decoder: a Gemma, Gemma 2 or Gemma 3 text checkpoint, or a text configuration for new weights.
+        decoder: a Gemma, Gemma 2 or Gemma 3 text checkpoint, a model whose decoder it is (PaliGemma or a directory of
+            this library), or a text configuration for new weights.
         tokenizer: a tokenizer or where to find one (a sentencepiece `.model` too); by default the decoder checkpoint's.
             `<loc>`, `<seg>` and `<image>` tokens are added when missing.
         encoder_kind: read a SigLIP checkpoint as another kind: `siglip2_naflex` runs a FixRes tower at any aspect ratio
@@ -155,6 +156,12 @@ def _own_vision(encoder: Any) -> tuple[str, PreTrainedConfig]:
             config = big_vision.vision_config(big_vision.headers(arrays, str(encoder))[0], origin=str(encoder))
         return TOWER_KINDS[config.model_type], config
     values = _config_file(encoder)
+    if values.get("model_type") == "paligemma":
+        return "siglip", paligemma_config(values, f"{encoder}/config.json").vision_config
+    if values.get("model_type") == VLMConfig.model_type:
+        raise ConfigError(
+            f"{encoder}: is a whole model; write its tower first: vlm export {encoder} --to tower --out DIR"
+        )
     source = TOWER_KINDS.get(str(values.get("model_type")))
     if source is None:
         raise ConfigError(
@@ -207,16 +214,26 @@ def _set_image_size(config: PreTrainedConfig, kind: str, image_size: int | None)
 
 def _text(decoder: Any) -> PreTrainedConfig:
     if isinstance(decoder, Path):
-        values = _config_file(decoder)
-        values = values.get("text_config", values)
-        check_numbers(values, f"{decoder}: text_config")
-        settings = {key: value for key, value in values.items() if key not in NOTES}
-        config: PreTrainedConfig = guarded(lambda: decoder_config(settings), f"{decoder}: config.json")
+        config = _stored_text(decoder)
     elif isinstance(decoder, PreTrainedConfig | dict):
         config = copy.deepcopy(decoder_config(decoder))
     else:
         raise ConfigError("decoder is missing: give a Gemma checkpoint or a text configuration")
     config.dtype = None
+    return config
+
+
+def _stored_text(folder: Path) -> PreTrainedConfig:
+    """The configuration of a Gemma checkpoint, of the decoder in a PaliGemma (whose Gemma 2 has no sliding window) or in a
+    model of this library."""
+    values, where = _config_file(folder), f"{folder}/config.json"
+    whole = {"paligemma": paligemma_config, VLMConfig.model_type: own_config}.get(str(values.get("model_type")))
+    if whole is not None:
+        return whole(values, where).text_config
+    values = values.get("text_config", values)
+    check_numbers(values, f"{where}: text_config")
+    settings = {key: value for key, value in values.items() if key not in NOTES}
+    config: PreTrainedConfig = guarded(lambda: decoder_config(settings), where)
     return config
 
 
