@@ -76,7 +76,7 @@ class PaliGemma:
 
     def grads(self, batch: Arrays) -> Arrays:
         self.model.zero_grad()
-        self._loss(batch).backward()  # type: ignore[no-untyped-call]
+        self._loss(batch).backward()
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         return big_vision.encode(gradients, self.shapes, two_towers=False)
 
@@ -98,7 +98,9 @@ class PaliGemma:
         rows = []
         for index in range(len(batch["image"])):
             text = batch["prefix_text"][index][batch["prefix_mask_input"][index] > 0][None]
-            inputs = self._inputs(text, np.zeros_like(text), {"image": batch["image"][index : index + 1]})
+            inputs: dict[str, Any] = self._inputs(
+                text, np.zeros_like(text), {"image": batch["image"][index : index + 1]}
+            )
             prompt = Batch(**inputs, position_ids=torch.arange(inputs["input_ids"].shape[1])[None])
             settings = GenerationConfig(
                 max_new_tokens=n, num_beams=beams, do_sample=False, eos_token_id=eos, pad_token_id=0
@@ -110,7 +112,8 @@ class PaliGemma:
     def _inputs(self, text: np.ndarray, mask_ar: np.ndarray | None, batch: Arrays) -> dict[str, Tensor]:
         """Image placeholders, then the text; the image and the tokens whose mask_ar is 0 are the prefix."""
         ids = tensor(text)
-        image = torch.full((len(ids), self._image_tokens()), self.model.config.image_token_id)
+        placeholder: Any = self.model.config.image_token_id
+        image = torch.full((len(ids), self._image_tokens()), placeholder)
         types = torch.ones_like(ids) if mask_ar is None else tensor(mask_ar)[:, : ids.shape[1]]
         input_ids = torch.cat([image, ids], dim=1)
         return {
@@ -125,7 +128,7 @@ class PaliGemma:
         rows, columns = ImageTransform(mode="squash", image_size=vision.image_size, patch_size=vision.patch_size).grid(
             0, 0
         )
-        return int(self.model.model.multi_modal_projector.num_tokens((rows, columns)))  # type: ignore[operator]
+        return int(self.model.model.multi_modal_projector.num_tokens((rows, columns)))
 
 
 class TwoTowers:
@@ -148,7 +151,7 @@ class TwoTowers:
         self.model.zero_grad()
         loss = self._forward(batch).loss
         assert loss is not None
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         gradients = {name: p.grad for name, p in self.model.model.named_parameters() if p.grad is not None}
         return float(loss.detach()), big_vision.encode(gradients, self.shapes, two_towers=True)
 

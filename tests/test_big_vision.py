@@ -201,7 +201,7 @@ def test_placeholder_rows_are_the_mean_and_the_rest_is_untouched(sentencepiece_f
     tokenizer = tokenizers.from_sentencepiece(sentencepiece_file)
     tokenizers.add_image_tokens(tokenizer)
     model, processor = big_vision.paligemma(case, tokenizer)
-    table = model.get_input_embeddings().weight
+    table: Any = model.get_input_embeddings().weight
     stored = case["llm/embedder/input_embedding"]
     assert table.shape[0] % 64 == 0 and table.shape[0] > processor.image_token_id >= len(stored)
     assert np.array_equal(table[: len(stored)].detach().numpy(), stored)

@@ -111,7 +111,8 @@ def test_big_vision_towers_become_transformers_directories(name: str, tmp_path: 
     direct = siglip.load(tmp_path / "towers.npz")
     assert all(torch.equal(v, direct.state_dict()[k]) for k, v in towers.state_dict().items())
     if name == "siglip":
-        _, info = SiglipModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+        opened: Any = SiglipModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+        info = opened[1]
         assert not info["missing_keys"] and not info["unexpected_keys"]
     decoder, tokenizer = tiny_decoder("gemma"), build(["caption en"] * 20, vocab_size=300)
     model, processor = vlm.new(tmp_path / "out", "linear", decoder, tokenizer)

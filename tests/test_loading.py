@@ -49,7 +49,7 @@ def write_paligemma(folder: Path, decoder: str) -> VLM:
     theirs = PaliGemmaForConditionalGeneration(config)
     theirs.load_state_dict(model.state_dict())
     theirs.save_pretrained(folder)
-    images = SiglipImageProcessorPil(size={"height": 28, "width": 28}, resample=2)
+    images: Any = SiglipImageProcessorPil(size={"height": 28, "width": 28}, resample=2)
     images.image_seq_length = 4
     PaliGemmaProcessor(image_processor=images, tokenizer=processor.tokenizer).save_pretrained(folder)
     return model
@@ -154,7 +154,7 @@ def test_the_image_transform_is_that_of_the_checkpoint(written: Path) -> None:
         padding="longest",
         return_tensors="pt",
     )
-    assert torch.equal(batch.pixel_values, wanted["pixel_values"])
+    assert batch.pixel_values is not None and torch.equal(batch.pixel_values, wanted["pixel_values"])
     for row in range(2):
         real, expected = batch.attention_mask[row].bool(), wanted["attention_mask"][row].bool()
         assert batch.input_ids[row][real].tolist() == wanted["input_ids"][row][expected].tolist()
@@ -313,6 +313,16 @@ def test_nothing_is_read_before_the_headers_fit(copied: Path, monkeypatch: pytes
         vlm.load(copied)
 
 
+def replaced(make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """A file gives way to something else of its name."""
+
+    def change(file: Path) -> None:
+        file.unlink()
+        make(file)
+
+    return change
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda f: f.unlink(), "no model.safetensors"),
     "empty": (lambda f: f.write_bytes(b""), "not a complete safetensors file"),
@@ -320,9 +330,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "longer": (lambda f: f.write_bytes(f.read_bytes() + b"x" * 9), "not a complete safetensors file"),
     "pointer": (lambda f: f.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull"),
     "header": (lambda f: f.write_bytes(b"\xff" * 8 + f.read_bytes()[8:]), "not a complete safetensors file"),
-    "directory": (lambda f: (f.unlink(), f.mkdir()), "not a regular file"),
-    "pipe": (lambda f: (f.unlink(), os.mkfifo(f)), "not a regular file"),
-    "dangling": (lambda f: (f.unlink(), f.symlink_to("nowhere")), "no model.safetensors|no such file"),
+    "directory": (replaced(Path.mkdir), "not a regular file"),
+    "pipe": (replaced(os.mkfifo), "not a regular file"),
+    "dangling": (replaced(lambda f: f.symlink_to("nowhere")), "no model.safetensors|no such file"),
     "pickle": (lambda f: f.rename(f.with_name("pytorch_model.bin")), "only safetensors"),
 }
 
