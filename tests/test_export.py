@@ -14,6 +14,7 @@ import yaml
 from coretools import loud, picture, pixels
 from safetensors import safe_open
 from transformers import (
+    AutoTokenizer,
     Gemma2Config,
     GemmaConfig,
     PaliGemmaConfig,
@@ -121,7 +122,8 @@ def test_every_number_is_written_so_that_no_reader_needs_a_default(tmp_path: Pat
     assert config["text_config"]["num_image_tokens"] == 4 and config["dtype"] == "float32"
     # What vLLM insists on: a bool, and a vocabulary piece for the newline it appends.
     assert read(tmp_path / "out", "tokenizer_config.json")["add_bos_token"] is False
-    assert "\n" in read(tmp_path / "out", "tokenizer.json")["model"]["vocab"]
+    opened = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert opened.add_bos_token is False and "\n" in opened.get_vocab()
     # vLLM takes a length from here as a limit on every request.
     assert not [key for key in read(tmp_path / "out", "generation_config.json") if "length" in key or "tokens" == key]
     for name in ("image_seq_length", "size", "resample", "image_mean"):
@@ -244,6 +246,21 @@ def test_a_model_that_is_not_in_memory_is_refused(tmp_path: Path) -> None:
         export(absent.to("meta"), processor, tmp_path / "out")
 
 
+def test_an_untied_output_embedding_is_refused(tmp_path: Path) -> None:
+    model, processor = copy.deepcopy(loud("siglip", "gemma"))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    with pytest.raises(ConfigError, match="its output embedding is not its input embedding"):
+        export(model, processor, tmp_path / "out", parity="none")
+
+
+def test_a_processor_of_another_model_is_refused(tmp_path: Path) -> None:
+    other = tiny(image={"mean": (0.4, 0.4, 0.4)})[1].tokenizer
+    other.add_tokens([f"word{i}" for i in range(100)])
+    processor = vlm.Processor(other, loud("siglip", "gemma")[1].image_transform)
+    with pytest.raises(CheckpointError, match="the tokenizer has id"):
+        export(loud("siglip", "gemma")[0], processor, tmp_path / "out", parity="none")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
 def test_numbers_that_are_none_are_refused(tmp_path: Path, value: float) -> None:
     weights = {"a": torch.zeros(3), "layer.7.weight": torch.tensor([0.0, value, 1.0], dtype=torch.float64)}
@@ -341,6 +358,13 @@ def test_a_naflex_tower_for_transformers(tmp_path: Path) -> None:
     (row,) = [row for row in report.rows if row.name == "pixels"]
     assert row.ok is None and 0 < row.max_abs <= 2.001 / 255
     assert any("float" in note and "8 bit" in note for note in report.notes)
+
+
+def test_a_tower_of_letterboxed_images_says_so(tmp_path: Path) -> None:
+    report = export(*tiny(image={"mode": "letterbox"}), tmp_path / "out", to="tower")
+    (row,) = [row for row in report.rows if row.name == "pixels"]
+    assert report.ok and row.ok is None and row.max_abs > 0.1
+    assert any("prepared by 'letterbox' here" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("encoder", ["siglip", "siglip2_naflex"])

@@ -179,9 +179,7 @@ def _use(model: VLM, processor: Processor, report: ParityReport, title: str) -> 
         )
     attention = ""
     if model.config.text_config.model_type == "gemma2":
-        attention = (
-            'On transformers 5.17 pass `attn_implementation="eager"`: its sdpa drops the attention soft-cap.\n'
-        )
+        attention = 'On transformers 5.17 pass `attn_implementation="eager"`: its sdpa drops the attention soft-cap.\n'
     return PALIGEMMA_USE.format(path=title, tokens=processor.image_transform.max_patches, attention=attention)
 
 

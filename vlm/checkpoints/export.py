@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vlm.checkpoints import card, layout, probes, tower
-from vlm.checkpoints.directory import DTYPES
+from vlm.checkpoints.directory import DTYPES, check_pair
 from vlm.checkpoints.parity import LIMITS, ParityReport, compare, compare_files
 from vlm.checkpoints.shards import parse_size
 from vlm.errors import CheckpointError, ConfigError, nearest
@@ -102,7 +102,8 @@ def export(
 
     Raises:
         ConfigError: the format cannot hold this model, or a setting is wrong.
-        CheckpointError: `out` exists, the disk is full, or the written checkpoint is not equal; nothing is left behind.
+        CheckpointError: `out` exists, model and processor do not belong together, the disk is full, or the written
+            checkpoint is not equal; nothing is left behind.
         GenerationError: the weights are float16, in which Gemma overflows.
     """
     target = _format(to)
@@ -113,6 +114,7 @@ def export(
     stored = _dtype(model, dtype)
     parse_size(max_shard_size)
     probes.check_in_memory(model)
+    check_pair("the model to export", model.config, processor)
     target.check(model, processor)
     report = ParityReport(to, str(out), "", layout.dtype_name(stored))
     with published(Path(out)) as folder:

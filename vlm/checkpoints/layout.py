@@ -69,6 +69,12 @@ def check(model: VLM, processor: Processor) -> None:
         reason = f"its images are prepared by {transform.mode!r}, PaliGemma's image processor resizes to a square"
     if reason is not None:
         raise ConfigError(f"PaliGemma's format cannot hold this model: {reason}; {KEEP}")
+    head, table = model.lm_head.weight, model.model.language_model.embed_tokens.weight
+    if head is not table and not torch.equal(head, table):
+        raise ConfigError(
+            f"PaliGemma's format cannot hold this model: its output embedding is not its input embedding, and the"
+            f" format has one for both; {KEEP}"
+        )
     _check_tokenizer(model, processor)
 
 
