@@ -329,6 +329,14 @@ def test_a_window_that_is_one_short_in_decoding_fails(decoder: str, monkeypatch:
     assert one("cache", model, processor).status == "FAIL"
 
 
+def test_the_models_own_generation_settings_do_not_disturb() -> None:
+    model, processor = healthy()
+    model.generation_config.repetition_penalty = 5.0
+    own = model.generation_config
+    assert one("cache", model, processor).status == "ok"
+    assert model.generation_config is own
+
+
 def test_generation_that_is_not_greedy_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = healthy()
     generate: Any = VLM.generate

@@ -139,11 +139,22 @@ def test_without_the_model_before_the_digests_decide(run: Path) -> None:
     assert result.status == "FAIL" and "frozen, but changed: encoder" in result.detail
 
 
-@pytest.mark.parametrize("text", ["{}", "[1]", "not json"])
+@pytest.mark.parametrize("text", ["{}", "[1]", "not json", '{"parameters": [{}]}', '{"parameters": []}'])
 def test_a_file_that_is_no_manifest_fails(run: Path, text: str) -> None:
     (run / "tune" / "manifest.json").write_text(text)
     result = one("stage", run / "model")
     assert result.status == "FAIL" and str(run / "tune" / "manifest.json") in result.detail
+
+
+def test_a_run_whose_configuration_is_broken_fails_in_words(run: Path) -> None:
+    (run / "config.yaml").write_text("stages: [")
+    result = one("stage", run / "model")
+    assert result.status == "FAIL" and "cannot be read as the configuration of a run" in result.detail
+    (run / "model" / "training.json").write_text("{")
+    (run / "model" / "manifest.json").unlink(missing_ok=True)
+    assert one("stage", run / "model").status == "FAIL"
+    (run / "model" / "training.json").write_text('{"stage": "../tune"}')
+    assert one("stage", run / "model").status == "n/a"
 
 
 # --- round trips

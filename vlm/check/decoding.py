@@ -36,10 +36,10 @@ def cache(subject: Subject) -> Finding:
     unit = deviation(whole)
     measured = float((steps - whole).abs().max()) / unit
     different, compared = _greedy(subject, unit)
-    detail = f"largest difference of a logit over {STEPS} steps, in deviations; {compared} greedy tokens equal"
+    detail = f"largest difference of a logit over {STEPS} steps, in deviations"
+    if not different:
+        detail += f"; {compared or 'no'} greedy tokens {'equal' if compared else 'decided beyond rounding'}"
     problem = f"{different} of {compared} greedy tokens differ" if different else ""
-    if different:
-        detail = detail.partition(";")[0]
     return Finding(measured=measured, limit=subject.rounding, detail=detail, problem=problem)
 
 
@@ -80,8 +80,14 @@ def _greedy(subject: Subject, unit: float) -> tuple[int, int]:
         eos_token_id=tokenizer.eos_token_id,
         suppress_tokens=[placeholder],
     )
-    with torch.no_grad(), evaluating(model):
-        got = model.generate(**tensors, generation_config=settings)[:, tensors["input_ids"].shape[1] :]
+    own = model.generation_config
+    try:
+        # What settings leave open would come from the model's own: penalties, for example, which are not greedy.
+        model.generation_config = GenerationConfig()
+        with torch.no_grad(), evaluating(model):
+            got = model.generate(**tensors, generation_config=settings)[:, tensors["input_ids"].shape[1] :]
+    finally:
+        model.generation_config = own
     sequence = subject.encoded(suffix=False)
     open_rows = torch.ones(len(got), dtype=torch.bool, device=got.device)
     different = compared = 0

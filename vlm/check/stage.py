@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import Subject
-from vlm.checkpoints.files import Weights
+from vlm.checkpoints.files import Weights, read_json
 from vlm.checkpoints.names import HEAD, to_live
 from vlm.errors import CheckpointError
 from vlm.train.config import StageConfig
@@ -60,12 +60,12 @@ def find_manifest(path: Path | None) -> Path | None:
     stage's)."""
     if path is None or not (path / "training.json").is_file():
         return None
-    stage = json.loads((path / "training.json").read_text(encoding="utf-8")).get("stage")
-    if stage is None:
+    stage = read_json(path / "training.json").get("stage")
+    if not isinstance(stage, str) or Path(stage).name != stage:
         return None  # OUT/start: no stage made it
     folder = path.resolve().parent
     # In OUT/STAGE beside the model, in OUT for OUT/model, and in OUT/train for the demo's copy of its run's model.
-    known = (base / "manifest.json" for base in (folder, folder / str(stage), folder / "train" / str(stage)))
+    known = (base / "manifest.json" for base in (folder, folder / stage, folder / "train" / stage))
     return next((file for file in known if file.is_file()), None)
 
 
@@ -76,7 +76,10 @@ def stage_start(manifest_path: Path) -> Path | None:
     config = folder.parent / "config.yaml"
     if not config.is_file():
         return None
-    stages = [stage["name"] for stage in yaml.safe_load(config.read_text(encoding="utf-8"))["stages"]]
+    try:
+        stages = [str(stage["name"]) for stage in yaml.safe_load(config.read_text(encoding="utf-8"))["stages"]]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{config}: cannot be read as the configuration of a run: {error}") from error
     if folder.name not in stages:
         return None
     index = stages.index(folder.name)
@@ -94,8 +97,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as a stage's manifest: {error}") from error
-    if not isinstance(record, dict) or not {"parameters", "frozen_before"} <= set(record):
+    rows = record.get("parameters") if isinstance(record, dict) else None
+    keys = {"name", "shape", "part", "trainable"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= set(row) for row in rows):
         raise CheckpointError(f"{path}: not the manifest of a stage (STAGE/manifest.json of a run)")
+    if not isinstance(record.get("frozen_before"), dict):
+        raise CheckpointError(
+            f"{path}: not the manifest of a stage: frozen_before (sha256 of the frozen parts) is missing"
+        )
     return record
 
 
