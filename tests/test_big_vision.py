@@ -272,6 +272,66 @@ def gemma2_arrays(rng: np.random.Generator, width: int, heads: int, kv: int, dim
     }
 
 
+def numpy_decoder(
+    arrays: Arrays, x: np.ndarray, prefix: int, attention_cap: float, scale: float, layers: int
+) -> np.ndarray:
+    """Logits float[S, V] of embedded tokens float[S, D] by Gemma 2's formulas, float64, written from big_vision's."""
+    length = len(x)
+    mask = np.tril(np.ones((length, length), bool))
+    mask[:prefix, :prefix] = True
+
+    def norm(v: np.ndarray, name: str) -> np.ndarray:
+        return v / np.sqrt((v**2).mean(-1, keepdims=True) + 1e-6) * (1 + arrays[f"llm/{name}/scale"].astype(np.float64))
+
+    def rotate(v: np.ndarray) -> np.ndarray:
+        half = v.shape[-1] // 2
+        angle = np.arange(length)[:, None, None] / 10_000 ** (2 / v.shape[-1] * np.arange(half))
+        a, b = v[..., :half], v[..., half:]
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+    for i in range(layers):
+        at = f"layers/{i}/"
+        h = norm(x, at + "pre_attention_norm")
+        q = rotate(np.einsum("TD,NDH->TNH", h, arrays[f"llm/{at}attn/q_einsum/w"])) * scale
+        k, v = np.einsum("SD,cKDH->cSKH", h, arrays[f"llm/{at}attn/kv_einsum/w"])
+        groups = q.shape[1] // k.shape[1]
+        k, v = np.repeat(rotate(k), groups, 1), np.repeat(v, groups, 1)
+        scores = np.einsum("TNH,SNH->NTS", q, k)
+        scores = np.where(mask, np.tanh(scores / attention_cap) * attention_cap, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = np.einsum("NTS,SNH->TNH", weights / weights.sum(-1, keepdims=True), v)
+        out = np.einsum("TNH,NHD->TD", mixed, arrays[f"llm/{at}attn/attn_vec_einsum/w"])
+        x = x + norm(out, at + "post_attention_norm")
+        h = norm(x, at + "pre_ffw_norm")
+        gate, up = (h @ w for w in arrays[f"llm/{at}mlp/gating_einsum"])
+        gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        x = x + norm((gelu * up) @ arrays[f"llm/{at}mlp/linear"], at + "post_ffw_norm")
+    return norm(x, "final_norm") @ arrays["llm/embedder/input_embedding"].astype(np.float64).T
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_gemma2_logits_against_numpy(per_head: bool) -> None:
+    """Soft-caps, query scale, four norms, grouped heads, prefix mask: the whole decoder, uncapped and capped."""
+    width, heads, dim = 24, 4, 8
+    arrays = gemma2_arrays(np.random.default_rng(3), width, heads, 2, dim, 40)
+    arrays = {k: (v * 0.4).astype(np.float32) if k.startswith("llm/") else v for k, v in arrays.items()}
+    llm = {
+        "attn_logits_softcap": 2.0,
+        "final_logits_softcap": 3.0,
+        "query_pre_attn_norm": "rsqrt_emb_per_head" if per_head else "rsqrt_head_dim",
+    }
+    model = adapter.PaliGemma(arrays, {"llm": llm, "image_token": 49})
+    case = part(golden("paligemma"), "in/")
+    text = np.array([[2, 7, 11, 30, 5, 9, 1, 0]])
+    batch = {"image": case["image"][:1], "text": text, "mask_ar": np.array([[0, 0, 0, 0, 1, 1, 1, 1]])}
+    tokens = np.concatenate([model.image_features(batch)[0], model.text_embeddings(batch)[0]]).astype(np.float64)
+    scale = (width / heads if per_head else dim) ** -0.5
+    wanted = numpy_decoder(arrays, tokens, prefix=16 + 4, attention_cap=2.0, scale=scale, layers=2)[16:]
+    assert distance(model.text_logits(batch)[0], wanted) < 1e-4
+    assert distance(model.text_logits_capped(batch)[0], np.tanh(wanted / 3) * 3) < 1e-4
+    assert np.abs(wanted).max() > 3 and distance(np.tanh(wanted / 3) * 3, wanted) > 0.5
+
+
 def test_gemma2_settings() -> None:
     """The published values, big_vision's own settings, no sliding window, and the 27B's query scale."""
     arrays = gemma2_arrays(np.random.default_rng(1), 24, 4, 2, 6, 40)

@@ -345,6 +345,14 @@ def test_broken_files_are_refused(copied: Path, case: str) -> None:
         vlm.load(copied)
 
 
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pipe_is_refused(copied: Path, name: str) -> None:
+    """Opening one would wait for ever."""
+    replaced(os.mkfifo)(copied / name)
+    with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
+        vlm.load(copied)
+
+
 @pytest.fixture
 def sharded(written: Path, tmp_path: Path) -> Path:
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(written)

@@ -14,6 +14,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.tokenizer import Tokenizer
 from vlm.transforms import RESAMPLING, ImageTransform
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 FILTERS = {int(code): name for name, code in RESAMPLING.items()}
 
 
@@ -83,7 +84,9 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         if (folder / "tokenizer.model").exists():
             return from_sentencepiece(folder / "tokenizer.model")
         raise CheckpointError(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer's files too")
-    read_json(folder / "tokenizer.json")
+    for name in TOKENIZER_FILES:  # transformers would wait for a pipe, or read whatever size there is
+        if name == TOKENIZER_FILES[0] or (folder / name).exists() or (folder / name).is_symlink():
+            read_json(folder / name)
     try:
         # A tokenizer's own code is never run: trust_remote_code stays off, and chat templates are not rendered here.
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
