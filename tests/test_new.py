@@ -97,7 +97,7 @@ def test_what_it_prints(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["info", str(tmp_path / "out")]) == 0
     assert table.startswith(capsys.readouterr().out.rstrip())
     rows = model.config.text_config.vocab_size - len(stored(parts, "gemma")["model.embed_tokens.weight"])
-    assert f"{rows:,} of the vocabulary, {len(processor.tokenizer):,} tokens" in table.splitlines()[-1]
+    assert f"{rows:,} of the vocabulary; {len(processor.tokenizer):,} tokens" in table.splitlines()[-1]
     made(parts, tmp_path / "json", "--json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["new_vocabulary_rows"] == rows and facts["image_tokens"] == 9

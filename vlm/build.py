@@ -224,8 +224,8 @@ def _text(decoder: Any) -> PreTrainedConfig:
 
 
 def _stored_text(folder: Path) -> PreTrainedConfig:
-    """The configuration of a Gemma checkpoint, of the decoder in a PaliGemma (whose Gemma 2 has no sliding window) or in a
-    model of this library."""
+    """The configuration of a Gemma checkpoint, or of the decoder in a model of this library or in a PaliGemma (whose
+    Gemma 2 has no sliding window)."""
     values, where = _config_file(folder), f"{folder}/config.json"
     whole = {"paligemma": paligemma_config, VLMConfig.model_type: own_config}.get(str(values.get("model_type")))
     if whole is not None:

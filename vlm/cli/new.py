@@ -19,10 +19,10 @@ SETTABLE = ("image", "projector")
 def add(commands: Any) -> None:
     """Register the command."""
     parser = command(commands, run, "new", "build a model from a vision tower and a decoder", DETAILS)
+    parser.add_argument("--encoder", required=True, metavar="A", help="SigLIP or SigLIP 2: directory, hub id or .npz")
     parser.add_argument(
-        "--encoder", required=True, metavar="A", help="SigLIP or SigLIP 2: directory, hub id or big_vision .npz"
+        "--decoder", required=True, metavar="B", help="Gemma 1, 2 or 3, alone or in a PaliGemma: directory or hub id"
     )
-    parser.add_argument("--decoder", required=True, metavar="B", help="Gemma 1, 2 or 3: directory or hub id")
     parser.add_argument("--projector", default="linear", metavar="KIND", help="linear (as PaliGemma) or mlp (linear)")
     parser.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="directory to make")
     parser.add_argument(
@@ -81,7 +81,7 @@ def run(options: Namespace) -> int:
         print(json.dumps(facts, indent=1))
     else:
         print(table(facts))
-        print(f"new rows    {facts['new_vocabulary_rows']:,} of the vocabulary, {len(processor.tokenizer):,} tokens")
+        print(f"new rows    {facts['new_vocabulary_rows']:,} of the vocabulary; {len(processor.tokenizer):,} tokens")
     print(f"written to {options.out}", file=sys.stderr)
     return console.OK
 
