@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,12 +63,20 @@ def open_npz(path: str | Path) -> Iterator[Arrays]:
         CheckpointError: not a regular file, not an archive of arrays, or arrays that would need pickle.
     """
     check_regular(Path(path))
+    with _reading(str(path)):
+        archive = np.load(path, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise CheckpointError(f"{path}: a single array, expected an .npz archive of big_vision")
+    with archive:
+        yield _Archive(archive, str(path))
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What zipfile and numpy raise for a damaged archive becomes a CheckpointError."""
     try:
-        with np.load(path, allow_pickle=False, mmap_mode=None) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise CheckpointError(f"{path}: a single array, expected an .npz archive of big_vision")
-            yield _Archive(archive, str(path))
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError, NotImplementedError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not a complete .npz file ({error}); copy it again") from error
@@ -83,7 +92,8 @@ class _Archive(Mapping[str, np.ndarray]):
             raise CheckpointError(f"{path}: the same array with and without params/ in its name")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return cast(np.ndarray, self._archive[self._names[name]])
+        with _reading(self._path):
+            return cast(np.ndarray, self._archive[self._names[name]])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -93,7 +103,7 @@ class _Archive(Mapping[str, np.ndarray]):
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """(shape, dtype name) of an array, without its data."""
-        with self._archive.zip.open(self._names[name] + ".npy") as file:
+        with _reading(self._path), self._archive.zip.open(self._names[name] + ".npy") as file:
             version = np.lib.format.read_magic(file)
             read: Any = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             if version not in read:
