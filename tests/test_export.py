@@ -360,6 +360,17 @@ def test_a_naflex_tower_for_transformers(tmp_path: Path) -> None:
     assert any("float" in note and "8 bit" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("encoder", ["siglip", "siglip2_naflex"])
+def test_a_tower_of_another_dtype_is_compared_as_it_was_written(tmp_path: Path, encoder: str) -> None:
+    model, processor = loud(encoder, "gemma")
+    half = copy.deepcopy(model).bfloat16()
+    for name, one, dtype in (("narrow", model, "bfloat16"), ("kept", half, None), ("wide", half, "float32")):
+        report = export(one, processor, tmp_path / name, to="tower", dtype=dtype)
+        (row,) = [row for row in report.rows if row.name == "tower features"]
+        assert report.ok and row.ok and row.max_abs < 1e-5
+        assert report.dtype == ("float32" if name == "wide" else "bfloat16")
+
+
 def test_a_tower_of_letterboxed_images_says_so(tmp_path: Path) -> None:
     report = export(*tiny(image={"mode": "letterbox"}), tmp_path / "out", to="tower")
     (row,) = [row for row in report.rows if row.name == "pixels"]

@@ -49,7 +49,7 @@ class Format:
     write: Callable[[Path, VLM, Processor, torch.dtype, str | int], dict[str, Tensor]]
     inputs: Callable[[Processor], probes.Outputs]
     written_inputs: Callable[[Path], probes.Outputs]
-    run: Callable[[VLM, Processor], probes.Outputs]
+    run: Callable[[VLM, Processor, torch.dtype], probes.Outputs]
     run_written: Callable[[Any, Processor], probes.Outputs]
 
 
@@ -180,12 +180,9 @@ def _compare_models(
 ) -> None:
     """What both models make of the same inputs: the source first, so that its copy is gone before the other is open."""
     log.info("parity: running the model on %d samples in float32", len(probes.SAMPLES))
-    copied = probes.in_float32(model, dtype)
-    attention = {part: getattr(copied.config, part)._attn_implementation for part in ("vision_config", "text_config")}
-    ours = target.run(copied, processor)
-    del copied
+    ours = target.run(model, processor, dtype)
     log.info("parity: running what was written, opened by transformers")
-    written = probes.opened(folder, attention).to(model.device)
+    written = probes.opened(folder, probes.backends(model.config)).to(model.device)
     with _their_failure(folder):
         theirs = target.run_written(written, processor)
     report.rows += [compare(name, ours[name], theirs[name], LIMITS[name]) for name in LIMITS if name in theirs]

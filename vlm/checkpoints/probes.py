@@ -61,17 +61,18 @@ def pictures() -> list[Image.Image]:
     return drawn
 
 
+def backends(config: Any) -> dict[str, str]:
+    """The attention code both sides run on: the model's own, or eager for kernels that do not exist in float32."""
+    own = {name: getattr(config, name)._attn_implementation for name in ("vision_config", "text_config")}
+    return {name: kind if kind in BACKENDS else "eager" for name, kind in own.items()}
+
+
 def in_float32(model: VLM, dtype: torch.dtype) -> VLM:
     """The model that the written file holds, in float32: its weights rounded to `dtype`. The model itself where that
-    changes nothing, else a copy.
-
-    Raises:
-        ConfigError: weights are offloaded or on the meta device.
-    """
-    check_in_memory(model)
-    own = {parameter.dtype for parameter in model.parameters()}
-    attention = {config._attn_implementation for config in (model.config.vision_config, model.config.text_config)}
-    if own == {torch.float32} and dtype == torch.float32 and attention <= set(BACKENDS):
+    changes nothing, else a copy."""
+    parts = (model.config.vision_config, model.config.text_config)
+    runs = {part._attn_implementation for part in parts} <= set(BACKENDS)
+    if _is_float32(model) and dtype == torch.float32 and runs:
         return model
     state = model.state_dict()
     shapes = expected_shapes(model)
@@ -79,10 +80,25 @@ def in_float32(model: VLM, dtype: torch.dtype) -> VLM:
         "this model", shapes, dict.fromkeys(shapes, "F32"), lambda name: state[name].detach().to(dtype, copy=True)
     )
     config = copy.deepcopy(model.config)
-    for part in (config, config.vision_config, config.text_config):
-        if part._attn_implementation not in BACKENDS:
-            part._attn_implementation = "eager"
+    for name, kind in backends(config).items():
+        getattr(config, name)._attn_implementation = kind
     return load_model(config, source, Placement(dtype=torch.float32, device=model.device))
+
+
+def tower_in_float32(model: VLM, dtype: torch.dtype) -> nn.Module:
+    """The same for the vision tower alone, so that a decoder is not copied for it."""
+    tower = model.model.vision_tower
+    attention = backends(model.config)["vision_config"]
+    if _is_float32(tower) and dtype == torch.float32 and tower.config._attn_implementation == attention:
+        return tower
+    config = copy.deepcopy(tower.config)
+    copied: nn.Module = type(tower)._from_config(config, attn_implementation=attention, dtype=torch.float32)
+    copied.load_state_dict({name: tensor.to(dtype).float() for name, tensor in tower.state_dict().items()})
+    return copied.to(model.device)
+
+
+def _is_float32(module: nn.Module) -> bool:
+    return all(parameter.dtype == torch.float32 for parameter in module.parameters())
 
 
 def check_in_memory(model: nn.Module) -> None:
@@ -145,8 +161,9 @@ def written_paligemma_inputs(folder: Path) -> Outputs:
     return out
 
 
-def run_paligemma(model: VLM, processor: Processor) -> Outputs:
-    """Every quantity of the model itself, in the order of `SAMPLES`."""
+def run_paligemma(source: VLM, processor: Processor, dtype: torch.dtype = torch.float32) -> Outputs:
+    """Every quantity of the model itself, its weights rounded to `dtype`, in the order of `SAMPLES`."""
+    model = in_float32(source, dtype)
     out: Outputs = {}
     config = model.config
     with evaluating(model):
@@ -238,12 +255,11 @@ def written_tower_inputs(folder: Path) -> Outputs:
     return out
 
 
-def run_tower(model: VLM, processor: Processor) -> Outputs:
-    """Features of the model's tower; NaFlex images come one by one, without padding rows."""
-    with evaluating(model):
-        return {
-            "tower features": [model.encode(**inputs).features.cpu() for inputs in _pixels(processor, model.device)]
-        }
+def run_tower(model: VLM, processor: Processor, dtype: torch.dtype) -> Outputs:
+    """Features of the model's tower, its weights rounded to `dtype`; NaFlex images come one by one, without padding."""
+    tower = tower_in_float32(model, dtype)
+    with evaluating(tower):
+        return {"tower features": [tower(**inputs).features.cpu() for inputs in _pixels(processor, model.device)]}
 
 
 def run_written_tower(model: Any, processor: Processor) -> Outputs:
