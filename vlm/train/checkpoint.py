@@ -10,7 +10,6 @@ A save writes into `step-N.tmp`, syncs, renames, syncs the parent, and only then
 pickled.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlm.checkpoints import manifest
 from vlm.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -82,15 +82,11 @@ def clean_failure(temporary: Path, target: Path) -> Iterator[None]:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Turn a written directory into `target` in one step: sync, manifest last, rename. An old `target` gives way."""
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    listed = {
-        str(path.relative_to(temporary)): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files
-    }
-    for path in files:
+    """Turn a written directory (files only) into `target` in one step: manifest, sync, rename. An old `target` gives
+    way."""
+    manifest.write(temporary)
+    for path in temporary.iterdir():
         _sync(path)
-    _write_json(temporary / "manifest.json", {"files": listed})
-    _sync(temporary / "manifest.json")
     _sync(temporary)
     _remove(target)
     temporary.rename(target)
@@ -105,7 +101,7 @@ def problem(path: Path) -> str | None:
         if present != set(listed):
             return f"files differ from manifest.json: {', '.join(sorted(present ^ set(listed)))}"
         for name, entry in listed.items():
-            if _sha256(path / name) != entry["sha256"]:
+            if manifest.sha256(path / name) != entry["sha256"]:
                 return f"{name} has another sha256 than manifest.json says"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json is missing or not readable ({error})"
@@ -163,11 +159,6 @@ def _reason(error: Exception) -> str:
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
     _sync(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
