@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm.errors import ConfigError, nearest
+from vlm.resize import resize_bilinear
 
 Mode = Literal["squash", "letterbox", "naflex"]
 Rounding = Literal["nearest", "down"]
@@ -116,7 +117,7 @@ class ImageTransform:
 
     @property
     def _in_float(self) -> bool:
-        """The square is resized by torch, because Pillow cannot do it so."""
+        """The square is resized without Pillow, which cannot do it so."""
         return not self.antialias or self.rounding != "nearest"
 
     def __call__(self, images: Sequence[Image.Image]) -> Pixels:
@@ -195,10 +196,14 @@ class ImageTransform:
         """To (width, height), 8 bit."""
         if not self._in_float:
             return image.resize(size, RESAMPLING[self.resample])
-        values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.uint8)).permute(2, 0, 1).float()
-        values = resize_float(values, (size[1], size[0]), self.resample, antialias=self.antialias)
-        values = values.floor() if self.rounding == "down" else values.round()
-        return Image.fromarray(values.clamp(0, 255).byte().permute(1, 2, 0).numpy())
+        array, shape = np.array(image.convert("RGB"), dtype=np.uint8), (size[1], size[0])
+        if self.resample == "bilinear":
+            values = resize_bilinear(array, shape, antialias=self.antialias)
+        else:
+            floats = torch.from_numpy(array).permute(2, 0, 1).float()
+            values = resize_float(floats, shape, self.resample, antialias=self.antialias).permute(1, 2, 0).numpy()
+        values = np.floor(values) if self.rounding == "down" else np.rint(values)
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
     def _normalise(self, values: Tensor) -> Tensor:
         """float32[3, H, W] in [0, 1] -> float32[3, H, W]."""
