@@ -49,7 +49,7 @@ def steps(values: torch.Tensor) -> np.ndarray:
     return ((values[0] + 1) * 127.5).permute(1, 2, 0).double().numpy()
 
 
-@pytest.mark.parametrize("image", ["1", "2"])
+@pytest.mark.parametrize("image", ["1", "2", "3"])
 @pytest.mark.parametrize(("antialias", "kind"), [(True, "antialias"), (False, "plain")])
 def test_rounding_down_is_big_visions_resize(image: str, antialias: bool, kind: str) -> None:
     """Pixels made by running the original, every one; rounding to nearest is within a step, half a step brighter."""
