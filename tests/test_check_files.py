@@ -266,10 +266,13 @@ def test_a_refused_export_is_not_applicable(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.status == "n/a" and result.detail == "NaFlex"
 
 
-def test_a_window_that_paligemma_has_not_is_not_passed_over() -> None:
-    """PaliGemma 2 is opened without a sliding window; a model with one of 8 tokens is another model then."""
+def test_a_window_lost_on_the_way_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A published PaliGemma 2 is opened without a sliding window; a model that uses one of 8 tokens keeps it."""
     model, processor = loud("siglip", "gemma2")
-    assert check.run(model, processor, only=["export"])["export"].status != "ok"
+    assert check.run(model, processor, only=["export"])["export"].status == "ok"
+    monkeypatch.setattr("vlm.checkpoints.layout.WINDOW_IN_USE", "ignored")
+    result = check.run(model, processor, only=["export"])["export"]
+    assert result.status == "FAIL" and "without a window" in result.detail
 
 
 # --- the command line

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coretools import loud, picture
 from test_big_vision import bfloat16, golden, part, sentencepiece_file, unstacked
 from test_loading import write_paligemma
 from transformers import SiglipModel, SiglipVisionModel
@@ -47,6 +48,20 @@ def test_the_window_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(CheckpointError, match="logits"):
         convert(tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_export_that_uses_its_window_keeps_it(tmp_path: Path) -> None:
+    """Export -> import -> bit-equal, with the attention of the model that was exported."""
+    model, processor = loud("siglip", "gemma2")
+    vlm.export(model, processor, tmp_path / "exported")
+    assert convert(tmp_path / "exported", tmp_path / "back").ok
+    again, processor2 = vlm.load(tmp_path / "back")
+    assert again.config.text_config.layer_types == model.config.text_config.layer_types
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    batch = processor([picture(1)], ["caption en"], ["a red square left of a blue one"])
+    again_batch = processor2([picture(1)], ["caption en"], ["a red square left of a blue one"])
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, again(**again_batch).loss)
 
 
 @pytest.mark.parametrize("parity", ["full", "weights"])

@@ -116,7 +116,8 @@ def paligemma_config(values: Mapping[str, Any], where: str) -> VLMConfig:
     transformers' own defaults for what a file leaves out are not used where they are wrong: a missing vision_config is
     the published So400m/14 (intermediate_size 4304, not 4096), a missing image_token_index is left to the tokenizer
     (not 256000, which is `<loc0000>`). Gemma 2 gets no sliding window: the original has none, and at 896 px
-    transformers' window of 4096 would hide image rows from the text (big_vision `models/ppp/gemma.py`).
+    transformers' window of 4096 would hide image rows from the text (big_vision `models/ppp/gemma.py`). An export
+    of a model that uses the window says so and keeps it.
 
     Raises:
         CheckpointError: values that are missing, of a wrong type or out of range.
@@ -140,6 +141,10 @@ SO400M = {
 """SigLIP So400m/14 (big_vision `models/vit.py`), the tower of every published PaliGemma."""
 
 
+WINDOW_IN_USE = "vlm_sliding_window"
+"""Set in an exported configuration whose model does use Gemma 2's window; no published file has it."""
+
+
 def _paligemma(values: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) -> VLMConfig:
     if vision.get("model_type", "siglip_vision_model") != "siglip_vision_model":
         raise ConfigError(f"vision_config.model_type is {vision['model_type']!r}, PaliGemma has 'siglip_vision_model'")
@@ -153,7 +158,7 @@ def _paligemma(values: dict[str, Any], text: dict[str, Any], vision: dict[str, A
         if key in values:
             text.setdefault(key, values[key])
     text_config = decoder_config(text)
-    if text_config.model_type == "gemma2":
+    if text_config.model_type == "gemma2" and values.get(WINDOW_IN_USE) is not True:
         text_config.layer_types = ["full_attention"] * text_config.num_hidden_layers
     return VLMConfig(
         encoder="siglip",

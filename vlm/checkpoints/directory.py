@@ -162,7 +162,8 @@ READERS = {VLMConfig.model_type: _own, "paligemma": _paligemma}
 def note_sliding_window(config: VLMConfig, processor: Processor) -> None:
     """Say so where following the original (no sliding window in PaliGemma 2) changes results."""
     window = getattr(config.text_config, "sliding_window", None)
-    if config.text_config.model_type != "gemma2" or window is None:
+    windowed = "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ())
+    if config.text_config.model_type != "gemma2" or window is None or windowed:
         return
     tokens = processor.image_transform.max_patches
     if tokens + LONGEST_TEXT > window:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from vlm.checkpoints.configs import WINDOW_IN_USE
 from vlm.checkpoints.names import HEAD, to_hub
 from vlm.checkpoints.shards import write_shards
 from vlm.errors import ConfigError
@@ -125,7 +126,9 @@ def config_values(model: VLM, dtype: torch.dtype) -> dict[str, Any]:
     # PaliGemmaConfig would set these three; a reader that is not transformers would not.
     text |= {"use_bidirectional_attention": True, "num_image_tokens": num_image_tokens(vision)}
     vision["projection_dim"] = text["hidden_size"]
+    windowed = "sliding_attention" in text.get("layer_types", ())
     return {
+        **({WINDOW_IN_USE: True} if windowed else {}),
         "architectures": [ARCHITECTURE],
         "bos_token_id": text["bos_token_id"],
         "dtype": name,
