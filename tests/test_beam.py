@@ -97,9 +97,9 @@ def test_it_is_the_rule_written_with_lists(case: Case, beams: int) -> None:
     model = peaked(case)
     alone = [lay_out(model, [row]) for row in PROMPTS]
     lengths: set[int] = set()
-    for eos in (1, *answer(model, alone[1])[2:4]):
-        found = search(model, lay_out(model, PROMPTS, "left"), beams, 7, eos)
-        wanted = [by_lists(model, batch, beams, 7, eos) for batch in alone]
+    for eos in (1, answer(model, alone[1])[2]):
+        found = search(model, lay_out(model, PROMPTS, "left"), beams, 5, eos)
+        wanted = [by_lists(model, batch, beams, 5, eos) for batch in alone]
         assert [row for _, row in found] == [row for _, row in wanted]
         assert torch.allclose(torch.tensor([s for s, _ in found]), torch.tensor([s for s, _ in wanted]), atol=1e-3)
         lengths |= {len(row) for _, row in found}
@@ -107,9 +107,9 @@ def test_it_is_the_rule_written_with_lists(case: Case, beams: int) -> None:
 
 
 def answer(model: VLM, batch: dict[str, Tensor]) -> list[int]:
-    """Greedy, 6 tokens."""
+    """Greedy, 3 tokens."""
     new: list[int] = []
-    for _ in range(6):
+    for _ in range(3):
         scores = next_log_probs(model, batch, new)
         scores[model.config.image_token_id] = -torch.inf
         new.append(int(scores.argmax()))
@@ -125,7 +125,7 @@ def few_words(seed: int = 0) -> VLM:
     return model
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_enough_beams_find_the_best_of_all_sequences(seed: int) -> None:
     """Up to 2 tokens, 5 beams keep every beginning; beyond, no answer beats the best of all."""
     model = few_words(seed)
