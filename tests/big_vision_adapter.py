@@ -1,8 +1,8 @@
 """The project's public code behind the names and shapes of big_vision: numpy in, numpy out, no mathematics of its own.
 
 A checker of golden cases, made by running Google's original code, imports this file and compares. `params` is
-{big_vision name: array}; `config` the settings that the original ran with; `batch` its inputs: image float32[B, H, W, 3]
-in [-1, 1], text int32[B, L], mask_ar (0 = prefix, 1 = suffix), mask_loss, and the prefix alone as prefix_text with
+{big_vision name: array}; `config` the settings that the original ran with; `batch` its inputs: image float32[B, H, W,
+3] in [-1, 1], text int32[B, L], mask_ar (0 = prefix, 1 = suffix), mask_loss, and the prefix alone as prefix_text with
 prefix_mask_input.
 """
 
