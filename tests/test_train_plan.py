@@ -147,6 +147,8 @@ def test_stages_that_make_no_sense_are_refused(changes: dict, message: str) -> N
         ({"model": {"path": "a", "encoder": "b"}}, "give either `path`, or `encoder` and `decoder`"),
         ({"model": {}}, "give either `path`"),
         ({"model": {"encoder": "a"}}, "needs both"),
+        ({"model": {"path": "a", "image_size": 448}}, "`image_size` is for a new model"),
+        ({"model": {"path": "a", "image": {"resample": "bicubic"}}}, "`image` is for a new model"),
         ({"data": {"train": []}}, "the list of files is empty"),
         ({"data": {"train": [{"path": "a", "repeat": 0}]}}, "repeat must be above 0"),
         ({"devices": 0}, "devices must be above 0"),

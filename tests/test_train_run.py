@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from coretools import shake
 from PIL import Image
 from traintools import (
     align,
@@ -31,6 +33,7 @@ from traintools import (
 import vlm
 import vlm.train
 from vlm.errors import CheckpointError, ConfigError, DataError, TrainingError
+from vlm.presets import tiny
 from vlm.train import checkpoint, metrics
 from vlm.train.data import MicroBatches
 from vlm.train.runner import is_main_process
@@ -47,6 +50,25 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(out: Path) -> list[dict[str, str]]:
     with (out / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_soft_caps_are_chosen_by_the_run_and_recorded(tmp_path: Path) -> None:
+    """The loss of the first step is that of the choice, and the trained model keeps it."""
+    model, processor = tiny("siglip", "gemma2", final_logit_softcapping=0.05)
+    shake(model)
+    vlm.save(model, processor, tmp_path / "start")
+    losses = {}
+    for cap in (None, True):
+        choice = {} if cap is None else {"softcap_in_loss": True, "softcap_in_generation": False}
+        out = tmp_path / str(cap)
+        vlm.train.run(config(out, align(steps=1), model={"path": str(tmp_path / "start"), **choice}))
+        losses[cap] = float(rows(out)[0]["loss"])
+        trained, _ = vlm.load(out / "model")
+        assert trained.config.softcap_in_loss is (cap is True)
+        assert trained.config.softcap_in_generation is (cap is None)
+    # Logits within +-0.05 are almost uniform: the capped loss is the logarithm of the vocabulary.
+    uniform = math.log(model.config.text_config.vocab_size)
+    assert abs(losses[True] - uniform) < 0.11 < abs(losses[None] - uniform)
 
 
 def assert_same_run(out: Path, reference: Path) -> None:

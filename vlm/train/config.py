@@ -42,12 +42,22 @@ class ModelConfig:
     """Settings of the image transform to change, as for `vlm.new`."""
     seed: int = 0
     """Seed of the random weights of parts that come from no checkpoint."""
+    softcap_in_loss: bool | None = None
+    """Apply Gemma 2's final soft-cap to the training loss; None keeps the model's choice (off, as Google's recipe)."""
+    softcap_in_generation: bool | None = None
+    """Apply it when generating; None keeps the model's choice (on)."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.encoder is None and self.decoder is None):
             raise ConfigError("model: give either `path`, or `encoder` and `decoder`")
         if self.path is None and (self.encoder is None or self.decoder is None):
             raise ConfigError("model: a new model needs both `encoder` and `decoder`")
+        for name in ("encoder_kind", "image_size", "tokenizer", "image"):
+            if self.path is not None and getattr(self, name):
+                raise ConfigError(
+                    f"model: `{name}` is for a new model and would not change the one at `path`; leave it out, or build"
+                    f" the model with `vlm new` first"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,8 +138,14 @@ def data_digest(examples: list[Example]) -> str:
 
 def make_model(config: ModelConfig) -> tuple[VLM, Processor]:
     """The model a run starts from, in float32. Raises `VLMError`."""
-    if config.path is not None:
-        return load(config.path, dtype="float32")
+    model, processor = load(config.path, dtype="float32") if config.path is not None else _new_model(config)
+    for name in ("softcap_in_loss", "softcap_in_generation"):
+        if getattr(config, name) is not None:
+            setattr(model.config, name, getattr(config, name))
+    return model, processor
+
+
+def _new_model(config: ModelConfig) -> tuple[VLM, Processor]:
     options: dict[str, Any] = {"encoder_kind": config.encoder_kind, "image": config.image or None, "seed": config.seed}
     options["image_size"] = config.image_size
     return new(
