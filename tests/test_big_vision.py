@@ -17,6 +17,7 @@ import vlm
 from vlm import siglip
 from vlm import tokenizer as tokenizers
 from vlm.checkpoints import big_vision
+from vlm.checkpoints.big_vision_configs import paligemma_config
 from vlm.errors import CheckpointError
 from vlm.presets import TINY_CORPUS
 
@@ -336,11 +337,11 @@ def test_gemma2_settings() -> None:
     """The published values, big_vision's own settings, no sliding window, and the 27B's query scale."""
     arrays = gemma2_arrays(np.random.default_rng(1), 24, 4, 2, 6, 40)
     shapes = {name: a.shape for name, a in arrays.items()}
-    text = big_vision.paligemma_config(shapes, 49).text_config
+    text = paligemma_config(shapes, 49).text_config
     assert (text.model_type, text.attn_logit_softcapping, text.final_logit_softcapping) == ("gemma2", 50.0, 30.0)
     assert text.query_pre_attn_scalar == 6 and set(text.layer_types) == {"full_attention"}
     llm = {"attn_logits_softcap": 7.0, "final_logits_softcap": 0.0, "query_pre_attn_norm": "rsqrt_emb_per_head"}
-    text = big_vision.paligemma_config(shapes, 49, llm={**llm, "width": 24, "scan": True}).text_config
+    text = paligemma_config(shapes, 49, llm={**llm, "width": 24, "scan": True}).text_config
     assert (text.attn_logit_softcapping, text.final_logit_softcapping) == (7.0, None)
     assert text.query_pre_attn_scalar == 24 // 4
     large = {
@@ -352,7 +353,7 @@ def test_gemma2_settings() -> None:
         "llm/layers/mlp/linear": (46, 36864, 4608),
         "llm/layers/post_ffw_norm/scale": (46, 4608),
     }
-    text = big_vision.paligemma_config(large, 49).text_config
+    text = paligemma_config(large, 49).text_config
     assert (text.query_pre_attn_scalar, text.num_hidden_layers, text.num_key_value_heads) == (144, 46, 16)
 
 

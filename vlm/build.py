@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.checkpoints import big_vision
+from vlm.checkpoints import big_vision, big_vision_configs
 from vlm.checkpoints.configs import NOTES, check_numbers, guarded, own_config, paligemma_config
 from vlm.checkpoints.files import locate, read_json
 from vlm.checkpoints.parts import load_decoder, load_tower
@@ -153,7 +153,7 @@ def _own_vision(encoder: Any) -> tuple[str, PreTrainedConfig]:
         return matching[0], copy.deepcopy(encoder)
     if encoder.suffix == ".npz":
         with big_vision.open_npz(encoder) as arrays:
-            config = big_vision.vision_config(big_vision.headers(arrays, str(encoder))[0], origin=str(encoder))
+            config = big_vision_configs.vision_config(big_vision.headers(arrays, str(encoder))[0], origin=str(encoder))
         return TOWER_KINDS[config.model_type], config
     values = _config_file(encoder)
     if values.get("model_type") == "paligemma":

@@ -21,6 +21,7 @@ from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.checkpoints import big_vision
+from vlm.checkpoints.big_vision_configs import text_config, vision_config
 from vlm.checkpoints.big_vision_names import rules
 from vlm.checkpoints.configs import check_numbers, guarded
 from vlm.checkpoints.files import Weights, locate, read_json
@@ -141,7 +142,7 @@ def from_big_vision(
         CheckpointError: arrays that are missing, unexpected, mis-shaped or not finite.
     """
     shapes, dtypes = big_vision.headers(arrays, origin)
-    vision, text = big_vision.vision_config(shapes, origin=origin), big_vision.text_config(shapes, origin)
+    vision, text = vision_config(shapes, origin=origin), text_config(shapes, origin)
     kind: Any = SiglipConfig if "siglip_vision_model" == vision.model_type else Siglip2Config
     if kind is Siglip2Config:
         text = kind.sub_configs["text_config"](**{k: v for k, v in text.to_dict().items() if k in TEXT_KEYS})

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlm import siglip
 from vlm.checkpoints import big_vision, manifest, probes
+from vlm.checkpoints.big_vision_configs import EMBEDDING
 from vlm.checkpoints.big_vision_names import to_array
 from vlm.checkpoints.directory import load, save
 from vlm.checkpoints.export import Parity, published
@@ -225,6 +226,6 @@ def _rebuilt(
     # Rows that were added for <image> are not part of the file.
     embedding = "model.language_model.embed_tokens.weight"
     cut = {**parameters}
-    if big_vision.EMBEDDING in shapes:
-        cut[embedding] = parameters[embedding][: shapes[big_vision.EMBEDDING][0]]
+    if EMBEDDING in shapes:
+        cut[embedding] = parameters[embedding][: shapes[EMBEDDING][0]]
     yield from big_vision.rebuild(cut, shapes, two_towers=two_towers)
