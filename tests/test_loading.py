@@ -501,6 +501,22 @@ def test_large_files_are_hashed_on_request(tmp_path: Path, monkeypatch: pytest.M
         vlm.load(folder, verify="full")
 
 
+def test_an_open_model_and_its_files_are_apart(tmp_path: Path) -> None:
+    """Weights are views of the files: training them does not change a file, and saving over the files they came from
+    does not change the model."""
+    model, processor = loud("siglip", "gemma")
+    vlm.save(model, processor, tmp_path / "model")
+    opened, _ = vlm.load(tmp_path / "model")
+    with torch.no_grad():
+        for parameter in opened.parameters():
+            parameter.add_(1)
+    assert same(vlm.load(tmp_path / "model", verify="full")[0], model)
+    wanted = {name: tensor.clone() for name, tensor in opened.state_dict().items()}
+    vlm.save(opened, processor, tmp_path / "model")
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in opened.state_dict().items())
+    assert same(vlm.load(tmp_path / "model")[0], opened)
+
+
 def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:
     model, processor = loud("siglip", "gemma")
     vlm.save(model, processor, tmp_path / "model")

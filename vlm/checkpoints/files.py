@@ -1,16 +1,15 @@
 """The files of a checkpoint: where they are, and its tensors by name, read one at a time.
 
 Headers are read and checked first (the safetensors library refuses a bad one), so that names, shapes and dtypes can be
-compared with a configuration before any weight is in memory. Tensor data is then read straight into memory of our own:
-the library's tensors are views of the mapped file, which doubles resident memory when they are copied, and dies with
-the process when the file changes underneath.
+compared with a configuration before any weight is in memory. A tensor is then a private view of the mapped file, one
+mapping per tensor: it costs no copy, and where it is converted or moved its mapping goes with it, so that a model is
+never in memory twice. Writing to a view does not reach the file.
 """
 
 from __future__ import annotations
 
 import json
 import stat
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,14 +91,11 @@ class TensorInfo:
         file: the safetensors file.
         dtype: the format's name, such as `BF16`.
         shape: its sizes.
-        start, end: position of its bytes in the file.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 class Weights:
@@ -125,23 +121,10 @@ class Weights:
             _compare_index(folder, listed, self.tensors)
 
     def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, in memory of its own."""
-        info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=FLOATS[info.dtype])
-        if tensor.numel():
-            with open(info.file, "rb", buffering=0) as file:
-                file.seek(info.start)
-                _read_into(file, tensor.reshape(-1).view(torch.uint8).numpy(), info.file, name)
+        """One tensor in its stored dtype, a view of the file that may be written to."""
+        with safe_open(str(self.tensors[name].file), framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
         return tensor
-
-
-def _read_into(file: Any, buffer: Any, path: Path, name: str) -> None:
-    view = memoryview(buffer)
-    while view:
-        count = file.readinto(view)  # at most about 2 GB at a time
-        if not count:
-            raise CheckpointError(f"{path}: ends in the middle of tensor {name}; copy the file again")
-        view = view[count:]
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -183,7 +166,7 @@ def _refuse_strays(folder: Path, names: list[str]) -> None:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes, shapes and places of the tensors of a safetensors file.
+    """Names, dtypes and shapes of the tensors of a safetensors file.
 
     Raises:
         CheckpointError: not a regular file, or the header is broken or does not fit the file's length.
@@ -191,24 +174,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     check_regular(file)
     try:
         with safe_open(str(file), framework="pt") as opened:  # the library checks lengths, offsets and dtypes
-            opened.keys()
-        with open(file, "rb") as raw:
-            (length,) = struct.unpack("<Q", raw.read(8))
-            header = json.loads(raw.read(length))
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: TensorInfo(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
         start = file.read_bytes()[:64] if file.stat().st_size < 1024 else b""
         pointer = (
             " (this is a Git LFS pointer: run `git lfs pull`)" if start.startswith(b"version https://git-lfs") else ""
         )
         raise CheckpointError(f"{file}: not a complete safetensors file: {error}{pointer}; copy it again") from error
-    header.pop("__metadata__", None)
-    base = 8 + length
-    return {
-        name: TensorInfo(
-            file, item["dtype"], tuple(item["shape"]), base + item["data_offsets"][0], base + item["data_offsets"][1]
-        )
-        for name, item in header.items()
-    }
 
 
 def _compare_index(folder: Path, listed: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
