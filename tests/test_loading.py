@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import vlm
+from vlm.checkpoints import importing
 from vlm.checkpoints.configs import paligemma_config
 from vlm.checkpoints.loader import empty
 from vlm.checkpoints.manifest import NAME as MANIFEST
@@ -161,6 +162,12 @@ def test_the_image_transform_is_that_of_the_checkpoint(written: Path) -> None:
     assert processor.image_transform.resample == "bilinear"
 
 
+def test_a_null_list_of_layer_types_is_none(copied: Path) -> None:
+    edit(copied, "config.json", lambda c: c["text_config"].update(layer_types=None))
+    model, processor = vlm.load(copied)
+    assert len(vlm.generate(model, processor, IMAGES[:1], ["caption en"], max_new_tokens=3)) == 1
+
+
 def test_an_older_preprocessor_file_and_a_sentencepiece_model_open(copied: Path) -> None:
     values = json.loads((copied / "processor_config.json").read_text())
     (copied / "processor_config.json").unlink()
@@ -241,6 +248,12 @@ def test_published_configurations_are_completed_as_published(written: Path) -> N
         (lambda c: c["text_config"].update(rms_norm_eps="x"), "rms_norm_eps is 'x'"),
         (lambda c: c.update(image_token_index=5), "<image> is id"),
         (lambda c: c.update(text_config=[1]), "text_config is list"),
+        (lambda c: c.update(num_labels=10**9), "num_labels is 1000000000"),
+        (lambda c: c["vision_config"].update(image_size=None), "image_size is null"),
+        (lambda c: c["text_config"].update(attention_dropout=-1), "attention_dropout is -1"),
+        (lambda c: c["text_config"].update(rope_theta=5e4, rope_parameters={"rope_theta": 1e4}), "rope_theta is 50000"),
+        (lambda c: c.update(dtype=-1), "dtype is -1"),
+        (lambda c: c.update(tie_word_embeddings=False), "no lm_head.weight"),
         (lambda c: c.pop("text_config"), "no text_config"),
         (lambda c: c.update(model_type="siglip"), "vision tower, build a model on it: vlm new --encoder"),
         (lambda c: c.update(model_type="gemma2"), "decoder, build a model on it: vlm new --decoder"),
@@ -260,7 +273,11 @@ def test_wrong_configurations_are_refused(copied: Path, change: Callable[[dict[s
         (lambda c: c["image_processor"].update(image_mean=[0.5]), "mean must be three numbers"),
         (lambda c: c["image_processor"].update(image_seq_length=5), "image_seq_length is 5, the tower gives 4"),
         (lambda c: c["image_processor"].update(do_normalize=False), "do_normalize False"),
-        (lambda c: c["image_processor"].update(resample=9), "resample is 9"),
+        (lambda c: c["image_processor"].update(do_center_crop=True), "do_center_crop True"),
+        (lambda c: c["image_processor"].update(rescale_factor=1.0), "rescale_factor 1.0"),
+        (lambda c: c["image_processor"].update(image_processor_type="CLIPImageProcessor"), "CLIPImageProcessor"),
+        (lambda c: c["image_processor"].update(resample=True), "resample True"),
+        (lambda c: c["image_processor"].update(resample=9), "resample 9, known"),
     ],
 )
 def test_wrong_image_settings_are_refused(copied: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
@@ -380,6 +397,7 @@ def redirect(target: str) -> Callable[[dict[str, Any]], Any]:
         (redirect("../model.safetensors"), "not a plain file name"),
         (redirect("/etc/model.safetensors"), "not a plain file name"),
         (redirect("absent.safetensors"), "no such file"),
+        (redirect("x" * 5000 + ".safetensors"), "not a plain file name"),
         (redirect("pytorch_model.bin"), "ending in .safetensors"),
         (lambda i: i["weight_map"].popitem(), "disagree about 1 tensors|no index lists"),
         (lambda i: i["weight_map"].update(more=next(iter(i["weight_map"].values()))), "disagree about 1 tensors: more"),
@@ -446,6 +464,52 @@ def test_junk_values_open_or_are_refused(kind: str, name: str, written: Path, tm
     assert refused > 5
 
 
+def test_nobody_is_asked_whether_to_run_code(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks on the terminal when nothing is said about a checkpoint's own code."""
+    (copied / "evil.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for kind in ("EvilTokenizer", "GemmaTokenizer"):
+        change: dict[str, Any] = {"tokenizer_class": kind, "auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}}
+        edit(copied, "tokenizer_config.json", lambda c, change=change: c.update(change))
+        if kind == "EvilTokenizer":
+            with pytest.raises(CheckpointError, match="code inside the checkpoint"):
+                vlm.load(copied)
+        else:
+            assert same(vlm.load(copied)[0], loud("siglip", "gemma")[0])
+    assert importing.convert(copied, copied.parent / "imported").ok
+
+
+def test_settings_of_generation_in_a_checkpoint_change_nothing(
+    copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers would fill what a caller leaves open from the file."""
+    model, processor = vlm.load(copied)
+    options: dict[str, Any] = {"max_new_tokens": 12}
+    wanted = vlm.generate(model, processor, IMAGES, ["caption en", "no"], **options)
+    settings = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "temperature": 0.7, "do_sample": False}
+    edit(copied, "generation_config.json", lambda c: c.update(settings, guidance_scale=3, output_scores=True))
+    with caplog.at_level("INFO", logger="vlm"):
+        again, _ = vlm.load(copied)
+    assert "repetition_penalty" in caplog.text
+    assert vlm.generate(again, processor, IMAGES, ["caption en", "no"], **options) == wanted
+    vlm.save(again, processor, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version="2.0"), "tokenizer.json: cannot be read .*newer version"),
+        (lambda c: c.update(pre_tokenizer={"type": "?"}), "tokenizer.json: cannot be read"),
+        (lambda c: c.update(model={"type": "Sequence"}), "tokenizer.json: cannot be read"),
+    ],
+)
+def test_tokenizers_that_cannot_be_read(copied: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    """The library raises a plain Exception."""
+    edit(copied, "tokenizer.json", change)
+    with pytest.raises(CheckpointError, match=message):
+        vlm.load(copied)
+
+
 def test_code_in_a_checkpoint_is_not_run(copied: Path) -> None:
     (copied / "code.py").write_text("raise SystemExit('ran')")
     edit(copied, "config.json", lambda c: c.update(auto_map={"AutoModel": "code.Model", "AutoConfig": "code.Config"}))
@@ -484,6 +548,9 @@ def test_an_untied_configuration_is_refused(tmp_path: Path) -> None:
     folder = vlm.save(*loud("siglip", "gemma"), tmp_path / "model")
     (folder / MANIFEST).unlink()
     edit(folder, "config.json", lambda c: c.update(tie_word_embeddings=False))
+    with pytest.raises(CheckpointError, match="false, but there is no lm_head.weight"):
+        vlm.load(folder)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.language_model.embed_tokens.weight"].clone()}))
     with pytest.raises(CheckpointError, match="set tie_word_embeddings to true"):
         vlm.load(folder)
 

@@ -19,14 +19,14 @@ from vlm.checkpoints import big_vision, big_vision_configs
 from vlm.checkpoints.configs import NOTES, check_numbers, guarded, own_config, paligemma_config
 from vlm.checkpoints.files import locate, read_json
 from vlm.checkpoints.parts import load_decoder, load_tower
-from vlm.checkpoints.preprocessing import image_settings, open_tokenizer
+from vlm.checkpoints.preprocessing import checked_image_settings, open_tokenizer, resample_name
 from vlm.config import VLMConfig, decoder_config, kinds, part
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.model import DECODERS, VLM
 from vlm.processor import Processor
 from vlm.projectors import init_weights
 from vlm.tokenizer import Tokenizer, add_image_tokens, from_sentencepiece, image_token_id
-from vlm.transforms import RESAMPLING, ImageTransform
+from vlm.transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
 
@@ -282,13 +282,10 @@ def recorded_transform(path: Path) -> dict[str, Any]:
     means big_vision's own resize, which rounds down."""
     if path.suffix == ".npz":
         return {"resample": "bilinear", "rounding": "down"}
-    values = image_settings(path) or {}
-    names = {int(code): name for name, code in RESAMPLING.items()}
+    values = checked_image_settings(path) or {}
     result: dict[str, Any] = {}
     if "resample" in values:
-        if values["resample"] not in names:
-            raise CheckpointError(f"{path}: image settings have resample {values['resample']!r}, known: {names}")
-        result["resample"] = names[values["resample"]]
+        result["resample"] = resample_name(values["resample"], path)
     for key, name in (("image_mean", "mean"), ("image_std", "std")):
         if key in values:
             result[name] = values[key]

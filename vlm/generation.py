@@ -120,7 +120,8 @@ def generate_ids(
     with _in_eval_mode(model):
         if beam_search == "big_vision" and (settings.num_beams or 1) > 1:
             return _big_vision(model, batch, settings)
-        output = model.generate(**batch, generation_config=settings)  # type: ignore[misc]
+        generate_with: Any = model.generate
+        output: torch.Tensor = generate_with(**batch, generation_config=settings)
     return output[:, batch.input_ids.shape[1] :]
 
 

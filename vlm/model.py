@@ -171,7 +171,7 @@ class VLMModel(VLMPreTrainedModel):
             layer_masks = decoder_masks(
                 self.config, inputs_embeds, attention_mask, token_type_ids, sequence_ids, past_key_values
             )
-        if set(layer_masks) == {"full_attention"} and not hasattr(self.config.text_config, "layer_types"):
+        if set(layer_masks) == {"full_attention"} and not getattr(self.config.text_config, "layer_types", None):
             layer_masks = layer_masks["full_attention"]
         return self.language_model(
             inputs_embeds=inputs_embeds,

@@ -265,7 +265,7 @@ class Processor:
                 f" expected a processor saved by vlm"
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), **hub)
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **hub)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: no tokenizer that can be opened; save the processor again ({error})"

@@ -40,6 +40,8 @@ def open_npz(path: str | Path) -> Iterator[Arrays]:
         CheckpointError: not a regular file, not an archive of arrays, or arrays that would need pickle.
     """
     check_regular(Path(path))
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: not a complete .npz file (no zip archive); copy it again")
     with _reading(str(path)):
         archive = np.load(path, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):

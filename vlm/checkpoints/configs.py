@@ -26,7 +26,19 @@ BOUNDS = {
     "patch_size": 1_024,
     "num_patches": 1_000_000,
     "num_channels": 64,
+    # No use here, but transformers makes a table of names as long as this.
+    "num_labels": 100_000,
 }
+# (key, above, below) of settings that are numbers, where they are given.
+RANGES = (
+    ("rms_norm_eps", 0.0, 1.0),
+    ("layer_norm_eps", 0.0, 1.0),
+    ("attention_dropout", -1e-9, 1.0),
+    ("query_pre_attn_scalar", 0.0, 1e9),
+    ("attn_logit_softcapping", 0.0, 1e9),
+    ("final_logit_softcapping", 0.0, 1e9),
+    ("rope_theta", 0.0, 1e15),
+)
 # Notes of whoever saved the file, not part of the architecture.
 NOTES = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
@@ -60,14 +72,42 @@ def check_numbers(values: Any, where: str) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
             raise CheckpointError(f"{where}.{key} is {value!r}, expected a whole number from 1 to {highest:,}")
-    for key in ("rms_norm_eps", "layer_norm_eps"):
+    for key, low, high in RANGES:
         value = values.get(key)
-        if value is not None and not (isinstance(value, int | float) and 0 < value < 1):
-            raise CheckpointError(f"{where}.{key} is {value!r}, expected a small positive number such as 1e-06")
+        if value is not None and not (_is_number(value) and low < value < high):
+            raise CheckpointError(f"{where}.{key} is {value!r}, expected a number above {low:g} and below {high:g}")
+    for key in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if key in values and values[key] is None:
+            raise CheckpointError(f"{where}.{key} is null; write the number")
     if values.get("patch_size") and values.get("image_size", 1 << 30) < values["patch_size"]:
         raise CheckpointError(
             f"{where}: image_size {values['image_size']} is smaller than patch_size {values['patch_size']}"
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_text(values: dict[str, Any], where: str) -> None:
+    """Refuse a decoder configuration that contradicts itself.
+
+    Raises:
+        CheckpointError: names the keys.
+    """
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict):
+        nested = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+        thetas = [part["rope_theta"] for part in nested if "rope_theta" in part]
+        wrong = [theta for theta in thetas if not (_is_number(theta) and theta > 0)]
+        if wrong:
+            raise CheckpointError(f"{where}: rope_parameters.rope_theta is {wrong[0]!r}, expected a positive number")
+        stated = values.get("rope_theta")
+        if stated is not None and thetas and stated not in thetas:
+            raise CheckpointError(
+                f"{where}: rope_theta is {stated!r}, rope_parameters say {sorted(map(str, thetas))}; leave one"
+                " of them out"
+            )
 
 
 def check_layers(config: VLMConfig, names: Iterable[str], origin: str) -> None:
@@ -90,18 +130,28 @@ def check_layers(config: VLMConfig, names: Iterable[str], origin: str) -> None:
             )
 
 
+LARGEST_PROJECTOR_SETTING = 4096
+"""Depths, counts of queries and the like; a wrong number must not build layers for hours."""
+
+
 def own_config(values: Mapping[str, Any], where: str) -> VLMConfig:
     """`VLMConfig` of a directory that this library wrote.
 
     Raises:
         CheckpointError: values that are missing, of a wrong type or out of range.
     """
+    check_numbers({"num_labels": values.get("num_labels")}, where)
     for key in ("text_config", "vision_config"):
         check_numbers(values.get(key), f"{where}: {key}")
         if not isinstance(values[key].get("dtype"), str | None):
             raise CheckpointError(
                 f"{where}: {key}.dtype is {values[key]['dtype']!r}, expected a name such as 'float32'"
             )
+    check_text(values["text_config"], f"{where}: text_config")
+    projector = values.get("projector_config") or {}
+    for key, value in projector.items() if isinstance(projector, dict) else ():
+        if isinstance(value, int) and value > LARGEST_PROJECTOR_SETTING:
+            raise CheckpointError(f"{where}: projector_config.{key} is {value}, at most {LARGEST_PROJECTOR_SETTING}")
     for key in ("softcap_in_loss", "softcap_in_generation"):
         if not isinstance(values.get(key, False), bool):
             raise CheckpointError(f"{where}: {key} is {values[key]!r}, expected true or false")
@@ -126,7 +176,9 @@ def paligemma_config(values: Mapping[str, Any], where: str) -> VLMConfig:
     if text is None:
         raise CheckpointError(f"{where}: no text_config; a PaliGemma configuration names its Gemma decoder there")
     vision = {**SO400M, "image_size": 224} if vision is None else vision
+    check_numbers({"num_labels": values.get("num_labels")}, where)
     check_numbers(text, f"{where}: text_config")
+    check_text(text, f"{where}: text_config")
     check_numbers(vision, f"{where}: vision_config")
     return guarded(lambda: _paligemma(dict(values), dict(text), dict(vision)), where)
 
@@ -152,6 +204,8 @@ def _paligemma(values: dict[str, Any], text: dict[str, Any], vision: dict[str, A
         vision.pop(key, None)
     for key in (*NOTES, "num_image_tokens", "use_bidirectional_attention"):
         text.pop(key, None)
+    if text.get("layer_types") is None:
+        text.pop("layer_types", None)
     text.setdefault("model_type", "gemma")
     # The file's top level repeats some of the decoder's ids; the decoder's own win.
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -166,8 +220,14 @@ def _paligemma(values: dict[str, Any], text: dict[str, Any], vision: dict[str, A
         projector_config={"kind": "linear"},
         text_config=text_config,
         image_token_id=values.get("image_token_index", values.get("image_token_id")),
-        dtype=values.get("dtype", values.get("torch_dtype")),
+        dtype=_dtype_name(values.get("dtype", values.get("torch_dtype"))),
     )
+
+
+def _dtype_name(value: Any) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"dtype is {value!r}, expected a name such as 'bfloat16'")
+    return value
 
 
 def guarded(build: Any, where: str) -> Any:

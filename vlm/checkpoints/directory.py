@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from vlm.checkpoints import big_vision, configs, manifest
 from vlm.checkpoints.files import INDEX, Weights, check_regular, locate, read_json
 from vlm.checkpoints.loader import Placement, live_source, load_model
+from vlm.checkpoints.names import HEAD
 from vlm.checkpoints.preprocessing import from_sentencepiece, open_tokenizer, paligemma_transform
 from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError, nearest
@@ -21,10 +21,26 @@ from vlm.generation import check_dtype
 from vlm.model import VLM
 from vlm.processor import CONFIG_NAME as PROCESSOR_CONFIG
 from vlm.processor import Processor
+from vlm.projectors import full_settings
 from vlm.transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPECTED_GENERATION_SETTINGS = {
+    "_from_model_config",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "cache_implementation",
+    "do_sample",
+    "max_length",
+    "suppress_tokens",
+}
+"""What published files hold, and what this library decides itself."""
 LONGEST_TEXT = 1024
 """Text tokens beside an image that a model is expected to see; decides whether a sliding window would matter."""
 
@@ -105,6 +121,11 @@ def _open_folder(
     config, processor = READERS[kind](folder, values)
     weights = Weights(folder)
     source = live_source(str(path), weights.tensors, weights.read)
+    if values.get("tie_word_embeddings") is False and HEAD not in source.shapes:
+        raise CheckpointError(
+            f"{path}: config.json has tie_word_embeddings false, but there is no lm_head.weight: the output embedding"
+            f" was not saved; if it is tied, write true"
+        )
     configs.check_layers(config, source.shapes, str(path))
     check_pair(str(path), config, processor)
     # Last, because it cannot say what is wrong inside a file.
@@ -115,7 +136,7 @@ def _open_folder(
         allow_nonfinite=allow_nonfinite,
         before_reading=lambda: manifest.check(folder, verify),
     )
-    _read_generation_config(model, folder)
+    _note_generation_settings(folder)
     return model, processor
 
 
@@ -130,12 +151,14 @@ def _expected(kind: Any) -> str:
 
 def _own(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
     config = configs.own_config(values, str(folder / "config.json"))
-    settings = read_json(folder / PROCESSOR_CONFIG).get("image_transform")
+    stored = read_json(folder / PROCESSOR_CONFIG)
+    settings = stored.get("image_transform")
     if not isinstance(settings, dict):
         raise CheckpointError(
             f"{folder / PROCESSOR_CONFIG}: no image_transform; give the directory that vlm.save wrote"
         )
-    return config, _processor(folder, settings)
+    # A file from before the processor knew its projector means the model's.
+    return config, _processor(folder, settings, stored.get("projector", config.projector_config))
 
 
 def _paligemma(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
@@ -147,10 +170,12 @@ def _paligemma(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Process
     return config, processor
 
 
-def _processor(folder: Path, transform: ImageTransform | dict[str, Any]) -> Processor:
+def _processor(
+    folder: Path, transform: ImageTransform | dict[str, Any], projector: dict[str, Any] | None = None
+) -> Processor:
     tokenizer = open_tokenizer(folder)
     try:
-        return Processor(tokenizer, transform)
+        return Processor(tokenizer, transform, projector)
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
@@ -181,7 +206,8 @@ def _open_big_vision(
     check_regular(Path(path))
     if tokenizer is None:
         raise CheckpointError(
-            f"{path}: a big_vision file holds no tokenizer; give its sentencepiece model: tokenizer='tokenizer.model'"
+            f"{path}: a big_vision file holds no tokenizer; convert it once with `vlm import {path} --tokenizer"
+            f" tokenizer.model --out DIR`, or give the sentencepiece model: tokenizer='tokenizer.model'"
         )
     with big_vision.open_npz(path) as arrays:
         return big_vision.paligemma(
@@ -193,13 +219,14 @@ def _open_big_vision(
         )
 
 
-def _read_generation_config(model: VLM, folder: Path) -> None:
+def _note_generation_settings(folder: Path) -> None:
+    """A checkpoint's `generation_config.json` is not used: transformers would fill every setting that a caller leaves
+    open from it, and a caption would depend on a file nobody reads."""
     if not (folder / "generation_config.json").exists():
         return
-    values = read_json(folder / "generation_config.json")
-    model.generation_config = configs.guarded(
-        lambda: GenerationConfig.from_dict(values), str(folder / "generation_config.json")
-    )
+    ignored = sorted(set(read_json(folder / "generation_config.json")) - EXPECTED_GENERATION_SETTINGS)
+    if ignored:
+        logger.info("%s: generation_config.json sets %s; not used, give settings yourself", folder, ", ".join(ignored))
 
 
 def save(model: VLM, processor: Processor, path: str | Path, *, max_shard_size: str = "5GB") -> Path:
@@ -227,7 +254,7 @@ def save(model: VLM, processor: Processor, path: str | Path, *, max_shard_size: 
 
 
 def check_pair(path: str, config: VLMConfig, processor: Processor) -> None:
-    """Model and processor must agree on the placeholder, the vocabulary and the image size.
+    """Model and processor must agree on the placeholder, the vocabulary, the image size and the projector.
 
     Raises:
         CheckpointError: names the number that differs.
@@ -254,6 +281,11 @@ def check_pair(path: str, config: VLMConfig, processor: Processor) -> None:
             )
     if (transform.mode == "naflex") != (config.encoder == "siglip2_naflex"):
         raise CheckpointError(f"{path}: image mode {transform.mode!r} does not fit encoder {config.encoder!r}")
+    if full_settings(processor.projector) != full_settings(config.projector_config):
+        raise CheckpointError(
+            f"{path}: the model's projector is {config.projector_config}, the processor counts image tokens for"
+            f" {processor.projector}; make it with Processor(tokenizer, image_transform, model.config.projector_config)"
+        )
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -69,6 +69,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+def is_plain(name: str) -> bool:
+    """The name of a file in the same directory, that a file can have."""
+    return Path(name).name == name and len(name.encode("utf-8", "surrogatepass")) < 256 and "\0" not in name
+
+
 def check_regular(file: Path) -> None:
     """Refuse what is missing or is no plain file (a pipe would block, a directory cannot be read).
 
@@ -148,8 +153,10 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise CheckpointError(f"{index}: weight_map is missing or is not a map from tensors to files")
     names = sorted(set(listed.values()))
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name ending in .safetensors; refused")
+        if not is_plain(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: shard {name[:300]!r} is not a plain file name ending in .safetensors; refused"
+            )
         if not (folder / name).exists():
             raise CheckpointError(f"{folder / name}: no such file, but {INDEX} lists it; copy it too")
     _refuse_strays(folder, names)

@@ -22,10 +22,11 @@ from vlm.checkpoints.big_vision_configs import EMBEDDING
 from vlm.checkpoints.big_vision_names import to_array
 from vlm.checkpoints.directory import load, save
 from vlm.checkpoints.export import Parity, published
-from vlm.checkpoints.files import FLOATS, Weights, locate
+from vlm.checkpoints.files import FLOATS, Weights, locate, read_json
 from vlm.checkpoints.loader import HEAD, live_source
 from vlm.checkpoints.parity import EQUAL, LIMITS, ParityReport, Row, compare
-from vlm.errors import CheckpointError
+from vlm.config import VLMConfig
+from vlm.errors import CheckpointError, ConfigError
 from vlm.model import layer_types
 from vlm.processor import Processor
 
@@ -66,6 +67,8 @@ def convert(
         if Path(source).suffix == ".npz":
             report = _from_npz(source, folder, out, tokenizer, dtype, parity, max_shard_size, allow_nonfinite)
         else:
+            if _kind(locate(source, revision=revision)) == VLMConfig.model_type and dtype is None:
+                raise ConfigError(f"{source}: is a model directory already; use it as it is")
             options: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "verify": verify, "revision": revision}
             model, processor = load(source, dtype=dtype, tokenizer=tokenizer, **options)
             save(model, processor, folder, max_shard_size=max_shard_size)
@@ -101,7 +104,7 @@ def _compare_directory(
 
 
 def _kind(folder: Path) -> str:
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    return str(read_json(folder / "config.json").get("model_type"))
 
 
 def _compare_tensors(folder: Path, names: list[str], read: Any, dtype: torch.dtype) -> Row:

@@ -17,6 +17,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import get_balanced_memory, offload_weight, save_offload_index
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from vlm.checkpoints.configs import guarded
@@ -120,6 +121,8 @@ def load_model(
     model.tie_weights()
     check_tied(model, source.origin)
     model.config.dtype = placement.dtype
+    ids = {key: getattr(config.text_config, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    model.generation_config = GenerationConfig(**ids)
     if devices is not None:
         folder = None if placement.offload_folder is None else str(placement.offload_folder)
         skip: Any = model._skip_keys_device_placement

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Literal, get_args
 
-from vlm.checkpoints.files import check_regular, read_json
+from vlm.checkpoints.files import check_regular, is_plain, read_json
 from vlm.errors import CheckpointError, ConfigError, nearest
 
 NAME = "manifest.json"
@@ -49,8 +49,8 @@ def check(folder: Path, verify: Verify = "quick") -> None:
     if not isinstance(listed, dict):
         raise CheckpointError(f"{folder / NAME}: no list of files; it was not written by vlm.save")
     for name, expected in listed.items():
-        if Path(name).name != name:
-            raise CheckpointError(f"{folder / NAME}: {name!r} is not a plain file name; refused")
+        if not is_plain(name) or not isinstance(expected, dict):
+            raise CheckpointError(f"{folder / NAME}: {name[:300]!r} is not the entry of a plain file; refused")
         problem = _difference(folder / name, expected, verify)
         if problem:
             raise CheckpointError(

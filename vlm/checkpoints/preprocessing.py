@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tokenizers as tokenizers_library
+import transformers
 from transformers import AutoTokenizer
 
 from vlm import tokenizer as tokenizers
@@ -14,6 +16,13 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.tokenizer import Tokenizer
 from vlm.transforms import RESAMPLING, ImageTransform
 
+IMAGE_STEPS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_center_crop": False,
+    "do_pad": False,
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 FILTERS = {int(code): name for name, code in RESAMPLING.items()}
 
@@ -30,6 +39,26 @@ def image_settings(folder: Path) -> dict[str, Any] | None:
     return read_json(single) if single.exists() else None
 
 
+def checked_image_settings(folder: Path) -> dict[str, Any] | None:
+    """`image_settings`, if they describe what this library does: resize, divide by 255, normalise.
+
+    Raises:
+        CheckpointError: another step, or one left out.
+    """
+    values = image_settings(folder)
+    if values is None:
+        return None
+    for key, wanted in IMAGE_STEPS.items():
+        if values.get(key, wanted) not in (wanted, None):
+            raise CheckpointError(f"{folder}: image settings have {key} {values[key]!r}, only {wanted} is supported")
+    factor = values.get("rescale_factor", 1 / 255)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not abs(factor - 1 / 255) < 1e-9:
+        raise CheckpointError(f"{folder}: image settings have rescale_factor {factor!r}, only 1/255 is supported")
+    if "resample" in values:
+        resample_name(values["resample"], folder)
+    return values
+
+
 def paligemma_transform(folder: Path, vision_config: Any) -> ImageTransform:
     """The image transform of a PaliGemma directory, checked against its tower.
 
@@ -37,12 +66,12 @@ def paligemma_transform(folder: Path, vision_config: Any) -> ImageTransform:
         CheckpointError: there are no settings, they say something that this library does not do, or they belong to
             another tower.
     """
-    values = image_settings(folder)
+    values = checked_image_settings(folder)
     if values is None:
         raise CheckpointError(f"{folder}: no preprocessor_config.json and no processor_config.json; copy it too")
-    for key in ("do_resize", "do_rescale", "do_normalize"):
-        if values.get(key, True) is not True:
-            raise CheckpointError(f"{folder}: image settings have {key} {values[key]!r}, only true is supported")
+    kind = str(values.get("image_processor_type", "SiglipImageProcessor"))
+    if not kind.startswith("SiglipImageProcessor"):
+        raise CheckpointError(f"{folder}: image_processor_type is {kind!r}, PaliGemma has 'SiglipImageProcessor'")
     side = vision_config.image_size
     size = values.get("size", {})
     if not isinstance(size, dict) or (size.get("height"), size.get("width")) != (side, side):
@@ -59,7 +88,7 @@ def paligemma_transform(folder: Path, vision_config: Any) -> ImageTransform:
             mode="squash",
             image_size=side,
             patch_size=vision_config.patch_size,
-            resample=_filter(values.get("resample", 3), folder),
+            resample=resample_name(values.get("resample", 3), folder),
             mean=values.get("image_mean", (0.5, 0.5, 0.5)),
             std=values.get("image_std", (0.5, 0.5, 0.5)),
         )
@@ -67,9 +96,14 @@ def paligemma_transform(folder: Path, vision_config: Any) -> ImageTransform:
         raise CheckpointError(f"{folder}: image settings: {error}") from error
 
 
-def _filter(code: Any, folder: Path) -> str:
-    if not isinstance(code, int) or code not in FILTERS:
-        raise CheckpointError(f"{folder}: resample is {code!r}, known: {FILTERS}")
+def resample_name(code: Any, folder: Path) -> str:
+    """The name of a filter that a file gives by Pillow's number.
+
+    Raises:
+        CheckpointError: an unknown number.
+    """
+    if isinstance(code, bool) or not isinstance(code, int) or code not in FILTERS:
+        raise CheckpointError(f"{folder}: image settings have resample {code!r}, known: {FILTERS}")
     return FILTERS[code]
 
 
@@ -86,15 +120,43 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer's files too")
     for name in TOKENIZER_FILES:  # transformers would wait for a pipe, or read whatever size there is
         if name == TOKENIZER_FILES[0] or (folder / name).exists() or (folder / name).is_symlink():
-            read_json(folder / name)
+            values = read_json(folder / name)
+            if name == "tokenizer_config.json":
+                _check_tokenizer_config(values, folder / name)
+    _parse(folder / "tokenizer.json")
     try:
-        # A tokenizer's own code is never run: trust_remote_code stays off, and chat templates are not rendered here.
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer("a"), tokenizer.all_special_ids  # settings of a wrong type show only in use
         return tokenizer
     except FOREIGN as error:
         raise CheckpointError(
             f"{folder}: no tokenizer that can be opened: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _check_tokenizer_config(values: dict[str, Any], file: Path) -> None:
+    known = hasattr(transformers, str(values.get("tokenizer_class", "GemmaTokenizer")))
+    if "auto_map" in values and not known:
+        raise CheckpointError(
+            f"{file}: the tokenizer is code inside the checkpoint (auto_map), and such code is never run; write"
+            f' "tokenizer_class": "PreTrainedTokenizerFast" in its place if tokenizer.json is complete'
+        )
+    template = values.get("chat_template")
+    if not isinstance(template, str | list | None):
+        raise CheckpointError(f"{file}: chat_template is {type(template).__name__}, expected a string; delete it")
+
+
+def _parse(file: Path) -> None:
+    """Read a `tokenizer.json` with the library itself first: what it refuses is a plain `Exception`, which cannot be
+    told from others further up."""
+    try:
+        tokenizers_library.Tokenizer.from_file(str(file))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise CheckpointError(
+            f"{file}: cannot be read ({' '.join(str(error).split())[:200]}); it is damaged, or was written by a newer"
+            f" version of the tokenizers library: copy it again, or upgrade"
         ) from error
 
 

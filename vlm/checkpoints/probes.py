@@ -152,7 +152,9 @@ def paligemma_inputs(processor: Processor) -> Outputs:
 
 def written_paligemma_inputs(folder: Path) -> Outputs:
     """The same from transformers' own processor, opened from the written directory."""
-    theirs: Any = AutoProcessor.from_pretrained(str(folder), backend="pil", local_files_only=True)
+    theirs: Any = AutoProcessor.from_pretrained(
+        str(folder), backend="pil", local_files_only=True, trust_remote_code=False
+    )
     out: Outputs = {}
     for picture, (prompt, suffix, _) in zip(pictures(), SAMPLES, strict=True):
         made = theirs(images=picture, text=f"<image>{prompt}", suffix=suffix, return_tensors="pt")

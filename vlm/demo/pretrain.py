@@ -143,7 +143,7 @@ class Words:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder / "gemma"))
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder / "gemma"), trust_remote_code=False)
         self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
