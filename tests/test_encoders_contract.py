@@ -10,15 +10,13 @@ import torch
 from coretools import picture, shake
 from torch import Tensor
 
-from vlm import projectors
 from vlm.config import kinds, part
-from vlm.encoders import EncoderOutput
+from vlm.encoders import EncoderOutput, feature_width
 from vlm.transforms import ImageTransform
 
 ENCODERS = kinds("vlm.encoders")
 PROJECTORS = kinds("vlm.projectors")
 each_encoder = pytest.mark.parametrize("kind", ENCODERS)
-each_projector = pytest.mark.parametrize("kind", PROJECTORS)
 SIZES = [(70, 30), (25, 80), (40, 40)]
 
 
@@ -53,7 +51,7 @@ def test_output_shapes(kind: str) -> None:
     tensors, grids = inputs(transform, [picture(i, size) for i, size in enumerate(SIZES)])
     out = tower(**tensors)
     assert isinstance(out, EncoderOutput)
-    assert out.features.shape[0] == 3 and out.features.shape[2] == config.hidden_size
+    assert out.features.shape[0] == 3 and out.features.shape[2] == feature_width(config)
     assert out.grid.dtype == torch.int64 and [tuple(row) for row in out.grid.tolist()] == grids
     counts = out.grid.prod(1)
     assert out.features.shape[1] == int(counts.max()) <= transform.max_patches
@@ -84,7 +82,7 @@ def test_gradient_reaches_every_parameter(kind: str) -> None:
     weights = torch.randn(out.features.shape, generator=torch.Generator().manual_seed(0))
     (out.features * weights).sum().backward()
     for name, parameter in tower.named_parameters():
-        if name.endswith("k_proj.bias"):
+        if name.endswith(("k_proj.bias", "key.bias")):
             continue  # softmax ignores a constant added to every key's score: this gradient is zero by construction
         assert parameter.grad is not None and float(parameter.grad.abs().max()) > 1e-6, name
 
@@ -94,7 +92,7 @@ def test_rows_are_in_row_order(kind: str) -> None:
     """With attention's output projections at zero no patch sees another: brightening one moves its own row only."""
     _, tower, transform = build(kind)
     for name, parameter in tower.named_parameters():
-        if "out_proj" in name:
+        if any(word in name for word in ("out_proj", "o_proj", "attention.output.dense")):
             torch.nn.init.zeros_(parameter)
     tensors, grids = inputs(transform, [picture(3, (56, 56))])
     rows, columns = grids[0]
@@ -140,37 +138,3 @@ def test_bfloat16(kind: str) -> None:
         half = tower.to(torch.bfloat16)(**tensors).features
     assert half.dtype == torch.bfloat16
     assert (half.float() - full).abs().mean() < 0.1 * full.std()
-
-
-@each_projector
-def test_projector(kind: str) -> None:
-    """float[M, P, E] -> float[M, Q, D]; Q as declared; silent when fresh; a gradient for every parameter."""
-    projector = projectors.build({"kind": kind}, 6, 10)
-    grid = torch.tensor([[4, 4], [4, 4]])
-    features = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(2, 16, dtype=torch.bool)
-    for given in (None, mask):
-        tokens, kept = projector(features, given, grid)
-        assert tokens.shape == (2, projector.num_tokens((4, 4)), 10)  # type: ignore[operator]
-        assert (kept is None) == (given is None)
-        assert not tokens.any()
-    shake(projector)
-    tokens, _ = projector(features, None, grid)
-    (tokens * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-    for name, parameter in projector.named_parameters():
-        assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
-    projectors.init_weights(projector)
-    assert not projector(features, None, grid)[0].any()
-
-
-@each_projector
-def test_projector_keeps_images_apart(kind: str) -> None:
-    projector = projectors.build({"kind": kind}, 6, 10)
-    shake(projector)
-    features = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(0))
-    changed = features.clone()
-    changed[1] = -changed[1]
-    grid = torch.tensor([[4, 4], [4, 4]])
-    with torch.no_grad():
-        one, two = (projector(value, None, grid)[0] for value in (features, changed))
-    assert torch.equal(one[0], two[0]) and not torch.allclose(one[1], two[1])

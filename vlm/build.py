@@ -58,7 +58,7 @@ def new(
     Args:
         encoder: a SigLIP or SigLIP 2 checkpoint (directory or hub id: both towers, the vision tower alone, or a
             PaliGemma; or a big_vision `.npz`), or a vision configuration for new weights.
-        projector: a projector kind (`linear`, `mlp`), or `{"kind": ..., **settings}`.
+        projector: a projector kind (a file of `vlm/projectors`), or `{"kind": ..., **settings}`.
         decoder: a Gemma, Gemma 2 or Gemma 3 text checkpoint, a model whose decoder it is (PaliGemma or a directory of
             this library), or a text configuration for new weights.
         tokenizer: a tokenizer or where to find one (a sentencepiece `.model` too); by default the decoder checkpoint's.
@@ -112,7 +112,7 @@ def new(
             inner.language_model, "decoder", lambda: DECODERS[text_config.model_type]._from_config(text_config), seed
         )
     model.tie_weights()
-    return model.eval(), Processor(tokenizer, transform)
+    return model.eval(), Processor(tokenizer, transform, config.projector_config)
 
 
 def stored_rows(decoder: str | Path | PreTrainedConfig | dict[str, Any]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from vlm.checkpoints import load
 from vlm.model import VLM
 from vlm.processor import Processor
 
+LARGE = 1 << 14
+"""Side in pixels of a square image that fills any budget."""
 PROMPT_TOKENS = 8
 """Text tokens assumed for the prefill figure: BOS, `caption en`, newline and a little more."""
 
@@ -24,13 +25,13 @@ def describe(model: str | Path | tuple[VLM, Processor]) -> dict[str, Any]:
 
     Returns:
         JSON values: `parts` (kind, parameters, bytes of each), `parameters`, `bytes`, `dtype`, `image_tokens` (most per
-            image), `image` (effective
-        resolution), `flops` of the tower, projector and prefill for one image: 2 per multiply-add, matrix products
-        only.
+            image), `image_tokens_square` (of a large square image), `image` (in words), `effective_resolution` and
+            `flops` of tower, projector and prefill for that square image: 2 per multiply-add, matrix products only.
     """
     net, processor = load(model) if isinstance(model, str | Path) else model
     config = net.config
-    tokens = processor.image_transform.max_patches
+    transform = processor.image_transform
+    grid = transform.grid(LARGE, LARGE)
     kinds = {
         "encoder": config.encoder,
         "projector": config.projector_config["kind"],
@@ -44,17 +45,17 @@ def describe(model: str | Path | tuple[VLM, Processor]) -> dict[str, Any]:
         }
         for name, module in net.parts().items()
     }
-    side = math.isqrt(tokens) * processor.image_transform.patch_size
     return {
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),
         "dtype": str(net.dtype).removeprefix("torch."),
-        "image_tokens": tokens,
-        "image": processor.image_transform.describe(),
-        "effective_resolution": [side, side],
+        "image_tokens": processor.max_image_tokens,
+        "image_tokens_square": processor.num_image_tokens(grid),
+        "image": transform.describe(),
+        "effective_resolution": [side * transform.patch_size for side in grid],
         "vocabulary": config.text_config.vocab_size,
-        "flops": flops(net, tokens),
+        "flops": flops(net, grid),
     }
 
 
@@ -63,22 +64,23 @@ def unique_parameters(module: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(module.parameters()))
 
 
-def flops(model: VLM, image_tokens: int) -> dict[str, int]:
-    """Floating-point operations of one image with the most tokens: 2 per multiply-add of a matrix product; attention
-    products included,
-    normalisation and activations not. `prefill` is the decoder over the image and a short prompt, with the logits of
-    one position.
+def flops(model: VLM, grid: tuple[int, int]) -> dict[str, int]:
+    """Floating-point operations of one image with a (rows, columns) patch grid: 2 per multiply-add of a matrix product;
+    attention products included, normalisation, activations and averages not. `prefill` is the decoder over the image
+    and a short prompt, with the logits of one position.
     """
     vision, text = model.config.vision_config, model.config.text_config
-    sequence = image_tokens + PROMPT_TOKENS
+    projector: Any = model.model.multi_modal_projector
+    patches = grid[0] * grid[1]
+    sequence = projector.num_tokens(grid) + PROMPT_TOKENS
     heads = text.num_attention_heads * text.head_dim
-    tower = 2 * image_tokens * matrix_weights(model.model.vision_tower)
-    tower += 4 * image_tokens**2 * vision.hidden_size * vision.num_hidden_layers
+    tower = 2 * patches * matrix_weights(model.model.vision_tower)
+    tower += 4 * patches**2 * vision.hidden_size * vision.num_hidden_layers
     decoder = 2 * sequence * matrix_weights(model.model.language_model.layers)
     decoder += 4 * sequence**2 * heads * text.num_hidden_layers
     return {
         "encoder": tower,
-        "projector": 2 * image_tokens * matrix_weights(model.model.multi_modal_projector),
+        "projector": projector.flops(grid),
         "prefill": decoder + 2 * text.vocab_size * text.hidden_size,
     }
 
@@ -99,13 +101,16 @@ def table(facts: dict[str, Any]) -> str:
         "  ".join((row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].rjust(widths[2]), row[3].rjust(widths[3])))
         for row in rows
     ]
+    square = ""
+    if facts["image_tokens_square"] != facts["image_tokens"]:
+        square = f", {facts['image_tokens_square']} of a square one"
     cost = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in facts["flops"].items())
     return "\n".join(
         [
             *(line.rstrip() for line in lines),
             "",
             f"image       {facts['image']}",
-            f"tokens      {facts['image_tokens']} per image (at most)",
+            f"tokens      {facts['image_tokens']} per image (at most){square}",
             f"GFLOP/image {cost}",
             f"dtype       {facts['dtype']}, vocabulary {facts['vocabulary']:,}",
         ]

@@ -58,7 +58,7 @@ def tiny_decoder(kind: str, **settings: Any) -> PreTrainedConfig:
 def tiny(
     encoder: str = "siglip",
     decoder: str = "gemma",
-    projector: str = "linear",
+    projector: str | dict[str, Any] = "linear",
     *,
     seed: int = 0,
     image: dict[str, Any] | None = None,

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from vlm import projectors
 from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
 from vlm.images import load_image
 from vlm.loss import IGNORE
@@ -26,6 +27,7 @@ from vlm.transforms import ImageTransform, Pixels
 
 logger = logging.getLogger(__name__)
 CONFIG_NAME = "processor_config.json"
+DEFAULT_PROJECTOR = {"kind": "linear"}
 ImageSource = str | Path | bytes | Image.Image
 
 
@@ -96,13 +98,25 @@ class Processor:
     Args:
         tokenizer: a Gemma tokenizer with an `<image>` token.
         image_transform: how images become tensors (belongs to the vision tower).
+        projector: `{"kind": ..., **settings}`, the model's `projector_config`: it decides how many placeholders an
+            image gets. None is `linear`, one per patch.
+
+    Raises:
+        ConfigError: an unknown projector or setting, or a tokenizer without `<image>`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, image_transform: ImageTransform | dict[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        image_transform: ImageTransform | dict[str, Any],
+        projector: dict[str, Any] | None = None,
+    ) -> None:
         if isinstance(image_transform, dict):
             image_transform = ImageTransform.from_dict(image_transform)
         self.tokenizer = tokenizer
         self.image_transform = image_transform
+        self.projector = DEFAULT_PROJECTOR if projector is None else projector
+        self._num_tokens = projectors.counter(self.projector)
         self.image_token_id = image_token_id(tokenizer)
         self._encode = PromptEncoder(tokenizer)
 
@@ -157,7 +171,17 @@ class Processor:
 
     def num_image_tokens(self, grid: tuple[int, int]) -> int:
         """Placeholders for an image with this (rows, columns) patch grid."""
-        return grid[0] * grid[1]
+        return self._num_tokens(grid)
+
+    @property
+    def max_image_tokens(self) -> int:
+        """The most placeholders that one image can get. With a NaFlex tower that may be a long and narrow one, where
+        blocks of patches end part empty."""
+        transform = self.image_transform
+        if transform.mode != "naflex":
+            return self.num_image_tokens(transform.grid(0, 0))
+        budget = transform.max_patches
+        return max(self.num_image_tokens((rows, budget // rows)) for rows in range(1, budget + 1))
 
     def batch_decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
         """Generated ids (without the prompt) to text: up to the first EOS, special tokens dropped, `<loc>` and `<seg>`
@@ -239,7 +263,11 @@ class Processor:
         """Write `processor_config.json` and the tokenizer files into a directory."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"processor_class": type(self).__name__, "image_transform": self.image_transform.to_dict()}
+        values = {
+            "processor_class": type(self).__name__,
+            "image_transform": self.image_transform.to_dict(),
+            "projector": self.projector,
+        }
         target = folder / CONFIG_NAME
         target.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return [str(target), *self.tokenizer.save_pretrained(folder)]
@@ -271,6 +299,7 @@ class Processor:
                 f"{path}: no tokenizer that can be opened; save the processor again ({error})"
             ) from error
         try:
-            return cls(tokenizer, values["image_transform"])
+            # A file from before there was a choice has no projector.
+            return cls(tokenizer, values["image_transform"], values.get("projector"))
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from error

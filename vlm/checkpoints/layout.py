@@ -63,7 +63,7 @@ def check(model: VLM, processor: Processor) -> None:
     elif config.encoder != "siglip":
         reason = f"its vision tower is {config.encoder!r}, PaliGemma's is SigLIP at a fixed resolution"
     elif projector != "linear":
-        reason = f"its projector is {projector!r}, PaliGemma's is one linear layer"
+        reason = f"its projector is {projector!r}, PaliGemma's is one linear layer on each patch"
     elif decoder not in ("gemma", "gemma2"):
         reason = f"its decoder is {decoder!r}, PaliGemma has Gemma 1 and Gemma 2"
     elif transform.mode != "squash":

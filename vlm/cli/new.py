@@ -23,7 +23,12 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--decoder", required=True, metavar="B", help="Gemma 1, 2 or 3, alone or in a PaliGemma: directory or hub id"
     )
-    parser.add_argument("--projector", default="linear", metavar="KIND", help="linear (as PaliGemma) or mlp (linear)")
+    parser.add_argument(
+        "--projector",
+        default="linear",
+        metavar="KIND",
+        help="linear (as PaliGemma), mlp, pixel_shuffle, pool, resampler, identity (linear)",
+    )
     parser.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="directory to make")
     parser.add_argument(
         "--image-size",

@@ -1,8 +1,7 @@
-"""One linear layer with bias, zero-initialised: PaliGemma's projector.
+"""One linear layer with bias on each patch, zero-initialised: PaliGemma's projector.
 
 Paper: PaliGemma, sections 3.1 and 5.5 (arXiv 2407.07726): an MLP was no better. Parameter names are those of
-transformers' PaliGemma
-(`multi_modal_projector.linear`).
+transformers' PaliGemma (`multi_modal_projector.linear`).
 """
 
 from __future__ import annotations
@@ -12,10 +11,17 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from vlm.projectors import Grid
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Settings of the linear projector: none."""
+
+
+def num_tokens(config: Config, grid: Grid) -> int:
+    """One token per patch."""
+    return grid[0] * grid[1]
 
 
 class Projector(nn.Module):
@@ -23,6 +29,7 @@ class Projector(nn.Module):
 
     def __init__(self, config: Config, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
+        self.config = config
         self.linear = nn.Linear(encoder_width, decoder_width, bias=True)
         self.init_weights()
 
@@ -31,9 +38,13 @@ class Projector(nn.Module):
         init.zeros_(self.linear.weight)
         init.zeros_(self.linear.bias)
 
-    def num_tokens(self, grid: tuple[int, int]) -> int:
-        """Image tokens of a (rows, columns) patch grid: one per patch."""
-        return grid[0] * grid[1]
+    def num_tokens(self, grid: Grid) -> int:
+        """Image tokens of a (rows, columns) patch grid."""
+        return num_tokens(self.config, grid)
+
+    def flops(self, grid: Grid) -> int:
+        """Floating-point operations for one image."""
+        return 2 * self.num_tokens(grid) * self.linear.weight.numel()
 
     def forward(self, features: Tensor, mask: Tensor | None, grid: Tensor) -> tuple[Tensor, Tensor | None]:
         """float[M, P, E], bool[M, P] or None, int64[M, 2] -> (float[M, P, D], the mask)."""

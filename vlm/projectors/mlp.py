@@ -7,12 +7,22 @@ distribution (a departure from LLaVA).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, nearest
+from vlm.projectors import Grid, at_least
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,22 +31,32 @@ class Config:
 
     Attributes:
         depth: number of linear layers, at least 2 (one layer is the kind `linear`).
+        activation: between the layers: `gelu`, `gelu_tanh`, `relu` or `silu`.
     """
 
     depth: int = 2
+    activation: str = "gelu"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.depth, int) or self.depth < 2:
+        at_least("mlp", "depth", self.depth, 2, "for one layer use 'linear'")
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise ConfigError(
-                f"projector mlp: depth is {self.depth!r}, expected an integer of at least 2; for one layer use 'linear'"
+                f"projector mlp: activation is {self.activation!r}{nearest(str(self.activation), ACTIVATIONS)}; known:"
+                f" {', '.join(ACTIVATIONS)}"
             )
 
 
+def num_tokens(config: Config, grid: Grid) -> int:
+    """One token per patch."""
+    return grid[0] * grid[1]
+
+
 class Projector(nn.Module):
-    """float[M, P, E] -> float[M, P, D], GELU between the layers."""
+    """float[M, P, E] -> float[M, P, D], the activation between the layers."""
 
     def __init__(self, config: Config, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
+        self.config = config
         widths = [encoder_width] + [decoder_width] * config.depth
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
         self.init_weights()
@@ -51,12 +71,17 @@ class Projector(nn.Module):
         init.zeros_(last.weight)
         init.zeros_(last.bias)
 
-    def num_tokens(self, grid: tuple[int, int]) -> int:
-        """Image tokens of a (rows, columns) patch grid: one per patch."""
-        return grid[0] * grid[1]
+    def num_tokens(self, grid: Grid) -> int:
+        """Image tokens of a (rows, columns) patch grid."""
+        return num_tokens(self.config, grid)
+
+    def flops(self, grid: Grid) -> int:
+        """Floating-point operations for one image."""
+        return 2 * self.num_tokens(grid) * sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
     def forward(self, features: Tensor, mask: Tensor | None, grid: Tensor) -> tuple[Tensor, Tensor | None]:
         """float[M, P, E], bool[M, P] or None, int64[M, 2] -> (float[M, P, D], the mask)."""
+        activation = ACTIVATIONS[self.config.activation]
         for index, layer in enumerate(self.layers):
-            features = layer(features if index == 0 else nn.functional.gelu(features))
+            features = layer(features if index == 0 else activation(features))
         return features, mask
