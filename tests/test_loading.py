@@ -470,7 +470,8 @@ def test_nobody_is_asked_whether_to_run_code(copied: Path, monkeypatch: pytest.M
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     for kind in ("EvilTokenizer", "GemmaTokenizer"):
         change: dict[str, Any] = {"tokenizer_class": kind, "auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}}
-        edit(copied, "tokenizer_config.json", lambda c, change=change: c.update(change))
+        values = json.loads((copied / "tokenizer_config.json").read_text())
+        (copied / "tokenizer_config.json").write_text(json.dumps({**values, **change}))
         if kind == "EvilTokenizer":
             with pytest.raises(CheckpointError, match="code inside the checkpoint"):
                 vlm.load(copied)
