@@ -21,7 +21,7 @@ from vlm.checkpoints.files import locate, read_json
 from vlm.checkpoints.parts import load_decoder, load_tower
 from vlm.checkpoints.preprocessing import checked_image_settings, open_tokenizer, resample_name
 from vlm.config import VLMConfig, decoder_config, kinds, part
-from vlm.errors import CheckpointError, ConfigError, nearest
+from vlm.errors import ConfigError, nearest
 from vlm.model import DECODERS, VLM
 from vlm.processor import Processor
 from vlm.projectors import init_weights
