@@ -21,6 +21,7 @@ from vlm.generation import check_dtype
 from vlm.model import VLM
 from vlm.processor import CONFIG_NAME as PROCESSOR_CONFIG
 from vlm.processor import Processor
+from vlm.projectors import full_settings
 from vlm.transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
@@ -150,12 +151,14 @@ def _expected(kind: Any) -> str:
 
 def _own(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
     config = configs.own_config(values, str(folder / "config.json"))
-    settings = read_json(folder / PROCESSOR_CONFIG).get("image_transform")
+    stored = read_json(folder / PROCESSOR_CONFIG)
+    settings = stored.get("image_transform")
     if not isinstance(settings, dict):
         raise CheckpointError(
             f"{folder / PROCESSOR_CONFIG}: no image_transform; give the directory that vlm.save wrote"
         )
-    return config, _processor(folder, settings)
+    # A file from before the processor knew its projector means the model's.
+    return config, _processor(folder, settings, stored.get("projector", config.projector_config))
 
 
 def _paligemma(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
@@ -167,10 +170,12 @@ def _paligemma(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Process
     return config, processor
 
 
-def _processor(folder: Path, transform: ImageTransform | dict[str, Any]) -> Processor:
+def _processor(
+    folder: Path, transform: ImageTransform | dict[str, Any], projector: dict[str, Any] | None = None
+) -> Processor:
     tokenizer = open_tokenizer(folder)
     try:
-        return Processor(tokenizer, transform)
+        return Processor(tokenizer, transform, projector)
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
@@ -249,7 +254,7 @@ def save(model: VLM, processor: Processor, path: str | Path, *, max_shard_size: 
 
 
 def check_pair(path: str, config: VLMConfig, processor: Processor) -> None:
-    """Model and processor must agree on the placeholder, the vocabulary and the image size.
+    """Model and processor must agree on the placeholder, the vocabulary, the image size and the projector.
 
     Raises:
         CheckpointError: names the number that differs.
@@ -276,7 +281,11 @@ def check_pair(path: str, config: VLMConfig, processor: Processor) -> None:
             )
     if (transform.mode == "naflex") != (config.encoder == "siglip2_naflex"):
         raise CheckpointError(f"{path}: image mode {transform.mode!r} does not fit encoder {config.encoder!r}")
-
+    if full_settings(processor.projector) != full_settings(config.projector_config):
+        raise CheckpointError(
+            f"{path}: the model's projector is {config.projector_config}, the processor counts image tokens for"
+            f" {processor.projector}; make it with Processor(tokenizer, image_transform, model.config.projector_config)"
+        )
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
