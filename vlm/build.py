@@ -21,6 +21,7 @@ from vlm.checkpoints.files import locate, read_json
 from vlm.checkpoints.parts import load_decoder, load_tower
 from vlm.checkpoints.preprocessing import checked_image_settings, open_tokenizer, resample_name
 from vlm.config import VLMConfig, decoder_config, kinds, part
+from vlm.encoders import choose_layers, model_types, read_config
 from vlm.errors import ConfigError, nearest
 from vlm.model import DECODERS, VLM
 from vlm.processor import Processor
@@ -29,14 +30,6 @@ from vlm.tokenizer import Tokenizer, add_image_tokens, from_sentencepiece, image
 from vlm.transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
-
-TOWER_KINDS = {
-    "siglip": "siglip",
-    "siglip_vision_model": "siglip",
-    "siglip2": "siglip2_naflex",
-    "siglip2_vision_model": "siglip2_naflex",
-}
-"""Encoder kind by the `model_type` of a checkpoint. SigLIP 2 FixRes repositories carry `siglip`."""
 
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, as in PaliGemma's Hugging Face checkpoints."""
@@ -51,13 +44,14 @@ def new(
     encoder_kind: str | None = None,
     image_size: int | None = None,
     image: dict[str, Any] | None = None,
+    layer: int | list[int] = -1,
     seed: int = 0,
 ) -> tuple[VLM, Processor]:
     """Assemble a model.
 
     Args:
-        encoder: a SigLIP or SigLIP 2 checkpoint (directory or hub id: both towers, the vision tower alone, or a
-            PaliGemma; or a big_vision `.npz`), or a vision configuration for new weights.
+        encoder: a SigLIP, SigLIP 2, CLIP, DINOv2 or DINOv3 checkpoint (directory or hub id: both towers, the vision
+            tower alone, or a PaliGemma; or a big_vision `.npz`), or a vision configuration for new weights.
         projector: a projector kind (a file of `vlm/projectors`), or `{"kind": ..., **settings}`.
         decoder: a Gemma, Gemma 2 or Gemma 3 text checkpoint, a model whose decoder it is (PaliGemma or a directory of
             this library), or a text configuration for new weights.
@@ -66,9 +60,12 @@ def new(
         encoder_kind: read a SigLIP checkpoint as another kind: `siglip2_naflex` runs a FixRes tower at any aspect ratio
             (the same function at its own grid: the patch convolution becomes the equal linear layer).
         image_size: side of the square images in pixels; by default the checkpoint's. Another size resamples the tower's
-            position table as big_vision does. A NaFlex tower has a budget instead: `image={"max_num_patches": N}`.
+            position table as its encoder's file says. A NaFlex tower has a budget instead:
+            `image={"max_num_patches": N}`.
         image: settings of the image transform to change, such as `{"max_num_patches": 64}` or `{"resample":
             "bicubic"}`.
+        layer: of the tower, whose output is the features: -1 the last with the final norm, -2 the one before it without
+            a norm, or a list, concatenated along the channels (`vlm.encoders.choose_layers`).
         seed: of the new weights. Each part has its own stream, so swapping one part leaves the others' weights as they
             were.
 
@@ -81,6 +78,7 @@ def new(
     """
     encoder, decoder = _located(encoder), _located(decoder)
     kind, vision_config = _vision(encoder, encoder_kind, image_size)
+    vision_config = choose_layers(kind, vision_config, layer)
     text_config = _text(decoder)
     tokenizer = _tokenizer(tokenizer, decoder)
     old_rows = text_config.vocab_size
@@ -135,7 +133,8 @@ def _located(source: Any) -> Any:
 
 def _vision(encoder: Any, kind: str | None, image_size: int | None) -> tuple[str, PreTrainedConfig]:
     source, config = _own_vision(encoder)
-    config.vision_use_head = False  # the pooling head would never get a gradient
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False  # the pooling head would never get a gradient
     config.dtype = None
     name = type(encoder).__name__ if isinstance(encoder, PreTrainedConfig) else str(encoder)
     if kind not in (None, source):
@@ -147,14 +146,18 @@ def _vision(encoder: Any, kind: str | None, image_size: int | None) -> tuple[str
 def _own_vision(encoder: Any) -> tuple[str, PreTrainedConfig]:
     """(encoder kind, a configuration of its own) as the encoder says it."""
     if isinstance(encoder, PreTrainedConfig):
-        matching = [name for name in kinds("vlm.encoders") if isinstance(encoder, part("vlm.encoders", name).Config)]
-        if not matching:
+        kind = model_types().get(encoder.model_type)
+        if kind is None:
             raise ConfigError(f"no encoder takes a {type(encoder).__name__}; known: {', '.join(kinds('vlm.encoders'))}")
-        return matching[0], copy.deepcopy(encoder)
+        if type(encoder) is part("vlm.encoders", kind).Config and not hasattr(
+            part("vlm.encoders", kind), "read_config"
+        ):
+            return kind, copy.deepcopy(encoder)
+        return kind, read_config(kind, {key: value for key, value in encoder.to_dict().items() if key not in NOTES})
     if encoder.suffix == ".npz":
         with big_vision.open_npz(encoder) as arrays:
             config = big_vision_configs.vision_config(big_vision.headers(arrays, str(encoder))[0], origin=str(encoder))
-        return TOWER_KINDS[config.model_type], config
+        return model_types()[config.model_type], config
     values = _config_file(encoder)
     if values.get("model_type") == "paligemma":
         return "siglip", paligemma_config(values, f"{encoder}/config.json").vision_config
@@ -162,16 +165,17 @@ def _own_vision(encoder: Any) -> tuple[str, PreTrainedConfig]:
         raise ConfigError(
             f"{encoder}: is a whole model; write its tower first: vlm export {encoder} --to tower --out DIR"
         )
-    source = TOWER_KINDS.get(str(values.get("model_type")))
+    known = model_types()
+    source = known.get(str(values.get("model_type")))
     if source is None:
         raise ConfigError(
-            f"{encoder}: model_type is {values.get('model_type')!r}, expected a SigLIP checkpoint:"
-            f" {', '.join(TOWER_KINDS)}"
+            f"{encoder}: model_type is {values.get('model_type')!r}, expected a SigLIP checkpoint or another vision"
+            f" tower: {', '.join(known)}"
         )
     vision = values.get("vision_config", values)
     check_numbers(vision, f"{encoder}: vision_config")
     settings = {key: value for key, value in vision.items() if key not in (*NOTES, "model_type")}
-    return source, guarded(lambda: part("vlm.encoders", source).Config(**settings), f"{encoder}: vision_config")
+    return source, guarded(lambda: read_config(source, settings), f"{encoder}: vision_config")
 
 
 def _naflex_from_fixed(full: PreTrainedConfig, source: str, kind: str, name: str) -> PreTrainedConfig:
@@ -269,20 +273,30 @@ def _transform(kind: str, config: PreTrainedConfig, encoder: Any, settings: dict
             f"max_num_patches is a budget of NaFlex towers; this one reads squares of {config.image_size} px: use"
             f" image_size, or read it as encoder_kind='siglip2_naflex'"
         )
-    recorded = recorded_transform(encoder) if isinstance(encoder, Path) else {}
-    if kind == "siglip2_naflex":
+    recorded = recorded_transform(encoder, getattr(config, "image_size", None)) if isinstance(encoder, Path) else {}
+    if not hasattr(config, "image_size"):
         # NaFlex resizes in float with its own filter; a FixRes checkpoint's resize does not apply.
-        recorded = {key: value for key, value in recorded.items() if key not in ("resample", "rounding")}
+        recorded = {key: value for key, value in recorded.items() if key not in ("resample", "rounding", *_SQUARE)}
+    elif "mode" in settings:
+        recorded = {key: value for key, value in recorded.items() if key not in _SQUARE}
     transform: ImageTransform = part("vlm.encoders", kind).transform(config, **{**recorded, **settings})
     return transform
 
 
-def recorded_transform(path: Path) -> dict[str, Any]:
-    """Normalisation and filter that a tower's checkpoint records (empty when it records none). A big_vision `.npz`
-    means big_vision's own resize, which rounds down."""
+_SQUARE = ("mode", "resize_shortest")
+"""How an image becomes a square."""
+
+
+def recorded_transform(path: Path, image_size: int | None = None) -> dict[str, Any]:
+    """Normalisation, filter and way to a square that a tower's checkpoint records (empty when it records none). A
+    big_vision `.npz` means big_vision's own resize, which rounds down.
+
+    Args:
+        image_size: the tower's; a recorded centre crop keeps its proportion at another size.
+    """
     if path.suffix == ".npz":
         return {"resample": "bilinear", "rounding": "down"}
-    values = checked_image_settings(path) or {}
+    values = checked_image_settings(path, crop=True) or {}
     result: dict[str, Any] = {}
     if "resample" in values:
         result["resample"] = resample_name(values["resample"], path)
@@ -291,7 +305,18 @@ def recorded_transform(path: Path) -> dict[str, Any]:
             result[name] = values[key]
     if "max_num_patches" in values:
         result["max_num_patches"] = values["max_num_patches"]
-    return result
+    return {**result, **(_recorded_square(values, image_size) if image_size else {})}
+
+
+def _recorded_square(values: dict[str, Any], image_size: int) -> dict[str, Any]:
+    size, crop = values.get("size"), values.get("crop_size")
+    side = crop.get("height") if isinstance(crop, dict) else crop
+    shortest = size.get("shortest_edge") if isinstance(size, dict) else size
+    if values.get("do_center_crop") and isinstance(side, int) and isinstance(shortest, int) and side > 0:
+        return {"mode": "crop", "resize_shortest": max(image_size, round(image_size * shortest / side))}
+    if isinstance(size, dict) and "height" in size and not values.get("do_center_crop"):
+        return {"mode": "squash"}
+    return {}
 
 
 def _load_fresh(module: nn.Module, name: str, build: Callable[[], nn.Module], seed: int) -> None:

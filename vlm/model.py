@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 
 from vlm import loss, masks, projectors
 from vlm.config import VLMConfig, part
-from vlm.encoders import EncoderOutput
+from vlm.encoders import EncoderOutput, feature_width
 from vlm.errors import ConfigError, DataError
 from vlm.processor import Processor
 
@@ -81,6 +81,9 @@ class VLMPreTrainedModel(PreTrainedModel):
         "Gemma3DecoderLayer",
         "SiglipEncoderLayer",
         "Siglip2EncoderLayer",
+        "CLIPEncoderLayer",
+        "Dinov2Layer",
+        "DINOv3ViTLayer",
     ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
@@ -103,7 +106,7 @@ class VLMModel(VLMPreTrainedModel):
         decoder = DECODERS[config.text_config.model_type]
         self.vision_tower = encoder._from_config(config.vision_config)
         self.multi_modal_projector = projectors.build(
-            config.projector_config, config.vision_config.hidden_size, config.text_config.hidden_size
+            config.projector_config, feature_width(config.vision_config), config.text_config.hidden_size
         )
         if attention_softcap(config) is not None:
             # sdpa has no soft-cap: transformers 5.17 would drop it in silence, later versions refuse.

@@ -72,7 +72,7 @@ def tiny(
         image: settings of the image transform; a NaFlex tower gets a budget of 16 patches unless told otherwise.
     """
     vision = part("vlm.encoders", encoder).tiny()
-    if encoder == "siglip2_naflex":
+    if not hasattr(vision, "image_size"):
         image = {"max_num_patches": 16, **(image or {})}
     tokenizer = tokenizers.build(TINY_CORPUS * 20, vocab_size=400)
     return new(vision, projector, tiny_decoder(decoder, **decoder_settings), tokenizer, image=image, seed=seed)

@@ -4,9 +4,10 @@ Everything is Pillow and torch, in float32, with every number in one dataclass t
 result never depends on which image
 library happens to be installed.
 
-Three ways to bring an image to the tower's size:
+Four ways to bring an image to the tower's size:
 
     squash     resize to a square, aspect ratio not kept (SigLIP, PaliGemma)
+    crop       resize the shorter side, keep the square in the middle (CLIP, DINOv2)
     letterbox  resize to fit, centre on a square of the background colour
     naflex     keep the aspect ratio: the largest grid of whole patches within the budget (SigLIP 2 NaFlex)
 """
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from vlm.errors import ConfigError, nearest
 from vlm.resize import resize_bilinear
 
-Mode = Literal["squash", "letterbox", "naflex"]
+Mode = Literal["squash", "crop", "letterbox", "naflex"]
 Rounding = Literal["nearest", "down"]
 FLOAT_FILTERS = ("bilinear", "bicubic")
 """Filters of the float resize; the others exist in Pillow only."""
@@ -60,9 +61,10 @@ class ImageTransform:
     """How images become tensors.
 
     Attributes:
-        mode: `squash`, `letterbox` or `naflex`.
+        mode: `squash`, `crop`, `letterbox` or `naflex`.
         patch_size: side of a patch in pixels.
-        image_size: side of the square in pixels (`squash`, `letterbox`).
+        image_size: side of the square in pixels (all but `naflex`).
+        resize_shortest: the shorter side in pixels before the square is cut out (`crop`); None: the square's.
         max_num_patches: patch budget of an image (`naflex`). No default: it decides quality and cost.
         mean, std: per-channel normalisation of values in [0, 1].
         resample: `nearest`, `bilinear`, `bicubic` or `lanczos`.
@@ -76,6 +78,7 @@ class ImageTransform:
     mode: Mode
     patch_size: int
     image_size: int | None = None
+    resize_shortest: int | None = None
     max_num_patches: int | None = None
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -98,6 +101,12 @@ class ImageTransform:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"image transform {self.mode!r} needs {name} as a positive integer, got {value!r}")
+        shortest = self.resize_shortest
+        if shortest is not None and (self.mode != "crop" or not isinstance(shortest, int) or shortest < self._side):
+            raise ConfigError(
+                f"image transform resize_shortest is {shortest!r}, expected a whole number from {self._side}, the"
+                f" square, upwards, and mode 'crop', got {self.mode!r}"
+            )
         if min(self.std) <= 0:
             raise ConfigError(f"image transform std must be positive, got {self.std}")
 
@@ -114,6 +123,10 @@ class ImageTransform:
                 f"antialias={self.antialias} with rounding={self.rounding!r} needs resample bilinear or bicubic, got"
                 f" {self.resample!r}"
             )
+
+    @property
+    def _side(self) -> int:
+        return self.image_size or 0
 
     @property
     def _in_float(self) -> bool:
@@ -188,9 +201,22 @@ class ImageTransform:
             canvas = Image.new("RGB", (size, size), self.background)
             canvas.paste(self._resize(image, fit), ((size - fit[0]) // 2, (size - fit[1]) // 2))
             image = canvas
+        elif self.mode == "crop":
+            image = self._crop(image)
         elif image.size != (size, size):
             image = self._resize(image, (size, size))
         return self._normalise(_to_tensor(image))
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        """Shorter side to `resize_shortest`, the other in proportion (rounded down), then the middle square: the
+        arithmetic of transformers' CLIPImageProcessor."""
+        short, size = self.resize_shortest or self._side, self._side
+        least = min(image.size)
+        wide = (short * image.width // least, short * image.height // least)
+        if image.size != wide:
+            image = self._resize(image, wide)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        return image.crop((left, top, left + size, top + size))
 
     def _resize(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         """To (width, height), 8 bit."""

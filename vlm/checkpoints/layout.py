@@ -62,6 +62,8 @@ def check(model: VLM, processor: Processor) -> None:
         reason = "its NaFlex tower reads images of any aspect ratio, PaliGemma's reads one square size"
     elif config.encoder != "siglip":
         reason = f"its vision tower is {config.encoder!r}, PaliGemma's is SigLIP at a fixed resolution"
+    elif getattr(config.vision_config, "feature_layers", None):
+        reason = "its features are other layers of the tower than the last, PaliGemma's are the last with its norm"
     elif projector != "linear":
         reason = f"its projector is {projector!r}, PaliGemma's is one linear layer on each patch"
     elif decoder not in ("gemma", "gemma2"):

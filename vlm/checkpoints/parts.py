@@ -1,48 +1,47 @@
-"""Weights of a single part from a published checkpoint: a SigLIP tower, a Gemma decoder."""
+"""Weights of a single part from a published checkpoint: a vision tower, a Gemma decoder."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Siglip2VisionModel
 
 from vlm.checkpoints import big_vision
 from vlm.checkpoints.big_vision_names import rules
 from vlm.checkpoints.files import Weights, locate
 from vlm.checkpoints.loader import Source, check_fit, expected_shapes, finite
 from vlm.checkpoints.names import TOWER
-from vlm.encoders.siglip import resample_position_table
 from vlm.errors import CheckpointError
 
 NEW_ROW_STD = 0.02
 """New vocabulary rows are N(0, 0.02): better than the average embedding (PaliGemma, section 5.3)."""
-TOWER_PREFIXES = ("vision_tower.vision_model.", "vision_model.", "model.vision_model.", "")
 DECODER_PREFIXES = ("language_model.model.", "model.language_model.", "model.", "")
-NOT_TOWER = r"(head\.|text_model\.|logit_|embeddings\.position_ids)"
 NOT_DECODER = r"(lm_head\.|.*rotary_emb\.)"
-PATCH, POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
 
 
 def load_tower(
     tower: nn.Module, path: str | Path, *, resize_positions: bool = False, allow_nonfinite: bool = False
 ) -> None:
-    """Fill a SigLIP tower from a full SigLIP checkpoint, from a vision tower alone (Hugging Face directory, hub id), or
-    from a big_vision `.npz`; the pooling head is left out.
+    """Fill a tower from a checkpoint of its kind (Hugging Face directory, hub id: with or without a text tower), or
+    from a big_vision `.npz`. What the encoder's file leaves out is not read, nor are blocks above the feature layers.
 
-    A patch convolution becomes the equal linear layer where the tower is NaFlex.
+    A patch convolution becomes the equal linear layer where the tower has one.
 
     Args:
-        resize_positions: resample the position table to the tower's size (`resample_position_table`); otherwise another
+        resize_positions: resample the position table to the tower's size as the encoder's file says; otherwise another
             size is an error.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, mis-shaped, quantised or not finite.
     """
+    module: Any = sys.modules[type(tower).__module__]
+    drop = _left_out(module, tower.config)
     if Path(path).suffix == ".npz":
         with big_vision.open_npz(path) as arrays:
             shapes, dtypes = big_vision.headers(arrays, str(path))
@@ -51,21 +50,53 @@ def load_tower(
             }
             found = rules(kept, two_towers=False, origin=str(path))
             source = big_vision.array_source(arrays, kept, dtypes, found, str(path))
-            _fill_tower(tower, part_of(source, (TOWER,), NOT_TOWER), resize_positions, allow_nonfinite)
+            _fill_tower(tower, module, part_of(source, (TOWER,), drop), resize_positions, allow_nonfinite)
         return
-    source = part_of(directory_source(path), TOWER_PREFIXES, NOT_TOWER)
-    _fill_tower(tower, source, resize_positions, allow_nonfinite)
+    source = part_of(directory_source(path), module.PREFIXES, drop, _renaming(module))
+    _fill_tower(tower, module, source, resize_positions, allow_nonfinite)
 
 
-def _fill_tower(tower: nn.Module, source: Source, resize_positions: bool, allow_nonfinite: bool) -> None:
-    shape = source.shapes.get(PATCH, ())
-    if isinstance(tower, Siglip2VisionModel) and len(shape) == 4:
-        # A convolution over whole patches is a linear layer on (y, x, channel) patches.
-        flat = (shape[0], shape[1] * shape[2] * shape[3])
-        source = _changed(source, PATCH, flat, lambda kernel: kernel.permute(0, 2, 3, 1).flatten(1).contiguous())
-    wanted = expected_shapes(tower)[POSITIONS]
-    if resize_positions and POSITIONS in source.shapes and source.shapes[POSITIONS][1:] == wanted[1:]:
-        source = _changed(source, POSITIONS, wanted, lambda table: resample_position_table(table, wanted[0]))
+def _left_out(module: Any, config: Any) -> str:
+    """Names that the tower does not have: those of the encoder's file, and what lies above its feature layers."""
+    patterns = [module.LEFT_OUT]
+    if getattr(config, "feature_layers", None):
+        used = "|".join(map(str, range(config.num_hidden_layers)))
+        patterns.append(rf"{re.escape(module.BLOCKS)}(?!({used})\.)\d+\.")
+        if not config.feature_norm:
+            patterns.append(re.escape(module.NORM))
+    return "|".join(patterns)
+
+
+def _renaming(module: Any) -> Callable[[str], str]:
+    """One spelling for names that files and versions of transformers spell differently."""
+
+    def rename(name: str) -> str:
+        for pattern, replacement in getattr(module, "RENAMES", ()):
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return rename
+
+
+def _fill_tower(tower: nn.Module, module: Any, source: Source, resize_positions: bool, allow_nonfinite: bool) -> None:
+    rename = _renaming(module)
+    own = {rename(name): name for name in expected_shapes(tower)}
+    names = {own.get(name, name): name for name in source.shapes}
+    wanted = expected_shapes(tower)
+    source = _renamed(source, names)
+    for name, shape in source.shapes.items():
+        if len(shape) == 4 and wanted.get(name) == (shape[0], shape[1] * shape[2] * shape[3]):
+            # A convolution over whole patches is a linear layer on (y, x, channel) patches.
+            source = _changed(source, name, wanted[name], lambda kernel: kernel.permute(0, 2, 3, 1).flatten(1))
+    positions = getattr(module, "POSITIONS", None)
+    if (
+        resize_positions
+        and positions is not None
+        and positions in source.shapes
+        and source.shapes[positions][-1:] == wanted[positions][-1:]
+    ):
+        config = tower.config
+        source = _changed(source, positions, wanted[positions], lambda table: module.resample(table, config))
     fill(tower, source, allow_nonfinite=allow_nonfinite)
 
 
@@ -99,13 +130,16 @@ def directory_source(path: str | Path) -> Source:
     )
 
 
-def part_of(source: Source, prefixes: tuple[str, ...], drop: str) -> Source:
+def part_of(
+    source: Source, prefixes: tuple[str, ...], drop: str, rename: Callable[[str], str] = lambda name: name
+) -> Source:
     """The tensors whose names start with one of the prefixes, with the prefix removed (the first that fits any name is
     used).
 
     Args:
         prefixes: tried in order; `""` takes every tensor.
-        drop: regular expression of names (after the prefix) to leave out.
+        drop: regular expression of names (after the prefix and `rename`) to leave out.
+        rename: to the spelling that `drop` means.
 
     Raises:
         CheckpointError: no name starts with any of them.
@@ -117,15 +151,20 @@ def part_of(source: Source, prefixes: tuple[str, ...], drop: str) -> Source:
             f" {sorted(source.shapes)[:3]}"
         )
     names = {
-        name.removeprefix(prefix): name
+        rename(name.removeprefix(prefix)): name
         for name in source.shapes
-        if name.startswith(prefix) and not re.match(drop, name.removeprefix(prefix))
+        if name.startswith(prefix) and not re.match(drop, rename(name.removeprefix(prefix)))
     }
+    return _renamed(source, names)
+
+
+def _renamed(source: Source, names: Mapping[str, str]) -> Source:
+    """The tensors `names[new]` of a source by their new names."""
     return Source(
         source.origin,
-        {short: source.shapes[name] for short, name in names.items()},
-        {short: source.dtypes[name] for short, name in names.items()},
-        lambda short: source.read(names[short]),
+        {new: source.shapes[name] for new, name in names.items()},
+        {new: source.dtypes[name] for new, name in names.items()},
+        lambda new: source.read(names[new]),
     )
 
 

@@ -39,8 +39,11 @@ def image_settings(folder: Path) -> dict[str, Any] | None:
     return read_json(single) if single.exists() else None
 
 
-def checked_image_settings(folder: Path) -> dict[str, Any] | None:
+def checked_image_settings(folder: Path, *, crop: bool = False) -> dict[str, Any] | None:
     """`image_settings`, if they describe what this library does: resize, divide by 255, normalise.
+
+    Args:
+        crop: the reader can cut out the middle of the resized image too (CLIP, DINOv2).
 
     Raises:
         CheckpointError: another step, or one left out.
@@ -49,7 +52,7 @@ def checked_image_settings(folder: Path) -> dict[str, Any] | None:
     if values is None:
         return None
     for key, wanted in IMAGE_STEPS.items():
-        if values.get(key, wanted) not in (wanted, None):
+        if values.get(key, wanted) not in (wanted, None) and not (crop and key == "do_center_crop"):
             raise CheckpointError(f"{folder}: image settings have {key} {values[key]!r}, only {wanted} is supported")
     factor = values.get("rescale_factor", 1 / 255)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not abs(factor - 1 / 255) < 1e-9:

@@ -34,6 +34,11 @@ def check(model: VLM, processor: Processor) -> None:
             f"the vision tower is {model.config.encoder!r}; only {' and '.join(ARCHITECTURES)} towers have a SigLIP"
             f" checkpoint format. Keep the vlm directory, which holds the tower too"
         )
+    if getattr(model.config.vision_config, "feature_layers", None):
+        raise ConfigError(
+            "the vision tower ends at its feature layers and has no final norm that a SigLIP checkpoint needs. Keep the"
+            " vlm directory, which holds the tower too"
+        )
 
 
 def write(

@@ -19,7 +19,9 @@ SETTABLE = ("image", "projector")
 def add(commands: Any) -> None:
     """Register the command."""
     parser = command(commands, run, "new", "build a model from a vision tower and a decoder", DETAILS)
-    parser.add_argument("--encoder", required=True, metavar="A", help="SigLIP or SigLIP 2: directory, hub id or .npz")
+    parser.add_argument(
+        "--encoder", required=True, metavar="A", help="SigLIP, CLIP or DINO tower: directory, hub id or .npz"
+    )
     parser.add_argument(
         "--decoder", required=True, metavar="B", help="Gemma 1, 2 or 3, alone or in a PaliGemma: directory or hub id"
     )
@@ -35,6 +37,14 @@ def add(commands: Any) -> None:
         type=at_least(1),
         metavar="N",
         help="side in pixels; another one resamples the tower's positions",
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        nargs="+",
+        default=[-1],
+        metavar="N",
+        help="of the tower: -1 the last with its norm, -2 the one before without, several are concatenated (-1)",
     )
     parser.add_argument(
         "--tokenizer", metavar="T", help="directory, hub id or sentencepiece .model (the decoder's own)"
@@ -76,6 +86,7 @@ def run(options: Namespace) -> int:
         encoder_kind=options.encoder_kind,
         image_size=options.image_size,
         image=changed["image"],
+        layer=options.layer,
         seed=options.seed,
     )
     with published(options.out) as folder:

@@ -4,6 +4,9 @@ Papers: SigLIP (arXiv 2303.15343), SigLIP 2 (arXiv 2502.14786). Reference code: 
 `pool_type none`. The blocks and parameter names are transformers' `SiglipVisionModel`. Departures: none; the attention
 pooling head, unused by a VLM, is dropped when
 `vision_use_head` is False.
+
+Features are `post_layernorm` of the last block (`layer=-1`), or the outputs of other blocks without a norm. Another
+image size resamples the position table as big_vision does.
 """
 
 from __future__ import annotations
@@ -11,17 +14,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import SiglipVisionConfig as Config
 from transformers import SiglipVisionModel
 
-from vlm.encoders import EncoderOutput
+from vlm.encoders import EncoderOutput, check_square, final_norm, run_blocks, square_output
+from vlm.encoders import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "resample_position_table", "tiny", "transform"]
+__all__ = ["Config", "Encoder", "resample_position_table", "tiny", "tokens_for", "transform"]
+
+MODEL_TYPES = ("siglip", "siglip_vision_model")
+PREFIXES = ("vision_tower.vision_model.", "vision_model.", "model.vision_model.", "")
+LEFT_OUT = r"(head\.|text_model\.|logit_|embeddings\.position_ids)"
+POSITIONS = "embeddings.position_embedding.weight"
+BLOCKS, NORM = "encoder.layers.", "post_layernorm."
 
 
 def resample_position_table(table: Tensor, positions: int) -> Tensor:
@@ -54,8 +63,17 @@ def resample_position_table(table: Tensor, positions: int) -> Tensor:
     return grid.permute(0, 2, 3, 1).reshape(positions, -1).to(table.dtype)
 
 
+def resample(table: Tensor, config: Config) -> Tensor:
+    """The position table at the configuration's image size (`resample_position_table`)."""
+    return resample_position_table(table, tokens_for(config, int(config.image_size)))  # type: ignore[arg-type]
+
+
 class Encoder(SiglipVisionModel):
     """SigLIP patch features."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.post_layernorm = final_norm(config, self.post_layernorm)  # type: ignore[assignment]
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> EncoderOutput:
         """Encode images.
@@ -66,17 +84,12 @@ class Encoder(SiglipVisionModel):
         Raises:
             ConfigError: images of another size.
         """
-        side = int(self.config.image_size)  # type: ignore[arg-type]
-        if tuple(pixel_values.shape[1:]) != (self.config.num_channels, side, side):
-            raise ConfigError(
-                f"the siglip tower reads images of {self.config.num_channels}x{side}x{side}, got"
-                f" {tuple(pixel_values.shape[1:])};"
-                f" set the processor's image_transform.image_size to {side}"
-            )
-        features = super().forward(pixel_values.to(self.dtype), **kwargs).last_hidden_state
-        rows = side // int(self.config.patch_size)  # type: ignore[arg-type]
-        grid = torch.full((pixel_values.shape[0], 2), rows, device=features.device)
-        return EncoderOutput(features, None, grid)
+        check_square(self.config, pixel_values, "siglip")
+        hidden = self.embeddings(pixel_values.to(self.dtype))
+        features = run_blocks(
+            self.config, self.encoder.layers, self.post_layernorm, hidden, attention_mask=None, **kwargs
+        )
+        return square_output(self.config, features)
 
 
 def transform(config: Config, **settings: Any) -> ImageTransform:

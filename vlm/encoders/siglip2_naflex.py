@@ -17,10 +17,15 @@ from transformers import Siglip2VisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from vlm.encoders import EncoderOutput
+from vlm.encoders import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.transforms import ImageTransform, resize_float
 
-__all__ = ["Config", "Encoder", "resize_position_grid", "tiny", "transform"]
+__all__ = ["Config", "Encoder", "resize_position_grid", "tiny", "tokens_for", "transform"]
+
+MODEL_TYPES = ("siglip2", "siglip2_vision_model")
+PREFIXES = ("vision_tower.vision_model.", "vision_model.", "model.vision_model.", "")
+LEFT_OUT = r"(head\.|text_model\.|logit_|embeddings\.position_ids)"
 
 DEFAULT_MAX_NUM_PATCHES = 256
 """The patch budget of Google's NaFlex demo; an explicit setting wherever a model is built."""

@@ -1,0 +1,95 @@
+"""CLIP vision towers (ViT): OpenAI's, and others in transformers' CLIP format.
+
+Paper: Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020). The blocks and
+parameter names are transformers' `CLIPVisionModel`. The class token takes part in attention and is removed from the
+features.
+
+Departure: with `layer=-1` the final norm (`post_layernorm`) is applied to the patch tokens. CLIP itself applies it to
+the class token alone, and transformers' `last_hidden_state` comes without it; a projector wants features of one scale.
+`layer=-2` is LLaVA's choice, without any norm. Another image size resamples the position table as transformers'
+`interpolate_pos_encoding` does: bicubic, half-pixel centres, no antialias; the class token's row stays.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig as Config
+from transformers import CLIPVisionModel
+
+from vlm.encoders import EncoderOutput, check_square, final_norm, run_blocks, square_output
+from vlm.encoders import square_tokens as tokens_for
+from vlm.transforms import ImageTransform
+
+__all__ = ["Config", "Encoder", "resample", "tiny", "tokens_for", "transform"]
+
+MODEL_TYPES = ("clip", "clip_vision_model")
+PREFIXES = ("vision_model.", "")
+LEFT_OUT = r"(text_model\.|text_projection\.|visual_projection\.|logit_scale|embeddings\.position_ids)"
+POSITIONS = "embeddings.position_embedding.weight"
+BLOCKS, NORM = "encoder.layers.", "post_layernorm."
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of OpenAI's training images."""
+
+
+def resample(table: Tensor, config: Config) -> Tensor:
+    """float[1 + n, E], the class token's row first, to the configuration's image size."""
+    old, new = math.isqrt(table.shape[0] - 1), math.isqrt(tokens_for(config, int(config.image_size)))  # type: ignore[arg-type]
+    if old == new:
+        return table
+    grid = table[1:].float().view(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], grid.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)])
+
+
+class Encoder(CLIPVisionModel):
+    """CLIP patch features."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.post_layernorm = final_norm(config, self.post_layernorm)  # type: ignore[assignment]
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> EncoderOutput:
+        """Encode images.
+
+        Args:
+            pixel_values: float[M, 3, H, W] with H = W = `config.image_size`.
+
+        Raises:
+            ConfigError: images of another size.
+        """
+        check_square(self.config, pixel_values, "clip")
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values.to(self.dtype)))
+        features = run_blocks(
+            self.config, self.encoder.layers, self.post_layernorm, hidden, attention_mask=None, **kwargs
+        )
+        return square_output(self.config, features[:, 1:])
+
+
+def transform(config: Config, **settings: Any) -> ImageTransform:
+    """CLIP's own: the shorter side resized, bicubic, the square in the middle kept, OpenAI's mean and deviation."""
+    values = {
+        "mode": "crop",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "resample": "bicubic",
+        "mean": MEAN,
+        "std": STD,
+    }
+    return ImageTransform(**{**values, **settings})
+
+
+def tiny() -> Config:
+    """A tower of 28x28 px, patch 14, 4 patches."""
+    return Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
+    )
