@@ -136,6 +136,21 @@ def test_a_tower_read_as_naflex(parts: Path, tmp_path: Path) -> None:
     assert model(**batch).logits.isfinite().all()
 
 
+def test_a_naflex_policy(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--encoder-kind", "siglip2_naflex", "--naflex", "native"]
+    _, processor = made(parts, tmp_path / "out", *options)
+    assert processor.image_transform.naflex == "native" and processor.image_transform.grid(20, 60) == (2, 5)
+    capsys.readouterr()
+    assert (
+        main(
+            ["new", "--encoder", str(parts / "siglip"), "--decoder", str(parts / "gemma"), *options[2:]]
+            + ["--out", str(tmp_path / "b")]
+        )
+        == 2
+    )
+    assert "reads squares" in capsys.readouterr().err
+
+
 def test_another_tokenizer(parts: Path, tmp_path: Path) -> None:
     model, processor = made(parts, tmp_path / "out", "--tokenizer", str(parts / "spm" / "gemma.model"))
     ours = vlm.new(parts / "siglip", "linear", parts / "gemma")[1]

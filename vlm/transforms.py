@@ -30,6 +30,7 @@ from vlm.resize import resize_bilinear
 
 Mode = Literal["squash", "crop", "letterbox", "naflex"]
 Rounding = Literal["nearest", "down"]
+Policy = Literal["fill", "native"]
 FLOAT_FILTERS = ("bilinear", "bicubic")
 """Filters of the float resize; the others exist in Pillow only."""
 RESAMPLING = {
@@ -66,6 +67,8 @@ class ImageTransform:
         image_size: side of the square in pixels (all but `naflex`).
         resize_shortest: the shorter side in pixels before the square is cut out (`crop`); None: the square's.
         max_num_patches: patch budget of an image (`naflex`). No default: it decides quality and cost.
+        naflex: what an image below the budget becomes (`naflex`): `fill` enlarges it to the budget, as the original;
+            `native` keeps its resolution. Files that do not say mean `fill`.
         mean, std: per-channel normalisation of values in [0, 1].
         resample: `nearest`, `bilinear`, `bicubic` or `lanczos`.
         antialias: widen the filter when an image shrinks. False is the default of big_vision's own `resize` and the
@@ -80,6 +83,7 @@ class ImageTransform:
     image_size: int | None = None
     resize_shortest: int | None = None
     max_num_patches: int | None = None
+    naflex: Policy = "fill"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resample: str = "bicubic"
@@ -96,6 +100,7 @@ class ImageTransform:
         if not isinstance(self.resample, str) or self.resample not in RESAMPLING:
             raise ConfigError(f"unknown resample filter {self.resample!r}; known: {', '.join(RESAMPLING)}")
         self._check_resize()
+        self._check_policy()
         needed = "max_num_patches" if self.mode == "naflex" else "image_size"
         for name in ("patch_size", needed):
             value = getattr(self, name)
@@ -124,6 +129,18 @@ class ImageTransform:
                 f" {self.resample!r}"
             )
 
+    def _check_policy(self) -> None:
+        if self.naflex not in get_args(Policy):
+            known = get_args(Policy)
+            raise ConfigError(
+                f"unknown naflex policy {self.naflex!r}{nearest(str(self.naflex), known)}; known: {known}"
+            )
+        if self.mode != "naflex" and self.naflex != "fill":
+            raise ConfigError(
+                f"naflex={self.naflex!r} is for towers that take any aspect ratio; this one reads squares (mode"
+                f" {self.mode!r}): leave it out, or read a SigLIP tower as siglip2_naflex"
+            )
+
     @property
     def _side(self) -> int:
         return self.image_size or 0
@@ -145,10 +162,15 @@ class ImageTransform:
         """(rows, columns) of the patch grid that an image of this size gets."""
         if self.mode == "naflex":
             assert self.max_num_patches is not None
-            return naflex_grid(height, width, self.patch_size, self.max_num_patches)
+            return naflex_grid(height, width, self.patch_size, self.max_num_patches, self.naflex)
         assert self.image_size is not None
         side = self.image_size // self.patch_size
         return side, side
+
+    def effective_resolution(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels at which the tower sees an image of this size: its grid of whole patches."""
+        rows, columns = self.grid(height, width)
+        return rows * self.patch_size, columns * self.patch_size
 
     @property
     def max_patches(self) -> int:
@@ -162,7 +184,8 @@ class ImageTransform:
         """One line for people: the effective resolution and the number of patches."""
         if self.mode == "naflex":
             side = round(math.sqrt(self.max_patches)) * self.patch_size
-            return f"naflex, at most {self.max_patches} patches of {self.patch_size} px (about {side}x{side} px)"
+            small = ", smaller images keep their size" if self.naflex == "native" else ""
+            return f"naflex, at most {self.max_patches} patches of {self.patch_size} px (about {side}x{side} px){small}"
         assert self.image_size is not None
         rows, columns = self.grid(0, 0)
         seen = rows * self.patch_size
@@ -315,16 +338,20 @@ def patch_coordinates(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
 
 
-def naflex_grid(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
+def naflex_grid(
+    height: int, width: int, patch_size: int, max_num_patches: int, policy: Policy = "fill"
+) -> tuple[int, int]:
     """The NaFlex patch grid: the largest scale at which whole patches that cover the image fit the budget.
 
     With s the scale, the grid is (ceil(s*H/p), ceil(s*W/p)), each at least 1; s is found by the bisection of big_vision
-    (`ops_naflex.get_resize_ratio`): on [eps/10, 100], until the interval is shorter than eps = 1e-5.
+    (`ops_naflex.get_resize_ratio`): on [eps/10, 100], until the interval is shorter than eps = 1e-5. `native` stops at
+    s = 1: an image that fits the budget is stretched by less than a patch per side, to whole patches.
 
     Args:
         height, width: image size in pixels.
         patch_size: side of a patch in pixels.
         max_num_patches: patch budget.
+        policy: `fill` or `native`.
 
     Returns:
         (rows, columns), rows * columns <= max_num_patches.
@@ -344,6 +371,8 @@ def naflex_grid(height: int, width: int, patch_size: int, max_num_patches: int) 
     def fit(scale: float) -> bool:
         return math.prod(grid(scale)) <= max_num_patches
 
+    if policy == "native" and fit(1.0):
+        return grid(1.0)
     eps = 1e-5
     low, high = eps / 10, 100.0
     while high - low >= eps:

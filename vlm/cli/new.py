@@ -53,6 +53,11 @@ def add(commands: Any) -> None:
         "--encoder-kind", metavar="K", help="read the tower as another kind: siglip2_naflex takes any aspect ratio"
     )
     parser.add_argument("--max-num-patches", type=at_least(1), metavar="N", help="budget of a NaFlex tower (256)")
+    parser.add_argument(
+        "--naflex",
+        choices=("fill", "native"),
+        help="NaFlex images below the budget: enlarged to it (fill, as SigLIP 2) or kept as they are (native)",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the weights that are drawn (0)")
     parser.add_argument(
         "--set",
@@ -71,6 +76,8 @@ def run(options: Namespace) -> int:
     changed = settings_of(options.overrides)
     if options.max_num_patches is not None:
         changed["image"]["max_num_patches"] = options.max_num_patches
+    if options.naflex is not None:
+        changed["image"]["naflex"] = options.naflex
     console.quiet_transformers()
     from vlm.build import new, stored_rows
     from vlm.checkpoints import save
