@@ -203,7 +203,9 @@ def test_recorded_preprocessing(folders: Path, tmp_path: Path) -> None:
     assert (boxed.mode, boxed.resize_shortest) == ("letterbox", None)
 
 
-@pytest.mark.parametrize("size", [(70, 30), (25, 80), (40, 40), (28, 28), (31, 29)])
+@pytest.mark.parametrize(
+    "size", [(70, 30), (25, 80), (40, 40), (28, 28), (31, 29), (1, 1), (200, 1), (2, 301), (7, 300)]
+)
 def test_crop_is_transformers_clip_preprocessing(size: tuple[int, int]) -> None:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -212,6 +214,14 @@ def test_crop_is_transformers_clip_preprocessing(size: tuple[int, int]) -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
     want = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
     assert (own([image]).pixel_values[0] - want).abs().max() < 1e-5
+
+
+def test_crop_of_a_line_needs_little_memory() -> None:
+    """At its scale the whole line would be 8.4 million pixels long."""
+    module = part("vlm.encoders", "clip")
+    line = Image.new("RGB", (300_000, 1), "red")
+    values = module.transform(module.tiny())([line]).pixel_values
+    assert values.shape == (1, 3, 28, 28) and float((values - values[..., :1, :1]).abs().max()) == 0
 
 
 def test_crop_settings_are_checked() -> None:
