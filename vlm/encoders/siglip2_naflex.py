@@ -3,18 +3,24 @@
 Paper: SigLIP 2, section 2.4.2 (arXiv 2502.14786). Reference code: big_vision `models/proj/image_text/naflex_vit.py`.
 The blocks and parameter names are transformers' `Siglip2VisionModel`. Departure from transformers: the position grid is
 resized one axis at a time, because torch's antialiased resize to a width of 1 repeats the first row on the CPU and
-would give every patch of an h x 1 image one position.
+would give every patch of an h x 1 image one position. And padding is never computed: see `Encoder`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Siglip2VisionConfig as Config
 from transformers import Siglip2VisionModel
-from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.siglip2.modeling_siglip2 import (
+    Siglip2Attention,
+    Siglip2VisionEmbeddings,
+    eager_attention_forward,
+)
 
 from vlm.encoders import EncoderOutput
 from vlm.encoders import square_tokens as tokens_for
@@ -61,17 +67,81 @@ class Embeddings(Siglip2VisionEmbeddings):
         return torch.stack([resized[int(r), int(c)] for r, c in spatial_shapes.tolist()])
 
 
+class PackedEmbeddings(Embeddings):
+    """The same for real patches only, laid end to end."""
+
+    def forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:  # type: ignore[override]
+        """float[T, P*P*3] and the grid of each image -> float[T, E]. Images with equal grids share one resize."""
+        side = self.position_embedding_size
+        table = self.position_embedding.weight.reshape(side, side, -1)
+        # Kept for this call only: the table may change between two, and each call has its own autograd graph.
+        resized = {grid: resize_position_grid(table, *grid) for grid in dict.fromkeys(grids)}
+        embedded: Tensor = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
+        return embedded + torch.cat([resized[grid] for grid in grids])
+
+
+class Group(NamedTuple):
+    """Neighbouring images of one length in a packed line: their attention is one batch."""
+
+    start: int
+    images: int
+    length: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.images * self.length)
+
+
+def packing(lengths: list[int]) -> tuple[list[int], list[Group]]:
+    """The order in which images are laid end to end, equal lengths together, and the groups in that order.
+
+    For lengths [4, 6, 4]: order [0, 2, 1], groups (start 0, 2 images of 4) and (start 8, 1 image of 6).
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups, start = [], 0
+    for length, members in itertools.groupby(order, key=lengths.__getitem__):
+        images = len(list(members))
+        groups.append(Group(start, images, length))
+        start += images * length
+    return order, groups
+
+
+class PackedAttention(Siglip2Attention):
+    """Attention inside each image of a packed line of patches, without a mask."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: None = None, *, groups: list[Group], **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """float[T, E] -> float[T, E]; `groups` say which rows are an image."""
+        queries, keys, values = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        outputs = []
+        for group in groups:
+            heads = [
+                line[group.rows].view(group.images, group.length, self.num_heads, self.head_dim).transpose(1, 2)
+                for line in (queries, keys, values)
+            ]
+            dropout = self.dropout if self.training else 0.0
+            output, _ = attend(self, *heads, None, is_causal=False, scaling=self.scale, dropout=dropout)
+            outputs.append(output.reshape(group.images * group.length, -1))
+        return self.out_proj(torch.cat(outputs)), None
+
+
 class Encoder(Siglip2VisionModel):
-    """SigLIP 2 NaFlex patch features; padding rows are marked by the mask."""
+    """SigLIP 2 NaFlex patch features; padding rows are zero, and marked by the mask.
+
+    Every layer runs on real patches only, laid end to end, and attention on one image (or images of one length) at a
+    time: a batch costs what its patches cost, however the sizes are mixed.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.embeddings = Embeddings(config)
+        self.embeddings = PackedEmbeddings(config)
+        for layer in self.encoder.layers:
+            layer.self_attn = PackedAttention(config)
         self.post_init()
 
-    def forward(
-        self, pixel_values: Tensor, pixel_attention_mask: Tensor, spatial_shapes: Tensor, **kwargs: Any
-    ) -> EncoderOutput:
+    def forward(self, pixel_values: Tensor, pixel_attention_mask: Tensor, spatial_shapes: Tensor) -> EncoderOutput:
         """Encode patchified images.
 
         Args:
@@ -83,20 +153,23 @@ class Encoder(Siglip2VisionModel):
             ConfigError: the mask and the grids count different numbers of patches.
         """
         mask = pixel_attention_mask.bool()
-        counted, stated = mask.sum(1), spatial_shapes.prod(1)
-        if not torch.equal(counted, stated.to(counted.dtype)):
+        grids = [(rows, columns) for rows, columns in spatial_shapes.tolist()]
+        lengths = [rows * columns for rows, columns in grids]
+        counted = mask.sum(1).tolist()
+        if counted != lengths:
             raise ConfigError(
-                f"pixel_attention_mask marks {counted.tolist()} patches per image, spatial_shapes give"
-                f" {stated.tolist()};"
+                f"pixel_attention_mask marks {counted} patches per image, spatial_shapes give {lengths};"
                 " both come from the processor, pass them unchanged"
             )
-        output = super().forward(
-            pixel_values=pixel_values.to(self.dtype),
-            pixel_attention_mask=pixel_attention_mask,
-            spatial_shapes=spatial_shapes,
-            **kwargs,
-        )
-        return EncoderOutput(output.last_hidden_state, mask, spatial_shapes)
+        order, groups = packing(lengths)
+        by_image = mask.flatten().nonzero().squeeze(1).split(lengths)
+        places = torch.cat([by_image[i] for i in order])
+        hidden = self.embeddings(pixel_values.flatten(0, 1)[places], [grids[i] for i in order])
+        for layer in self.encoder.layers:
+            hidden = layer(hidden, None, groups=groups)
+        hidden = self.post_layernorm(hidden)
+        features = hidden.new_zeros(mask.numel(), hidden.shape[1]).index_copy(0, places, hidden)
+        return EncoderOutput(features.view(*mask.shape, -1), mask, spatial_shapes)
 
 
 def transform(config: Config, **settings: Any) -> ImageTransform:
