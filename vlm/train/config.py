@@ -87,12 +87,26 @@ class DataConfig:
     """Image folder of `train` (when it is one file) and `val`; None: each annotation file's own folder."""
     cache_images_mb: int = 256
     """Decoded images kept in memory by each loading process, in MB; 0 decodes every time."""
+    max_num_patches: int | list[int] | None = None
+    """Patch budget of training images of a NaFlex tower; of a list, each step draws one. None: the model's own, which
+    validation and the saved model keep in any case."""
 
     def __post_init__(self) -> None:
         if isinstance(self.train, list) and not self.train:
             raise ConfigError("train: the list of files is empty")
         if self.cache_images_mb < 0:
             raise ConfigError(f"cache_images_mb must be 0 or more, got {self.cache_images_mb}")
+        if self.max_num_patches is not None and (not self.budgets() or min(self.budgets()) < 1):
+            raise ConfigError(
+                f"max_num_patches is {self.max_num_patches!r}, expected patches per image (1 or more) or a list such as"
+                f" [128, 256, 576, 784, 1024]; leave it out to train with the model's own budget"
+            )
+
+    def budgets(self) -> list[int]:
+        """The patch budgets that training draws from; empty: the model's own."""
+        if isinstance(self.max_num_patches, int):
+            return [self.max_num_patches]
+        return self.max_num_patches or []
 
     def sources(self) -> list[Source]:
         """The training files as a mixture."""

@@ -1,5 +1,6 @@
 """From a `Key` to a batch: the dataset's items are whole micro-batches, so all slow work is the loading process's."""
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from vlm.data import Example
-from vlm.errors import DataError, ImageError, VLMError
+from vlm.errors import ConfigError, DataError, ImageError, VLMError
 from vlm.images import load_image
 from vlm.processor import Batch, Processor
 from vlm.train.augment import Augmentation
-from vlm.train.plan import Key, Mixture, StepSampler
+from vlm.train.plan import Key, Mixture, StepSampler, drawn
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class MicroBatches(Dataset[MicroBatch]):
     An item depends on the key alone: never on what was loaded before it, by which process, or on any global random
     state. Images that do not decode are replaced by other examples and reported in the item. Errors meant for the user
     travel in the item too, because an exception that crosses a process border loses its one-line message.
+    Of `budgets` (patches per image, for a NaFlex tower) each optimizer step draws one.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class MicroBatches(Dataset[MicroBatch]):
         max_text_length: int | None = None,
         augmentations: Sequence[Augmentation] = (),
         cache_images_mb: int = 0,
+        budgets: Sequence[int] = (),
     ) -> None:
         assert len(examples) == mixture.num_examples
         self.examples, self.mixture, self.processor = examples, mixture, processor
@@ -74,13 +77,14 @@ class MicroBatches(Dataset[MicroBatch]):
         # By image, not by example: a picture often has several questions.
         self._cache: dict[Path | int, Image.Image] = {}
         self._cache_left = cache_images_mb * 10**6
+        self._by_budget = {budget: with_budget(processor, budget) for budget in budgets}
 
     def __getitem__(self, key: Key) -> MicroBatch:
         item = MicroBatch(key, None)
         try:
             chosen = [self._pick(position, item) for position in key.positions]
             examples = [self.examples[index] for index, _ in chosen]
-            item.batch = self.processor(
+            item.batch = self._processor(key)(
                 [image for _, image in chosen],
                 [example.prefix for example in examples],
                 [example.suffix or "" for example in examples],
@@ -90,6 +94,12 @@ class MicroBatches(Dataset[MicroBatch]):
         except VLMError as error:
             item.error = error
         return item
+
+    def _processor(self, key: Key) -> Processor:
+        """The processor with the patch budget of the key's optimizer step."""
+        if not self._by_budget:
+            return self.processor
+        return self._by_budget[drawn(self.mixture.seed, key.step, list(self._by_budget))]
 
     def _pick(self, position: int, item: MicroBatch) -> tuple[int, Image.Image]:
         """The example at a position and its image; while images fail, the position's next substitute."""
@@ -126,6 +136,22 @@ class MicroBatches(Dataset[MicroBatch]):
             for augmentation in self.augmentations:
                 image = augmentation(image, rng)
         return image
+
+
+def with_budget(processor: Processor, budget: int) -> Processor:
+    """The same processor with another patch budget.
+
+    Raises `ConfigError` when its images are squares.
+    """
+    transform = processor.image_transform
+    if transform.mode != "naflex":
+        raise ConfigError(
+            f"data.max_num_patches: {budget} patches, but the model's tower reads squares ({transform.describe()});"
+            " leave it out, or start from a NaFlex model (`vlm new --encoder-kind siglip2_naflex`)"
+        )
+    other = copy.copy(processor)
+    other.image_transform = replace(transform, max_num_patches=budget)
+    return other
 
 
 def check_lengths(examples: Sequence[Example], processor: Processor, max_text_length: int | None) -> int:

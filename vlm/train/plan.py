@@ -11,7 +11,7 @@ micro-batches:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -96,6 +96,11 @@ def _random(seed: int, purpose: int, a: int, b: int, size: int) -> np.ndarray:
 @lru_cache(maxsize=4)
 def _epoch_order(mixture: Mixture, epoch: int) -> np.ndarray:
     return mixture._order(epoch)
+
+
+def drawn(seed: int, step: int, choices: Sequence[int]) -> int:
+    """One of `choices` for an optimizer step, each as likely: the same on every rank, and after a resume."""
+    return choices[int(_random(seed, 5, step, 0, size=1)[0] % np.uint64(len(choices)))]
 
 
 def steps_of(epochs: float, epoch_length: int, batch_size: int) -> int:

@@ -67,6 +67,7 @@ class Stage:
             max_text_length=self.config.max_text_length,
             augmentations=pipeline(self.config.augment),
             cache_images_mb=self.run.data.cache_images_mb,
+            budgets=self.run.data.budgets(),
         )
 
 
