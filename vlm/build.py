@@ -57,7 +57,8 @@ def new(
             this library), or a text configuration for new weights.
         tokenizer: a tokenizer or where to find one (a sentencepiece `.model` too); by default the decoder checkpoint's.
             `<loc>`, `<seg>` and `<image>` tokens are added when missing.
-        encoder_kind: read a SigLIP checkpoint as another kind: `siglip2_naflex` runs a FixRes tower at any aspect ratio
+        encoder_kind: an encoder of your own, `mylab.towers:MyTower` (call `vlm.encoders.use` with it first), or a
+            SigLIP checkpoint read as another kind: `siglip2_naflex` runs a FixRes tower at any aspect ratio
             (the same function at its own grid: the patch convolution becomes the equal linear layer).
         image_size: side of the square images in pixels; by default the checkpoint's. Another size resamples the tower's
             position table as its encoder's file says. A NaFlex tower has a budget instead:
@@ -132,7 +133,9 @@ def _located(source: Any) -> Any:
 
 
 def _vision(encoder: Any, kind: str | None, image_size: int | None) -> tuple[str, PreTrainedConfig]:
-    source, config = _own_vision(encoder)
+    if kind is not None and ":" in kind:
+        part("vlm.encoders", kind)  # refused with the way to make it known
+    source, config = _own_vision(encoder, kind)
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False  # the pooling head would never get a gradient
     config.dtype = None
@@ -143,10 +146,10 @@ def _vision(encoder: Any, kind: str | None, image_size: int | None) -> tuple[str
     return kind or source, config
 
 
-def _own_vision(encoder: Any) -> tuple[str, PreTrainedConfig]:
+def _own_vision(encoder: Any, own: str | None) -> tuple[str, PreTrainedConfig]:
     """(encoder kind, a configuration of its own) as the encoder says it."""
     if isinstance(encoder, PreTrainedConfig):
-        kind = model_types().get(encoder.model_type)
+        kind = model_types(own).get(encoder.model_type)
         if kind is None:
             raise ConfigError(f"no encoder takes a {type(encoder).__name__}; known: {', '.join(kinds('vlm.encoders'))}")
         if type(encoder) is part("vlm.encoders", kind).Config and not hasattr(
@@ -165,7 +168,7 @@ def _own_vision(encoder: Any) -> tuple[str, PreTrainedConfig]:
         raise ConfigError(
             f"{encoder}: is a whole model; write its tower first: vlm export {encoder} --to tower --out DIR"
         )
-    known = model_types()
+    known = model_types(own)
     source = known.get(str(values.get("model_type")))
     if source is None:
         raise ConfigError(

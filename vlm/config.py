@@ -29,13 +29,24 @@ def kinds(package: str) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
 
 
+OWN_ENCODERS: dict[str, Any] = {}
+"""Encoders of the user's own by `MODULE:CLASS`, put here by `vlm.encoders.use` and by nothing else."""
+
+
 def part(package: str, kind: str) -> Any:
     """Import the file of a part by its exact kind.
 
     Raises:
         ConfigError: there is no such kind; the message lists the known ones.
     """
+    if package == "vlm.encoders" and kind in OWN_ENCODERS:
+        return OWN_ENCODERS[kind]
     known = kinds(package)
+    if package == "vlm.encoders" and ":" in kind:
+        raise ConfigError(
+            f"the encoder {kind!r} is code outside this library, which no configuration can load: if you trust it, call"
+            f" vlm.encoders.use({kind!r}) first, or give `--encoder-class {kind}` on the command line"
+        )
     if kind not in known:
         what = package.rsplit(".", 1)[-1].rstrip("s")
         raise ConfigError(f"unknown {what} {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")

@@ -238,7 +238,7 @@ class ImageTransform:
         if max(image.size) > 256 * least:  # what lies far from the middle is cut off anyway, and may fill the memory
             reach = [min(side, 256 * least + side % 2) for side in image.size]
             start = [(side - kept) // 2 for side, kept in zip(image.size, reach, strict=True)]
-            image = image.crop((*start, start[0] + reach[0], start[1] + reach[1]))
+            image = image.crop((start[0], start[1], start[0] + reach[0], start[1] + reach[1]))
         wide = (short * image.width // least, short * image.height // least)
         if image.size != wide:
             image = self._resize(image, wide)

@@ -13,6 +13,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run, options = parse(argv)
         with endings():
+            if options.encoder_class:
+                from vlm.encoders import use
+
+                use(options.encoder_class)
             return run(options)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0

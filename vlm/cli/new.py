@@ -90,7 +90,7 @@ def run(options: Namespace) -> int:
         {"kind": options.projector, **changed["projector"]},
         options.decoder,
         options.tokenizer,
-        encoder_kind=options.encoder_kind,
+        encoder_kind=options.encoder_kind or options.encoder_class,
         image_size=options.image_size,
         image=changed["image"],
         layer=options.layer,

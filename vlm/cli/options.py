@@ -24,6 +24,9 @@ class Parser(ArgumentParser):
 def command(commands: Any, run: Run, name: str, help: str, details: str = "") -> ArgumentParser:
     parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {details}".rstrip())
     parser.set_defaults(run=run)
+    parser.add_argument(
+        "--encoder-class", metavar="M:C", help="an encoder of your own that the model needs, as mylab.towers:MyTower"
+    )
     return parser
 
 

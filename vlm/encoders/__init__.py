@@ -25,15 +25,49 @@ and nothing else is needed: `VLMConfig(encoder="my_file")` and `vlm.new` find it
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.config import kinds, part
+from vlm.config import OWN_ENCODERS, kinds, part
 from vlm.errors import ConfigError
+
+CONTRACT = ("Config", "transform", "tokens_for", "MODEL_TYPES", "PREFIXES", "LEFT_OUT")
+"""What an encoder's file defines beside its tower; `tiny` is for the tests of this library."""
+
+
+def use(name: str) -> Any:
+    """Make an encoder of one's own known in this process, for `vlm.new(encoder_kind=name)` and for opening models.
+
+    Only a call imports it: a name in a downloaded configuration never does.
+
+    Args:
+        name: `MODULE:CLASS`, such as `mylab.towers:MyTower`. The module is a file as described above; the class is its
+            `Encoder`.
+
+    Returns:
+        The encoder, with the attributes of its module.
+
+    Raises:
+        ConfigError: it cannot be imported, or lacks a part of the contract.
+    """
+    module_name, _, class_name = name.partition(":")
+    if not module_name or not class_name:
+        raise ConfigError(f"encoder {name!r}: expected MODULE:CLASS, such as mylab.towers:MyTower")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"encoder {name!r} cannot be imported ({error}); install it, or set PYTHONPATH") from error
+    missing = [entry for entry in (*CONTRACT, class_name) if not hasattr(module, entry)]
+    if missing:
+        raise ConfigError(f"encoder {name!r}: {module_name} has no {', '.join(missing)}; see docs/encoders.md")
+    OWN_ENCODERS[name] = SimpleNamespace(**{**vars(module), "Encoder": getattr(module, class_name)})
+    return OWN_ENCODERS[name]
 
 
 class EncoderOutput(NamedTuple):
@@ -50,8 +84,10 @@ class EncoderOutput(NamedTuple):
     grid: Tensor
 
 
-def model_types() -> dict[str, str]:
-    """Encoder kind by the `model_type` of the checkpoints that it reads."""
+def model_types(own: str | None = None) -> dict[str, str]:
+    """Encoder kind by the `model_type` of the checkpoints that it reads; an encoder of one's own comes first."""
+    if own in OWN_ENCODERS:
+        return {name: own for name in OWN_ENCODERS[own].MODEL_TYPES}
     return {name: kind for kind in kinds("vlm.encoders") for name in part("vlm.encoders", kind).MODEL_TYPES}
 
 

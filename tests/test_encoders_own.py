@@ -1,0 +1,87 @@
+"""An encoder of the user's own: examples/own_encoder.py, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vlm
+from vlm.cli import main
+from vlm.encoders import use
+from vlm.errors import VLMError
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "own_encoder:PatchTower"
+
+
+def python(*words: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{path}:{ROOT}"}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own") / "model"
+    done = python(str(ROOT / "examples" / "own_encoder.py"), str(folder))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{folder}: encoder {NAME}, 4 patches per image\n"
+    return folder
+
+
+def test_opened_on_the_command_line(built: Path) -> None:
+    done = python("-m", "vlm", "info", str(built), "--encoder-class", NAME, path=str(ROOT / "examples"))
+    assert done.returncode == 0 and NAME in done.stdout, done.stderr
+    done = python("-m", "vlm", "check", str(built), "--encoder-class", NAME, path=str(ROOT / "examples"))
+    assert done.returncode == 0 and " 0 FAIL" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_configuration_never_imports(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module could be imported, and would leave a mark; the refusal says how to open the model."""
+    mark = tmp_path / "imported"
+    (tmp_path / "own_encoder.py").write_text(f"open({str(mark)!r}, 'w').close()\nPatchTower = None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(VLMError, match=rf"no configuration can load.*vlm.encoders.use\('{NAME}'\).*--encoder-class"):
+        vlm.load(built)
+    assert not mark.exists() and "own_encoder" not in sys.modules
+    with pytest.raises(VLMError, match="own_encoder has no Config, transform"):
+        use(NAME)
+    assert mark.exists()
+    sys.modules.pop("own_encoder")
+    with pytest.raises(VLMError, match="no configuration can load"):
+        vlm.load(built)  # what was refused is not known
+
+
+def test_bad_names(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, message in (("own", "expected MODULE:CLASS"), ("not_there_xyz:A", "cannot be imported")):
+        with pytest.raises(VLMError, match=message):
+            use(name)
+        assert main(["info", str(built), "--encoder-class", name]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_new_from_a_checkpoint_of_its_own(built: Path, tmp_path: Path) -> None:
+    """`vlm new --encoder-class`: the tower's weights come from its checkpoint; without the option it is refused."""
+    from safetensors.torch import load_file, save_file
+
+    from vlm.presets import tiny
+
+    model, processor = tiny()
+    model.model.language_model.save_pretrained(tmp_path / "gemma")
+    processor.tokenizer.save_pretrained(tmp_path / "gemma")
+    prefix = "model.vision_tower."
+    stored = {n: t for file in built.glob("*.safetensors") for n, t in load_file(file).items()}
+    tower = {n.removeprefix(prefix): t * 2 for n, t in stored.items() if n.startswith(prefix)}
+    (tmp_path / "tower").mkdir()
+    save_file({**tower, "classifier.weight": tower["norm.weight"].clone()}, tmp_path / "tower" / "model.safetensors")
+    (tmp_path / "tower" / "config.json").write_text('{"model_type": "patch_tower", "hidden_size": 32}')
+    words = ["new", "--encoder", str(tmp_path / "tower"), "--decoder", str(tmp_path / "gemma")]
+    words += ["--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    done = python("-m", "vlm", *words, "--encoder-class", NAME, path=str(ROOT / "examples"))
+    assert done.returncode == 0, done.stderr
+    made = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+    assert tower and all((made[prefix + name] == value).all() for name, value in tower.items())
