@@ -213,10 +213,10 @@ def test_configuration_is_checked(values: dict, message: str) -> None:
 
 def test_projector_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match="did you mean 'depth'"):
-        tiny(projector={"kind": "mlp", "dept": 3})  # type: ignore[arg-type]
+        tiny(projector={"kind": "mlp", "dept": 3})
     with pytest.raises(ConfigError, match="depth is 1"):
-        tiny(projector={"kind": "mlp", "depth": 1})  # type: ignore[arg-type]
-    model, _ = tiny(projector={"kind": "mlp", "depth": 3})  # type: ignore[arg-type]
+        tiny(projector={"kind": "mlp", "depth": 1})
+    model, _ = tiny(projector={"kind": "mlp", "depth": 3})
     assert len(model.model.multi_modal_projector.layers) == 3
 
 

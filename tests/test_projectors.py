@@ -138,7 +138,7 @@ def test_different_shapes_without_a_mask(settings: dict[str, Any]) -> None:
 def test_number_of_tokens(settings: dict[str, Any]) -> None:
     """Declared = produced = counted without the projector, for all grids up to 9 x 9; longer axes never give fewer."""
     projector = build(settings)
-    for grid in itertools.product(range(1, 10), repeat=2):
+    for grid in itertools.product(range(1, 10), range(1, 10)):
         count = projectors.num_tokens(settings, grid)
         assert count == projector.num_tokens(grid) == len(alone(projector, noise(math.prod(grid), WIDTH), grid)) >= 1
         for longer in ((grid[0] + 1, grid[1]), (grid[0], grid[1] + 1)):

@@ -120,8 +120,8 @@ def generate_ids(
     with _in_eval_mode(model):
         if beam_search == "big_vision" and (settings.num_beams or 1) > 1:
             return _big_vision(model, batch, settings)
-        generate_with: Any = model.generate
-        output: torch.Tensor = generate_with(**batch, generation_config=settings)
+        mixin: Any = model  # transformers types `self` of generate as a class of its own
+        output: torch.Tensor = mixin.generate(**batch, generation_config=settings)
     return output[:, batch.input_ids.shape[1] :]
 
 
