@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,19 @@ def test_refusals() -> None:
         ImageTransform(mode="naflex", patch_size=14, max_num_patches=4, naflex="natve")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="reads squares"):
         ImageTransform(mode="squash", patch_size=14, image_size=28, naflex="native")
+
+
+def test_the_table_of_the_docs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "naflex.md").read_text()
+    rows = re.findall(r"^\| (\d+ x \d+) \| (\d+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 8
+    for image, budget, cells in rows:
+        width, height = map(int, image.split(" x "))
+        expected = []
+        for policy in ("fill", "native"):
+            transform = ImageTransform(
+                mode="naflex", patch_size=16, max_num_patches=int(budget), resample="bilinear", naflex=policy
+            )
+            grid, seen = transform.grid(height, width), transform.effective_resolution(height, width)
+            expected += [f"{grid[0]} x {grid[1]}", f"{seen[1]} x {seen[0]}", str(math.prod(grid))]
+        assert cells.split(" | ") == expected, image
