@@ -136,8 +136,8 @@ def _vision(encoder: Any, kind: str | None, image_size: int | None) -> tuple[str
     if kind is not None and ":" in kind:
         part("vlm.encoders", kind)  # refused with the way to make it known
     source, config = _own_vision(encoder, kind)
-    if hasattr(config, "vision_use_head"):
-        config.vision_use_head = False  # the pooling head would never get a gradient
+    for name, value in getattr(part("vlm.encoders", source), "FIXED", {}).items():
+        setattr(config, name, value)
     config.dtype = None
     name = type(encoder).__name__ if isinstance(encoder, PreTrainedConfig) else str(encoder)
     if kind not in (None, source):

@@ -18,6 +18,7 @@ and, where it applies,
     RENAMES      (regular expression, replacement) pairs: names of tensors in files, and in other versions of
                  transformers, to one spelling
     POSITIONS    name of the learned position table, and `resample(table, config) -> Tensor`: it at another image size
+    FIXED        settings that the tower always has, whatever a checkpoint says
     BLOCKS, NORM how names of blocks and of the final norm start: needed for a choice of feature layers
 
 and nothing else is needed: `VLMConfig(encoder="my_file")` and `vlm.new` find it.

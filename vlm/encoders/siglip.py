@@ -29,6 +29,7 @@ __all__ = ["Config", "Encoder", "resample_position_table", "tiny", "tokens_for",
 MODEL_TYPES = ("siglip", "siglip_vision_model")
 PREFIXES = ("vision_tower.vision_model.", "vision_model.", "model.vision_model.", "")
 LEFT_OUT = r"(head\.|text_model\.|logit_|embeddings\.position_ids)"
+FIXED = {"vision_use_head": False}  # the pooling head would never get a gradient
 POSITIONS = "embeddings.position_embedding.weight"
 BLOCKS, NORM = "encoder.layers.", "post_layernorm."
 

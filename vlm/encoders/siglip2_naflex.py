@@ -32,6 +32,7 @@ __all__ = ["Config", "Encoder", "resize_position_grid", "tiny", "tokens_for", "t
 MODEL_TYPES = ("siglip2", "siglip2_vision_model")
 PREFIXES = ("vision_tower.vision_model.", "vision_model.", "model.vision_model.", "")
 LEFT_OUT = r"(head\.|text_model\.|logit_|embeddings\.position_ids)"
+FIXED = {"vision_use_head": False}  # the pooling head would never get a gradient
 
 DEFAULT_MAX_NUM_PATCHES = 256
 """The patch budget of Google's NaFlex demo; an explicit setting wherever a model is built."""
