@@ -18,7 +18,7 @@ GRIDS = [(2, 8), (3, 4), (8, 2), (1, 5), (3, 4), (2, 6)]
 """Equal grids, equal lengths of different grids, and a length of its own; none of width 1, where transformers errs."""
 
 
-def towers(attention: str = "sdpa", **settings: Any) -> tuple[Encoder, Siglip2VisionModel]:
+def towers(attention: str = "sdpa", **settings: Any) -> tuple[Any, Any]:
     """Ours and transformers', with the same weights."""
     config = siglip2_naflex.tiny()
     config.update({"num_hidden_layers": 3, **settings})
@@ -84,11 +84,15 @@ def test_packing() -> None:
 def test_only_real_patches_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of every linear layer and sizes of every attention; one resize per different grid."""
     ours, _ = towers()
-    rows, resized = [], []
+    rows: list[int] = []
+    resized: list[tuple[int, int]] = []
     resize = siglip2_naflex.resize_position_grid
-    monkeypatch.setattr(
-        siglip2_naflex, "resize_position_grid", lambda t, r, c: (resized.append((r, c)), resize(t, r, c))[1]
-    )
+
+    def counted(table: Tensor, row_count: int, column_count: int) -> Tensor:
+        resized.append((row_count, column_count))
+        return resize(table, row_count, column_count)
+
+    monkeypatch.setattr(siglip2_naflex, "resize_position_grid", counted)
     for module in ours.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
             module.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[:-1].numel()))
