@@ -282,7 +282,7 @@ def check_embedding_scale(model: VLM) -> None:
 
         raise ConfigError(
             f"transformers {transformers.__version__} scales token embeddings by {scale:.3g} instead of"
-            f" sqrt(hidden_size) = {wanted:.3g}; install transformers>=5.17,<6"
+            f" sqrt(hidden_size) = {wanted:.3g}; install transformers>=5.17,<5.24"
         )
 
 
