@@ -12,13 +12,13 @@ import pytest
 import torch
 from coretools import loud
 from torch import Tensor
-from transformers import Siglip2VisionModel
 from transformers.models.gemma import modeling_gemma
 
 import vlm.model
 from vlm import check, masks
 from vlm.check.report import Finding, Result
 from vlm.check.subject import SAMPLES, Subject, padded_left
+from vlm.encoders.siglip2_naflex import Encoder as NaFlexTower
 from vlm.errors import ConfigError
 from vlm.model import VLM, VLMModel
 from vlm.presets import tiny
@@ -255,15 +255,13 @@ def test_dead_attention_is_not_taken_for_a_sound_mask(monkeypatch: pytest.Monkey
 
 def test_a_tower_that_sees_padding_patches_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = healthy("siglip2_naflex")
-    forward = Siglip2VisionModel.forward
+    forward = NaFlexTower.forward
 
-    def blind(
-        self: Any, pixel_values: Tensor, pixel_attention_mask: Tensor, spatial_shapes: Tensor, **named: Any
-    ) -> Any:
-        mask = torch.ones_like(pixel_attention_mask)
-        return forward(self, pixel_values, mask, spatial_shapes, **named)
+    def leaky(self: Any, pixel_values: Tensor, *args: Any, **named: Any) -> Any:
+        out = forward(self, pixel_values, *args, **named)
+        return out._replace(features=out.features + pixel_values.mean((1, 2))[:, None, None])  # padding rows too
 
-    monkeypatch.setattr(Siglip2VisionModel, "forward", blind)
+    monkeypatch.setattr(NaFlexTower, "forward", leaky)
     for name in ("pad-content", "batch-mates"):
         result = one(name, model, processor)
         assert result.status == "FAIL" and "features" in result.detail, result
