@@ -18,8 +18,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class Example:
     answers: tuple[str, ...]
     file: str
     line: int
+    more_images: tuple[Path | Image.Image, ...] = ()
+    """Images that follow `image`, where a prompt is about several."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else is known of the item and metrics or breakdowns read: choices, question type, language, ..."""
 
 
 @dataclass(frozen=True)
