@@ -73,7 +73,7 @@ def test_vqa_refuses_questions_with_one_answer() -> None:
 
 def test_vqa_contraction_table_has_the_size_of_the_official_one() -> None:
     """The official table has 120 keys: four start with a capital and never fire, two map a word to itself."""
-    table = vqa._CONTRACTIONS
+    table = vqa.CONTRACTIONS
     assert len(table) == 114
     assert not [key for key, value in table.items() if key == value or key != key.lower()]
 
