@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlm.errors import DataError
-
 from .registry import Info, Predictions, References, only_reference, refuse_few_answers, register
 from .result import MetricResult, mean_result
 
@@ -27,32 +25,17 @@ def _scores(name: str, predictions: Predictions, references: References) -> dict
     return {key: direct_answer(predictions[key], answers) for key, answers in references.items()}
 
 
-@register(
-    "aokvqa_da",
-    summary="A-OKVQA direct answer, official rule",
-    reads="answers",
-    uses=("difficult_direct_answer",),
-)
-def aokvqa_da(predictions: Predictions, references: References, info: Info) -> MetricResult:
-    """Mean of `direct_answer`, without the questions marked `difficult_direct_answer`, as the official script has it.
+@register("aokvqa_da", summary="A-OKVQA direct answer, official rule", reads="answers")
+def aokvqa_da(predictions: Predictions, references: References) -> MetricResult:
+    """Mean of `direct_answer`. The official script does not score questions marked `difficult_direct_answer`.
+
+    Which questions are scored is for the caller to say: what reads the official file leaves those out.
 
     Raises:
-        DataError: fewer than 3 answers, or every question is marked as difficult.
+        DataError: fewer than 3 answers.
     """
-    scores = _scores("aokvqa_da", predictions, references)
-    marked = any(info[key].get("difficult_direct_answer") is not None for key in scores)
-    kept = {key: score for key, score in scores.items() if not info[key].get("difficult_direct_answer")}
-    if not kept:
-        raise DataError(
-            f"aokvqa_da leaves out questions marked difficult_direct_answer, and all {len(scores)} are marked; there is"
-            " nothing to score"
-        )
-    rule = f"A-OKVQA official, direct answer: {_RULE}"
-    details: dict[str, float] = {}
-    if marked:
-        rule += "; questions marked difficult_direct_answer are not scored (num_difficult_left_out)"
-        details["num_difficult_left_out"] = len(scores) - len(kept)
-    return mean_result("aokvqa_da", kept, rule, details=details)
+    rule = f"A-OKVQA official, direct answer: {_RULE} (questions marked difficult_direct_answer do not belong here)"
+    return mean_result("aokvqa_da", _scores("aokvqa_da", predictions, references), rule)
 
 
 @register(

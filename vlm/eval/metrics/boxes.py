@@ -16,7 +16,7 @@ from typing import Any
 from vlm.errors import DataError
 
 from .registry import Info, Predictions, References, register
-from .result import MetricResult, mean_result, means_by
+from .result import MetricResult, mean_result
 
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1."""
@@ -111,10 +111,11 @@ def _score(
         gold = _gold_box(name, key, references, info)
         ious[key] = 0.0 if said is None else box_iou(said, gold)
     scores = {key: float(iou >= 0.5) for key, iou in ious.items()}
-    details: dict[str, float] = means_by(scores, info, "category")
-    details["accuracy_at_0.75"] = sum(iou >= 0.75 for iou in ious.values()) / len(ious)
-    details["mean_box_iou"] = sum(ious.values()) / len(ious)
-    details["num_invalid"] = invalid
+    details: dict[str, float] = {
+        "accuracy_at_0.75": sum(iou >= 0.75 for iou in ious.values()) / len(ious),
+        "mean_box_iou": sum(ious.values()) / len(ious),
+        "num_invalid": invalid,
+    }
     return mean_result(name, scores, rule, details=details)
 
 
@@ -123,7 +124,7 @@ def _score(
     summary="RefCOCO accuracy at box IoU 0.5, from <loc> tokens",
     reads="references",
     per_item_is_right=True,
-    uses=("box", "image_size", "category"),
+    uses=("box", "image_size"),
 )
 def refcoco(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of predictions whose first box overlaps the gold box by an IoU of at least 0.5.
@@ -143,7 +144,7 @@ def refcoco(predictions: Predictions, references: References, info: Info) -> Met
     summary="RefCOCO box accuracy as PaliGemma's segmentation evaluator scores it (not its mask IoU)",
     reads="references",
     per_item_is_right=True,
-    uses=("box", "image_size", "category"),
+    uses=("box", "image_size"),
 )
 def refcoco_paligemma(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """`boxacc/0.5` of Google's `segmentation` evaluator. Raises DataError as `refcoco`."""

@@ -39,7 +39,7 @@ def _score(name: str, rule: str, predictions: Predictions, references: Reference
         key: float(any(relaxed_match(predictions[key], target) for target in targets))
         for key, targets in references.items()
     }
-    parts = means_by(scores, info, "category")
+    parts = means_by(scores, info, "split")
     if len(parts) > 1:
         parts["mean_of_parts"] = math.fsum(parts.values()) / len(parts)
         rule += _PARTS_RULE
@@ -51,10 +51,10 @@ def _score(name: str, rule: str, predictions: Predictions, references: Reference
     summary="ChartQA relaxed accuracy; details: human and augmented apart",
     reads="references",
     per_item_is_right=True,
-    uses=("category",),
+    uses=("split",),
 )
 def chartqa(predictions: Predictions, references: References, info: Info) -> MetricResult:
-    """Share of right predictions; with `category` (human, augmented) also of each part, and the mean of the parts."""
+    """Share of right predictions; with `split` (human, augmented) also of each part, and the mean of the parts."""
     return _score("chartqa", _RULE, predictions, references, info)
 
 
@@ -63,7 +63,7 @@ def chartqa(predictions: Predictions, references: References, info: Info) -> Met
     summary="ChartQA as PaliGemma scores it: the same rule after lower-casing",
     reads="references",
     per_item_is_right=True,
-    uses=("category",),
+    uses=("split",),
 )
 def chartqa_paligemma(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Google's `chartqa` evaluator: both texts in lower case first, then compared with case, which is the same."""

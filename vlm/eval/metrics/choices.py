@@ -165,7 +165,7 @@ def _score(
         if said == FAILED:
             unread += 1
             guess += 1 / len(choices)
-    details: dict[str, float] = means_by(scores, info, "category")
+    details: dict[str, float] = means_by(scores, info, "subject")
     details["num_unparsed"] = unread
     if guesses:
         details["with_random_guess"] = (sum(scores.values()) + guess) / len(scores)
@@ -178,7 +178,7 @@ def _score(
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
-    uses=("answer_index", "category"),
+    uses=("answer_index", "subject"),
 )
 def scienceqa(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right choices under `science_qa`. Raises DataError as `right_choice`."""
@@ -193,7 +193,7 @@ def scienceqa(predictions: Predictions, references: References, info: Info) -> M
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
-    uses=("answer_index", "category"),
+    uses=("answer_index", "subject"),
 )
 def scienceqa_llava(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right choices under `science_qa_llava`. Raises DataError as `right_choice`."""
@@ -210,7 +210,7 @@ def scienceqa_llava(predictions: Predictions, references: References, info: Info
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
-    uses=("answer_index", "category"),
+    uses=("answer_index", "subject"),
 )
 def scienceqa_paligemma(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right choices under `science_qa_big_vision`. Raises DataError as `right_choice`."""
@@ -229,7 +229,7 @@ def scienceqa_paligemma(predictions: Predictions, references: References, info: 
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
-    uses=("answer_index", "category"),
+    uses=("answer_index", "subject"),
 )
 def mmmu_metric(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right choices under `mmmu`. Raises DataError as `right_choice`."""
@@ -246,7 +246,7 @@ def mmmu_metric(predictions: Predictions, references: References, info: Info) ->
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
-    uses=("answer_index", "category"),
+    uses=("answer_index", "subject"),
 )
 def multiple_choice(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right choices under `by_name`. Raises DataError as `right_choice`."""

@@ -66,7 +66,7 @@ def _raw_equality(name: str, predictions: Predictions, references: References) -
     uses=("structural",),
 )
 def gqa(predictions: Predictions, references: References, info: Info) -> MetricResult:
-    """Share of predictions equal to the answer; with `structural` (choose, query, ...) also of each kind of question."""
+    """Share of predictions equal to the answer; with `structural` (choose, query, ...) also of each kind."""
     scores = _raw_equality("gqa", predictions, references)
     details = means_by(scores, info, "structural")
     kinds = {key: {"kind": "open" if info[key]["structural"] == "query" else "binary"} for key in scores if details}

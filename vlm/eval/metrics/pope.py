@@ -59,9 +59,9 @@ def _labels(name: str, references: References) -> dict[str, str]:
 
 
 def _details(said: dict[str, str], labels: dict[str, str], info: Info) -> dict[str, float]:
-    """The scores of all items, then of each category as "random/f1"."""
+    """The scores of all items, then of each split as "random/f1"."""
     details = scores(list(said.values()), list(labels.values()))
-    for part, keys in groups(labels, info, "category").items():
+    for part, keys in groups(labels, info, "split").items():
         values = scores([said[key] for key in keys], [labels[key] for key in keys])
         details |= {f"{part}/{name}": value for name, value in values.items()}
     return details
@@ -69,10 +69,10 @@ def _details(said: dict[str, str], labels: dict[str, str], info: Info) -> dict[s
 
 @register(
     "pope",
-    summary="POPE accuracy, official reading of answers; details: precision, recall, F1, yes ratio, each category",
+    summary="POPE accuracy, official reading of answers; details: precision, recall, F1, yes ratio, each split",
     reads="references",
     per_item_is_right=True,
-    uses=("category",),
+    uses=("split",),
 )
 def pope(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right answers. Raises DataError for labels other than yes and no."""
@@ -87,7 +87,7 @@ def pope(predictions: Predictions, references: References, info: Info) -> Metric
     summary="POPE F1 of the class yes, official reading of answers",
     reads="references",
     per_item_is_right=True,
-    uses=("category",),
+    uses=("split",),
 )
 def pope_f1(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """F1 over all items; the per-item score is 1 for a right answer. Raises DataError as `pope`."""
@@ -114,7 +114,7 @@ def _f1_of(means: np.ndarray) -> np.ndarray:
     summary="POPE accuracy as PaliGemma scores it: equality with yes or no after lower-casing",
     reads="references",
     per_item_is_right=True,
-    uses=("category",),
+    uses=("split",),
 )
 def pope_paligemma(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Google's `pope` evaluator; details: `valid`, the share of predictions that are yes or no. Raises as `pope`."""

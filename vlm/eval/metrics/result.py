@@ -33,7 +33,7 @@ class MetricResult:
     higher_is_better: bool = True
     maximum: float | None = 1.0
     """The largest possible value, None if there is none."""
-    normalizer: str = "none"
+    normalizer: str = "described in the rule"
     """What is done to both texts before they are compared; figures with different ones must not be set side by side."""
     details: dict[str, float] = field(default_factory=dict)
     """Further numbers that belong to the value, by name: precision, recall, values of parts, unparsed answers."""

@@ -43,7 +43,7 @@ def count(text: str) -> int | None:
     summary="TallyQA accuracy over whole numbers; details: RMSE, simple and complex apart",
     reads="references",
     per_item_is_right=True,
-    uses=("category",),
+    uses=("split",),
 )
 def tallyqa(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of predictions that denote the gold number.
@@ -55,7 +55,7 @@ def tallyqa(predictions: Predictions, references: References, info: Info) -> Met
     gold = {key: _gold(key, references) for key in references}
     scores = {key: float(said[key] == gold[key]) for key in references}
     errors = [(number - gold[key]) ** 2 for key, number in said.items() if number is not None]
-    details: dict[str, float] = means_by(scores, info, "category")
+    details: dict[str, float] = means_by(scores, info, "split")
     details["num_not_a_number"] = len(said) - len(errors)
     if errors:
         details["rmse_of_numbers"] = math.sqrt(sum(errors) / len(errors))
@@ -80,7 +80,7 @@ def _gold(key: str, references: References) -> int:
     summary="TallyQA accuracy as PaliGemma scores it: equality of texts after number words become digits",
     reads="references",
     per_item_is_right=True,
-    uses=("category",),
+    uses=("split",),
 )
 def tallyqa_paligemma(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Mean of `match_big_vision`."""
@@ -92,5 +92,5 @@ def tallyqa_paligemma(predictions: Predictions, references: References, info: In
         "PaliGemma's transfers on TallyQA: equality after a text that is one number word (none, zero to twenty) has "
         "become digits; nothing is stripped, so '3.' is wrong"
     )
-    details = means_by(scores, info, "category")
+    details = means_by(scores, info, "split")
     return mean_result("tallyqa_paligemma", scores, rule, normalizer="number words", details=details)
