@@ -420,12 +420,15 @@ def test_gqa_kinds_of_questions() -> None:
 
 
 def test_nlvr2_consistency() -> None:
-    said = {"a": "True", "b": "false", "c": "true", "d": "yes"}
-    gold = {"a": ("True",), "b": ("False",), "c": ("True",), "d": ("True",)}
-    info = {key: {"sentence": "s1" if key in "ab" else "s2"} for key in said}
-    result = metrics.compute("nlvr2", said, gold, info)
+    """Pairs 0 and 1 of sentence 0 of set 7, and one pair of sentence 1: the last part counts, the third does not."""
+    said = {"dev-7-0-0": "True", "dev-7-1-0": "false", "dev-7-0-1": "yes", "dev-8-0-1": "TRUE"}
+    gold = {"dev-7-0-0": ("True",), "dev-7-1-0": ("False",), "dev-7-0-1": ("True",), "dev-8-0-1": ("True",)}
+    result = metrics.compute("nlvr2", said, gold)
     assert result.value == 0.75
-    assert result.details == {"num_not_true_or_false": 1, "consistency": 0.5}
+    assert result.details == pytest.approx({"num_not_true_or_false": 1, "consistency": 2 / 3})
+    assert "consistency" not in one("nlvr2", "True", "True").details
+    with pytest.raises(DataError, match="labels True and False; that of item 'q' is 'yes'"):
+        one("nlvr2", "True", "yes")
 
 
 SEGMENTS = "".join(f"<seg{number:03d}>" for number in range(112, 128))

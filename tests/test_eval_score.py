@@ -292,7 +292,10 @@ def test_broken_references(write: Any) -> None:
         gold_files.read_gold(write("g.json", [{"number": 1}]))
     with pytest.raises(DataError, match="1 items have no gold text: '2'"):
         gold_files.read_gold(write("g.jsonl", [{"id": 1, "suffix": "a"}, {"id": 2}], lines=True))
-    coco = {"images": [{"id": 1}, {"id": 2}], "annotations": [{"image_id": 1, "caption": "a cat"}]}
+    coco: dict[str, list[Any]] = {
+        "images": [{"id": 1}, {"id": 2}],
+        "annotations": [{"image_id": 1, "caption": "a cat"}],
+    }
     with pytest.raises(DataError, match="1 items have no gold text: '2'"):
         gold_files.read_gold(write("g.json", coco))
     coco["annotations"].append({"image_id": 3, "caption": "a dog"})

@@ -202,8 +202,7 @@ def _tallyqa(document: Document) -> Pairs:
 
 def _nlvr2(document: Document) -> Pairs:
     for row in _records(document):
-        info = {"sentence": row.text("sentence")}
-        yield row.id("identifier"), Gold(references=(row.text("label"),), info=info)
+        yield row.id("identifier"), Gold(references=(row.text("label"),), info={"label": row.text("label")})
 
 
 def _jsonl(document: Document) -> Pairs:
