@@ -1,6 +1,7 @@
 """`vlm score`: the benchmarks' own files in, figures out; whatever would change the denominator is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from vlm.cli.commands import parse
 from vlm.errors import ConfigError, DataError
-from vlm.eval import files, gold_files, score_files
+from vlm.eval import files, gold_files, metrics, score_files
+from vlm.eval.metrics import registry
 from vlm.eval.scoring import table
 
 DATA = Path(__file__).parent / "data"
@@ -317,6 +319,27 @@ def test_a_missing_fact_is_refused(write: Any) -> None:
         ConfigError, match="--by colour: 1 of 1 items have no 'colour'; the annotations have no further"
     ):
         score(said, gold, "exact_match", by=["colour"])
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_every_metric_and_format() -> None:
+    named = set(re.findall(r"`([a-z0-9_]+)`", PAGE)) | {"bleu_2", "bleu_3"}  # written as bleu_1 ... bleu_4
+    assert set(metrics.names()) <= named
+    assert set(files.PREDICTION_FORMATS) | set(gold_files.FORMATS) <= named
+
+
+def test_the_examples_of_the_page_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "score_files" not in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+    result = metrics.compute("at_most", {"a": "two words"}, {"a": ("",)}, {"a": {"limit": 1}})
+    assert (result.value, result.num_items) == (0, 1)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
