@@ -27,6 +27,8 @@ class File:
     """Where it has to lie, below the data root."""
     url: str = ""
     """Where it comes from: the file itself, the archive that holds it, or the page with the download."""
+    also: tuple[str, ...] = ()
+    """Other paths under which releases have had it; the first that is there is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,14 +153,17 @@ class Source:
 
     def path(self, role: str) -> Path:
         """A file or folder that has to be there. Raises DataError that says what to download, and to where."""
-        path = self.root / self._file(role).path
-        if not path.exists():
-            raise DataError(f"task {self.task!r}, split {self.split!r}: {self.missing(role)}")
-        return path
+        file = self._file(role)
+        for name in (file.path, *file.also):
+            if (self.root / name).exists():
+                return self.root / name
+        raise DataError(f"task {self.task!r}, split {self.split!r}: {self.missing(role)}")
 
     def folder(self, role: str) -> Path:
-        """A folder of images; it is not looked at, because missing images are reported per item."""
-        return self.root / self._file(role).path
+        """A folder of images. It need not be there, because missing images are reported per item."""
+        file = self._file(role)
+        there = [self.root / name for name in (file.path, *file.also) if (self.root / name).is_dir()]
+        return there[0] if there else self.root / file.path
 
     def missing(self, role: str) -> str:
         """What to do about a file that is not there."""
