@@ -48,7 +48,7 @@ def read(source: Source) -> Iterator[Item]:
                 images=(folder / row.text("file_name"),),
                 fields={"expression": expression},
                 answers=(box_text(box, width, height),),
-                info={"box": box, "width": width, "height": height, "image_size": (width, height)},
+                info={"box": box, "image_size": (width, height)},
             )
 
 

@@ -37,6 +37,7 @@ def read(source: Source) -> Iterator[Item]:
             answers=(LETTERS[right],),
             info={
                 "choices": choices,
+                "answer_index": right,
                 "candidates": tuple(f"The answer is {letter}." for letter in LETTERS[: len(choices)]),
                 "subject": row.text("subject"),
                 "grade": row.text("grade"),
