@@ -17,6 +17,7 @@ from .task import Split, Task, TaskDecoding
 _HERE = Path(__file__).parent
 _SPLIT = "data"
 """Name of the only split of a task that is one JSONL file."""
+_PROMPT_WIDTH = 50  # of the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +148,17 @@ def _select(text: str) -> list[Selected]:
 
 
 def table() -> str:
-    """All tasks as plain text: name, default split, expected items, first metric, prompt, title."""
+    """All tasks as plain text: name, default split and its items, how many other splits, metrics, prompt, title."""
     rows = [("task", "split", "items", "metrics", "prompt", "title")]
     for name in names():
         task = get(name)
         count = task.split().expected_items
-        items = "-" if count is None else f"{count:,}"
-        prompt = task.prompt.replace("\n", "\\n").replace("\t", "\\t")
-        rows.append((name, task.default_split, items, ",".join(task.metrics), prompt, task.title))
+        others = len(task.splits) - 1
+        split = task.default_split + (f" (+{others})" if others else "")
+        prompt = task.prompt.replace("\n", "\\n")
+        if len(prompt) > _PROMPT_WIDTH:
+            prompt = prompt[: _PROMPT_WIDTH - 4] + " ..."
+        rows.append((name, split, "-" if count is None else f"{count:,}", ",".join(task.metrics), prompt, task.title))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

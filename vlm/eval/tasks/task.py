@@ -48,7 +48,7 @@ class TaskDecoding:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.num_beams < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"max_new_tokens={self.max_new_tokens}, num_beams={self.num_beams}; both have to be at least 1"
             )
 
@@ -111,11 +111,11 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.default_split not in self.splits:
-            raise ValueError(f"default_split {self.default_split!r} is none of the splits: {', '.join(self.splits)}")
+            raise ConfigError(f"default_split {self.default_split!r} is none of the splits: {', '.join(self.splits)}")
         if self.post not in POST:
-            raise ValueError(f"post {self.post!r}{nearest(self.post, POST)}; known: {', '.join(POST)}")
+            raise ConfigError(f"post {self.post!r}{nearest(self.post, POST)}; known: {', '.join(POST)}")
         if not self.metrics:
-            raise ValueError("metrics is empty; name at least one")
+            raise ConfigError("metrics is empty; name at least one")
 
     def split(self, name: str | None = None) -> Split:
         """The split of that name, the default one for None. Raises ConfigError that names the nearest."""
@@ -145,7 +145,7 @@ class Task:
         chosen = self.split(split)
         source = Source(self.name, split or self.default_split, Path(root), chosen.files, chosen.options)
         items = islice(loaders.get(self.format)(source), limit)
-        file = str(source.folder(next(iter(chosen.files))))
+        file = str(source.place(next(iter(chosen.files))))
         examples = [self._example(item, file, number) for number, item in enumerate(items, 1)]
         if not examples:
             raise DataError(f"task {self.name!r}, split {source.split!r}: no item in {file}")
@@ -197,7 +197,7 @@ class Task:
         if not missing:
             return
         where = "; ".join(
-            f"{source.folder(role)} from {file.url}"
+            f"{source.place(role)} from {file.url}"
             for role, file in source.files.items()
             if file.url and role.startswith("images")
         )

@@ -14,7 +14,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.folder("images")
+    folder = source.place("images")
     for part in source.files:
         if part == "images":
             continue

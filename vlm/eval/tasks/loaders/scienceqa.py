@@ -20,7 +20,7 @@ from ..source import LETTERS, Item, Source, choice_fields
 
 def read(source: Source) -> Iterator[Item]:
     split = source.options["split"]
-    folder = source.folder("images") / split
+    folder = source.place("images") / split
     problems = source.object("problems")
     for key in problems.values:
         row = problems.row(key)
