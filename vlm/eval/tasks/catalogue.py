@@ -12,7 +12,7 @@ from vlm import settings
 from vlm.errors import ConfigError, nearest
 
 from .source import File
-from .task import Split, Task, TaskDecoding
+from .task import Split, Task, TaskDecoding, check_scoring
 
 _HERE = Path(__file__).parent
 _SPLIT = "data"
@@ -34,6 +34,9 @@ class _Jsonl:
     candidates: tuple[str, ...] = ()
     breakdown: tuple[str, ...] = ()
     expected_items: int | None = None
+
+    def __post_init__(self) -> None:
+        check_scoring(self.metrics, self.post)
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,10 @@ def select(text: str) -> list[Selected]:
 def _select(text: str) -> list[Selected]:
     file, _, metrics = text.rpartition(":")
     if file.endswith(".jsonl"):
-        own = _Jsonl(data=file, metrics=tuple(name for name in metrics.split("+") if name))
-        if not own.metrics:
+        chosen = tuple(name for name in metrics.split("+") if name)
+        if not chosen:
             raise ConfigError(f"task {text!r}: no metric after the colon; for example {file}:cider+rouge_l")
-        return [Selected(_own(Path(file).stem, own, Path()))]
+        return [Selected(_own(Path(file).stem, _Jsonl(data=file, metrics=chosen), Path()))]
     if text.endswith(".jsonl"):
         raise ConfigError(f"task {text!r} is a JSONL file without a metric; for example {text}:cider")
     if text.endswith((".yaml", ".yml")):

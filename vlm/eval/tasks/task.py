@@ -112,10 +112,7 @@ class Task:
     def __post_init__(self) -> None:
         if self.default_split not in self.splits:
             raise ConfigError(f"default_split {self.default_split!r} is none of the splits: {', '.join(self.splits)}")
-        if self.post not in POST:
-            raise ConfigError(f"post {self.post!r}{nearest(self.post, POST)}; known: {', '.join(POST)}")
-        if not self.metrics:
-            raise ConfigError("metrics is empty; name at least one")
+        check_scoring(self.metrics, self.post)
 
     def split(self, name: str | None = None) -> Split:
         """The split of that name, the default one for None. Raises ConfigError that names the nearest."""
@@ -207,6 +204,14 @@ class Task:
         if len(missing) == len(paths):
             raise DataError(f"{text}: {listed}{hint}")
         logger.warning("%s and count as wrong: %s%s", text, listed, hint)
+
+
+def check_scoring(metrics: Sequence[str], post: str) -> None:
+    """Raise ConfigError for no metric at all, or an unknown clean-up."""
+    if not metrics:
+        raise ConfigError("metrics is empty; name at least one")
+    if post not in POST:
+        raise ConfigError(f"post {post!r}{nearest(post, POST)}; known: {', '.join(POST)}")
 
 
 def fill(template: str, fields: Mapping[str, str], where: str) -> str:
