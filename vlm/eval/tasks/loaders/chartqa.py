@@ -24,5 +24,5 @@ def read(source: Source) -> Iterator[Item]:
                 images=(folder / row.text("imgname"),),
                 fields={"question": row.text("query")},
                 answers=(row.key("label"),),
-                info={"category": part},
+                info={"split": part},
             )
