@@ -28,7 +28,7 @@ def read(source: Source) -> Iterator[Item]:
     if not files:
         raise DataError(f"{source.missing('data')} (no {source.options['pattern']} in it)")
     try:
-        import datasets
+        import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ConfigError(
             f"task {source.task!r} reads parquet files with the datasets library: pip install 'vlm-backbone[datasets]'"
