@@ -179,21 +179,22 @@ MMMU_ROW = {
     "options": "['a mural', \"it's an icon\"]",
     "answer": "B",
     "question_type": "multiple-choice",
-    "image_1": Image.new("RGB", (4, 4)),
-    "image_2": Image.new("RGB", (5, 5)),
+    "image_1": {"bytes": b"first", "path": "x.png"},
+    "image_2": {"bytes": b"second", "path": "y.png"},
     **{f"image_{number}": None for number in range(3, 8)},
     "subfield": "Painting",
 }
 
 
-def test_mmmu_rows() -> None:
+def test_mmmu_rows(tmp_path: Path) -> None:
     open_question = {**MMMU_ROW, "question_type": "open", "options": "[]", "answer": "7"}
-    [item] = mmmu.items([open_question, MMMU_ROW], "here")
-    assert (item.id, item.answers, len(item.images)) == ("validation_Art_Theory_3", ("it's an icon",), 2)
+    [item] = mmmu.items([open_question, MMMU_ROW], tmp_path / "images", "here")
+    assert (item.id, item.answers) == ("validation_Art_Theory_3", ("it's an icon",))
     assert (item.info["subject"], item.info["answer_index"]) == ("Art_Theory", 1)
     assert item.fields["choices"] == "a mural \t it's an icon"
+    assert [image.read_bytes() for image in item.images if isinstance(image, Path)] == [b"first", b"second"]
     with pytest.raises(DataError, match="here, row 0: 'options' should be a list written as text, got 'a, b'"):
-        list(mmmu.items([{**MMMU_ROW, "options": "a, b"}], "here"))
+        list(mmmu.items([{**MMMU_ROW, "options": "a, b"}], tmp_path, "here"))
 
 
 def test_mmmu_needs_the_extra(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,19 +208,25 @@ def test_mmmu_needs_the_extra(root: Root, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_mmmu_reads_parquet_through_datasets(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library itself is optional: a stand-in takes the call that the real one takes."""
+    """The library itself is optional: a stand-in takes the calls that the real one takes."""
     root.text("mmmu/data/validation-00000-of-00001.parquet", "")
-    calls = []
+    calls: list[Any] = []
 
-    def load_dataset(kind: str, *, data_files: dict[str, list[str]], split: str) -> list[dict[str, Any]]:
+    class Table(list):  # type: ignore[type-arg]
+        def cast_column(self, name: str, feature: Any) -> Table:
+            calls.append((name, feature))
+            return self
+
+    def load_dataset(kind: str, *, data_files: dict[str, list[str]], split: str) -> Table:
         calls.append((kind, [Path(name).name for name in data_files[split]]))
-        return [MMMU_ROW]
+        return Table([MMMU_ROW])
 
-    module = types.ModuleType("datasets")
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    module: Any = types.ModuleType("datasets")
+    module.load_dataset, module.Image = load_dataset, lambda decode: f"decode {decode}"
     monkeypatch.setitem(sys.modules, "datasets", module)
     [example] = load("mmmu", root)
-    assert calls == [("parquet", ["validation-00000-of-00001.parquet"])]
+    assert calls[:2] == [("parquet", ["validation-00000-of-00001.parquet"]), ("image_1", "decode False")]
+    assert example.more_images == (root.path / "mmmu/images/validation_Art_Theory_3-image_2",)
     gold_scores_all("mmmu", [example])
 
 
