@@ -19,6 +19,7 @@ from vlm.eval import tasks
 from vlm.eval.tasks import Task, loaders
 from vlm.eval.tasks.loaders import mmmu
 from vlm.eval.tasks.loaders.refcoco import box_text
+from vlm.eval.tasks.source import Folder
 
 
 @pytest.fixture
@@ -188,13 +189,13 @@ MMMU_ROW = {
 
 def test_mmmu_rows(tmp_path: Path) -> None:
     open_question = {**MMMU_ROW, "question_type": "open", "options": "[]", "answer": "7"}
-    [item] = mmmu.items([open_question, MMMU_ROW], tmp_path / "images", "here")
+    [item] = mmmu.items([open_question, MMMU_ROW], Folder(tmp_path / "images"), "here")
     assert (item.id, item.answers) == ("validation_Art_Theory_3", ("it's an icon",))
     assert (item.info["subject"], item.info["answer_index"]) == ("Art_Theory", 1)
     assert item.fields["choices"] == "a mural \t it's an icon"
     assert [image.read_bytes() for image in item.images if isinstance(image, Path)] == [b"first", b"second"]
     with pytest.raises(DataError, match="here, row 0: 'options' should be a list written as text, got 'a, b'"):
-        list(mmmu.items([{**MMMU_ROW, "options": "a, b"}], tmp_path, "here"))
+        list(mmmu.items([{**MMMU_ROW, "options": "a, b"}], Folder(tmp_path), "here"))
 
 
 def test_mmmu_needs_the_extra(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +213,7 @@ def test_mmmu_reads_parquet_through_datasets(root: Root, monkeypatch: pytest.Mon
     root.text("mmmu/data/validation-00000-of-00001.parquet", "")
     calls: list[Any] = []
 
-    class Table(list):  # type: ignore[type-arg]
+    class Table(list):
         def cast_column(self, name: str, feature: Any) -> Table:
             calls.append((name, feature))
             return self

@@ -302,6 +302,15 @@ def test_a_broken_official_file_names_the_place(tmp_path: Path, content: bytes, 
         tasks.get("nocaps").load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../secret.jpg", "a/../../b.jpg", ""])
+def test_a_name_in_an_official_file_does_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    caption_file(tmp_path, 1)
+    path = tmp_path / "nocaps" / "nocaps_val_4500_captions.json"
+    path.write_text(path.read_text().replace("0.jpg", name))
+    with pytest.raises(DataError, match=f"image '{name}' does not lie below .*nocaps/validation"):
+        tasks.get("nocaps").load(tmp_path)
+
+
 # --- Candidates and groups --------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -140,6 +140,19 @@ def _shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Folder:
+    """A folder of images: `folder / name` is a path below it, whatever an annotation file gives as a name."""
+
+    path: Path
+
+    def __truediv__(self, name: str) -> Path:
+        relative = PurePosixPath(name)
+        if not name or relative.is_absolute() or ".." in relative.parts:
+            raise DataError(f"image {name!r} does not lie below {self.path}; is this the official file?")
+        return self.path / relative
+
+
+@dataclass(frozen=True)
 class Source:
     """The files of one split of one task, as a loader sees them."""
 
@@ -159,10 +172,13 @@ class Source:
         return path
 
     def place(self, role: str) -> Path:
-        """Where a file or folder lies, or should lie. For folders of images: missing images are reported per item."""
+        """Where a file or folder lies, or should lie."""
         file = self._file(role)
         there = [self.root / name for name in (file.path, *file.also) if (self.root / name).exists()]
         return there[0] if there else self.root / file.path
+
+    def images(self, role: str = "images") -> Folder:
+        return Folder(self.place(role))
 
     def missing(self, role: str) -> str:
         """What to do about a file that is not there."""

@@ -15,7 +15,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
+    folder = source.images()
     questions = source.object("questions")
     for key in questions.values:
         row = questions.row(key)

@@ -19,7 +19,7 @@ from typing import Any
 
 from vlm.errors import ConfigError, DataError
 
-from ..source import Item, Source
+from ..source import Folder, Item, Source
 from . import choices
 
 _IMAGES = tuple(f"image_{number}" for number in range(1, 8))
@@ -39,10 +39,10 @@ def read(source: Source) -> Iterator[Item]:
     table = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows")
     for name in _IMAGES:
         table = table.cast_column(name, datasets.Image(decode=False))
-    yield from items(table, source.place("images"), str(folder))
+    yield from items(table, source.images(), str(folder))
 
 
-def items(rows: Iterable[Mapping[str, Any]], images: Path, where: str) -> Iterator[Item]:
+def items(rows: Iterable[Mapping[str, Any]], images: Folder, where: str) -> Iterator[Item]:
     """The multiple-choice questions among rows with MMMU's columns (images as `{"bytes": ...}`)."""
     for number, row in enumerate(rows):
         if row["question_type"] != "multiple-choice":
