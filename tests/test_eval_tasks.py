@@ -346,3 +346,16 @@ def test_the_named_clean_ups() -> None:
 
 def test_items_need_nothing_but_an_id_and_images() -> None:
     assert Item(id="1", images=(Path("a.png"),)).answers == ()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_page_says_what_the_file_says(name: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+    [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    task = tasks.get(name)
+    prompt = task.prompt.replace("\n", "\\n")
+    assert f"| {task.default_split}" in row and f"| `{prompt}` |" in row
+    count = task.split().expected_items
+    assert (f"| {count:,} |" if count else "|  |") in row
+    assert all(f"`{metric}`" in row for metric in task.metrics)
+    assert all(f"`{file.path}`" in row for file in task.split().files.values())
