@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "evaluate": "harness",
     "Predictor": "predictor",
-    "table": "results",
+    "table": "tables",
     "write_report": "report",
     "breakdown": "report",
     "Curve": "charts",
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .report import Text as Text
     from .report import breakdown as breakdown
     from .report import write_report as write_report
-    from .results import table as table
+    from .tables import table as table
 
 
 def __getattr__(name: str) -> Any:

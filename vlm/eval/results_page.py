@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def write(
     shown: Sequence[Example],
     records: Sequence[dict[str, Any]],
     scored: Sequence[MetricResult],
-    kinds: dict[str, str],
+    kinds: Mapping[str, str],
 ) -> Path:
     """Write the page.
 
@@ -58,7 +58,7 @@ def gallery(
     shown: Sequence[Example],
     records: Sequence[dict[str, Any]],
     result: MetricResult,
-    kinds: dict[str, str],
+    kinds: Mapping[str, str],
     size: int = GALLERY_SIZE,
 ) -> list[GalleryItem]:
     """Cards for a fair look: wrong and right items in equal parts where there are enough, else best, worst and random.
