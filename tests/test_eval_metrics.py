@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from vlm.errors import ConfigError, DataError
 from vlm.eval import metrics
-from vlm.eval.metrics import captions, exact, tokenizer, vqa
+from vlm.eval.metrics import captions, exact, registry, tokenizer, vqa
 
 DATA = Path(__file__).parent / "data"
 CAPTION_FILES = json.loads((DATA / "golden_captions.json").read_text(encoding="utf-8"))["files"]
@@ -183,3 +184,43 @@ def test_intervals_do_not_depend_on_the_order_of_items() -> None:
     backwards = dict(reversed(gold.items()))
     for name in ("bleu_2", "rouge_l", "exact_match"):
         assert metrics.compute(name, said, gold).interval == metrics.compute(name, said, backwards).interval
+
+
+@pytest.fixture
+def informed() -> Iterator[None]:
+    """A metric that needs one fact and uses another."""
+
+    @metrics.register("length_share", summary="", reads="references", needs=("most",), uses=("split",))
+    def length_share(
+        predictions: metrics.Predictions, references: metrics.References, info: metrics.Info
+    ) -> metrics.MetricResult:
+        scores = {key: len(predictions[key]) / info[key]["most"] for key in references}
+        splits = {str(facts["split"]): 1.0 for facts in info.values() if "split" in facts}
+        value = sum(scores.values()) / len(scores)
+        return metrics.MetricResult("length_share", value, scores, "", "1", None, details=splits)
+
+    yield
+    registry._METRICS.pop("length_share")
+
+
+@pytest.mark.usefixtures("informed")
+def test_a_metric_gets_the_facts_it_asks_for() -> None:
+    said, gold = {"a": "xx", "b": ""}, {"a": ("y",), "b": ("y",)}
+    info = {"a": {"most": 4, "split": "easy"}, "b": {"most": 1, "split": "hard"}, "c": {}}
+    result = metrics.compute("length_share", said, gold, info)
+    assert result.per_item == {"a": 0.5, "b": 0.0}
+    assert result.summary()["details"] == {"easy": 1.0, "hard": 1.0}
+    without = metrics.compute("length_share", said, gold, {"a": {"most": 4}, "b": {"most": 1}})
+    assert without.details == {}
+    assert metrics.compute("exact_match", said, gold, info).details == {}  # does not ask, is not told
+
+
+@pytest.mark.usefixtures("informed")
+def test_a_missing_fact_is_refused_with_the_items() -> None:
+    said, gold = {"a": "xx", "b": ""}, {"a": ("y",), "b": ("y",)}
+    with pytest.raises(DataError, match="1 of 2 items have no 'most': 'b'; length_share cannot do without it"):
+        metrics.compute("length_share", said, gold, {"a": {"most": 4}})
+    with pytest.raises(DataError, match="2 of 2 items have no 'most': 'a', 'b'"):
+        metrics.compute("length_share", said, gold)
+    with pytest.raises(DataError, match="1 of 2 items have no 'split': 'b'; give it to all items or to none"):
+        metrics.compute("length_share", said, gold, {"a": {"most": 4, "split": "x"}, "b": {"most": 1}})

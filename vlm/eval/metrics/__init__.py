@@ -6,13 +6,16 @@
 """
 
 from . import captions, exact, vqa
-from .registry import Metric, compute, expand, get, names, register
+from .registry import Info, Metric, Predictions, References, compute, expand, get, names, register
 from .result import MetricResult, bootstrap
 from .tokenizer import tokenize
 
 __all__ = [
+    "Info",
     "Metric",
     "MetricResult",
+    "Predictions",
+    "References",
     "bootstrap",
     "captions",
     "compute",

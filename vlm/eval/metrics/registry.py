@@ -3,14 +3,19 @@
     from vlm.eval import metrics
     result = metrics.compute("cider", {"1": "a red cat"}, {"1": ("a red cat", "the cat is red")})
 
-A metric is one function `(predictions, references) -> MetricResult`. It never sees a model or an image.
+A metric is one function `(predictions, references) -> MetricResult`. It never sees a model or an image. One that must
+know more of an item than its gold texts (the choices, the size of the image, the split) registers with `needs` or
+`uses` and is then called as `(predictions, references, info)`:
+
+    info = {"1": {"choices": ["cat", "dog"]}}
+    metrics.compute("multiple_choice", {"1": "B"}, {"1": ("dog",)}, info)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 from vlm.errors import ConfigError, DataError, nearest
 
@@ -18,7 +23,10 @@ from .result import MetricResult
 
 Predictions = Mapping[str, str]
 References = Mapping[str, tuple[str, ...]]
+Info = Mapping[str, Mapping[str, Any]]
+"""Item id -> further facts of the item, such as `choices`, `split`, `question_type`."""
 MetricFunction = Callable[[Predictions, References], MetricResult]
+InformedFunction = Callable[[Predictions, References, Info], MetricResult]
 
 _LISTED = 10  # ids named in an error; the count of the rest follows
 
@@ -28,29 +36,49 @@ class Metric:
     """A registered metric."""
 
     name: str
-    function: MetricFunction
+    function: MetricFunction | InformedFunction
     summary: str
     """One line for a list of metrics."""
     reads: Literal["references", "answers"]
     """The field of an example that holds its gold texts: free texts, or the answers that people gave to a question."""
     per_item_is_right: bool
     """Whether a per-item score of 1 means right and 0 wrong, so that a gallery may say so."""
+    needs: tuple[str, ...] = ()
+    """Facts that `info` must hold of every item."""
+    uses: tuple[str, ...] = ()
+    """Facts that add details where `info` holds them, of every item or of none."""
+
+    @property
+    def informed(self) -> bool:
+        """Whether the function is called with `info`."""
+        return bool(self.needs or self.uses)
 
 
+_Function = TypeVar("_Function", bound=MetricFunction | InformedFunction)
 _METRICS: dict[str, Metric] = {}
 _GROUPS: dict[str, tuple[str, ...]] = {"bleu": ("bleu_1", "bleu_2", "bleu_3", "bleu_4")}
 
 
 def register(
-    name: str, *, summary: str, reads: Literal["references", "answers"], per_item_is_right: bool = False
-) -> Callable[[MetricFunction], MetricFunction]:
-    """Decorator: make a function known under `name`. A name that is taken raises ValueError."""
+    name: str,
+    *,
+    summary: str,
+    reads: Literal["references", "answers"],
+    per_item_is_right: bool = False,
+    needs: Sequence[str] = (),
+    uses: Sequence[str] = (),
+) -> Callable[[_Function], _Function]:
+    """Decorator: make a function known under `name`. A name that is taken raises ValueError.
+
+    With `needs` or `uses` the function is called as `(predictions, references, info)`, where `info` has an entry for
+    every item.
+    """
 
     if name in _METRICS or name in _GROUPS:
         raise ValueError(f"a metric called {name!r} exists already; choose another name")
 
-    def decorate(function: MetricFunction) -> MetricFunction:
-        _METRICS[name] = Metric(name, function, summary, reads, per_item_is_right)
+    def decorate(function: _Function) -> _Function:
+        _METRICS[name] = Metric(name, function, summary, reads, per_item_is_right, tuple(needs), tuple(uses))
         return function
 
     return decorate
@@ -82,19 +110,40 @@ def expand(requested: Sequence[str] | str) -> list[Metric]:
     return [get(name) for name in dict.fromkeys(flat)]
 
 
-def compute(name: str, predictions: Predictions, references: References) -> MetricResult:
+def compute(name: str, predictions: Predictions, references: References, info: Info | None = None) -> MetricResult:
     """Score `predictions` (id -> text) against `references` (id -> gold texts) with the metric called `name`.
 
     Every reference needs a prediction (an empty text counts as wrong) and every prediction a reference: the denominator
     is always the number of references.
 
+    Args:
+        name: one of `names()`.
+        predictions: id -> what the model said.
+        references: id -> gold texts.
+        info: id -> further facts. What no metric asks for is left alone; only `Metric.needs` is required.
+
     Raises:
         ConfigError: unknown metric.
-        DataError: the ids differ, an item has no reference, a text is not a string, or the metric refuses the data.
+        DataError: the ids differ, an item has no reference, a text is not a string, a fact that the metric needs is
+            missing, or the metric refuses the data.
     """
     metric = get(name)
     check_pairs(predictions, references)
-    return metric.function(predictions, references)
+    if not metric.informed:
+        return cast(MetricFunction, metric.function)(predictions, references)
+    facts = {key: (info or {}).get(key, {}) for key in references}
+    _check_facts(metric, facts)
+    return cast(InformedFunction, metric.function)(predictions, references, facts)
+
+
+def _check_facts(metric: Metric, facts: Info) -> None:
+    """Raise DataError unless every item has what `metric` needs, and all items or none what it uses."""
+    for fact in (*metric.needs, *metric.uses):
+        lacking = [key for key, known in facts.items() if known.get(fact) is None]
+        if not lacking or (fact in metric.uses and len(lacking) == len(facts)):
+            continue
+        have = "; give it to all items or to none" if fact in metric.uses else f"; {metric.name} cannot do without it"
+        raise DataError(f"{len(lacking)} of {len(facts)} items have no {fact!r}{_sample(lacking)}{have}")
 
 
 def check_pairs(predictions: Predictions, references: References) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class MetricResult:
     higher_is_better: bool = True
     maximum: float | None = 1.0
     """The largest possible value, None if there is none."""
+    details: dict[str, float] = field(default_factory=dict)
+    """Further numbers that belong to the value, by name: precision, recall, values of parts, unparsed answers."""
 
     @property
     def num_items(self) -> int:
@@ -48,6 +50,7 @@ class MetricResult:
             "version": self.version,
             "maximum": self.maximum,
             "higher_is_better": self.higher_is_better,
+            "details": self.details,
         }
 
 
