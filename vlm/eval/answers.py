@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm.data import Example
-from vlm.errors import ConfigError
 
 from .predict import Answerer, Pictures
 from .predictor import Decoding, Predictor

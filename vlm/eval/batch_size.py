@@ -69,7 +69,7 @@ class Limit:
         self.size, self.fixed = size, fixed
 
     def shrink(self, attempted: int, item: str) -> None:
-        """Memory ran out with `attempted` items, the first of which is `item`. Raises ConfigError when that is final."""
+        """Memory ran out with `attempted` items, the first of them `item`. Raises ConfigError when that is final."""
         if self.fixed:
             raise ConfigError(
                 f"out of memory with {attempted} items at a time (from item {item!r}); give a smaller batch size, or"

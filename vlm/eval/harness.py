@@ -84,9 +84,7 @@ def evaluate(
         ConfigError: unknown metric, a number out of range, or OUT holds predictions of other settings.
         DataError: broken annotations (without `skip_bad`), items without gold text, no image could be decoded.
     """
-    options = Options(
-        batch_size=batch_size, shuffle_images=shuffle_images, seed=seed, report=report, progress=progress
-    )
+    options = Options(batch_size=batch_size, shuffle_images=shuffle_images, seed=seed, report=report, progress=progress)
     check_limit(limit)
     chosen = registry.expand(metrics)
     examples, problems = _examples(data, limit, skip_bad, image_root)

@@ -71,15 +71,27 @@ class Options:
         batch_size.check(self.batch_size)
 
 
-def run(job: Job, predictor: Predictor, name: str, out: str | Path, options: Options) -> dict[str, Any]:
+def run(
+    job: Job,
+    predictor: Predictor,
+    name: str,
+    out: str | Path,
+    options: Options,
+    *,
+    identity: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Predict, score, write; every process of the launch calls this, and all return what `results.json` holds.
+
+    Args:
+        name: what the results call the model.
+        identity: of the predictor, where it is known already (hashing the weights of a large model takes a while).
 
     Raises:
         ConfigError, DataError: see `vlm.eval.evaluate`.
     """
     folder = Path(out)
     shown = items.shuffle_images(job.examples, options.seed) if options.shuffle_images else job.examples
-    settings = _settings(job, predictor, options)
+    settings = _settings(job, identity or predictor.identity(), options)
     started = time.monotonic()
     with processes.joined() as group:
         _check_agreement(group, settings)
@@ -105,10 +117,10 @@ def run(job: Job, predictor: Predictor, name: str, out: str | Path, options: Opt
         return outcome
 
 
-def _settings(job: Job, predictor: Predictor, options: Options) -> dict[str, Any]:
+def _settings(job: Job, identity: Mapping[str, Any], options: Options) -> dict[str, Any]:
     """Everything that decides the predictions."""
     settings: dict[str, Any] = {
-        "model": predictor.identity(),
+        "model": dict(identity),
         "data_sha256": items.digest(job.examples),
         "decoding": job.decoding.to_dict(),
         "images_shuffled_with_seed": options.seed if options.shuffle_images else None,
@@ -159,7 +171,7 @@ def _write(
     }
     write_lines(folder / ITEMS, results.item_lines(job, records, said, scored))
     if report:
-        results_page.write(folder / REPORT, outcome, shown, records, scored, job.kinds)
+        results_page.write(folder / REPORT, outcome, shown, records, scored, job.kinds, job.groups)
     write_json(folder / RESULTS, outcome)  # last: who finds it finds the others complete
 
 

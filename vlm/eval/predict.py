@@ -89,9 +89,8 @@ def predict(
                 store.append(new)
                 bar.advance(len(new))
                 if bad_in_a_row >= MAX_BAD_IN_A_ROW:
-                    raise DataError(
-                        f"{bad_in_a_row} images in a row could not be decoded; the last: {records[-1]['error']['message']}"
-                    )
+                    last = records[-1]["error"]["message"]
+                    raise DataError(f"{bad_in_a_row} images in a row could not be decoded; the last: {last}")
     return limit.size
 
 
@@ -130,9 +129,7 @@ def _answered(
         start = end
 
 
-def _attempt(
-    who: Answerer, batch: Sequence[Example], images: Sequence[Pictures | ImageError]
-) -> list[Record] | None:
+def _attempt(who: Answerer, batch: Sequence[Example], images: Sequence[Pictures | ImageError]) -> list[Record] | None:
     """One record per example, or None when memory ran out."""
     usable = [(ex, im) for ex, im in zip(batch, images, strict=True) if not isinstance(im, ImageError)]
     fields: list[dict[str, Any]] | None = []

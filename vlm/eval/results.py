@@ -51,7 +51,8 @@ def score(
 
 def _compute(metric: Metric, examples: Sequence[Example], said: Mapping[str, str]) -> MetricResult:
     predictions = {example.id: said[example.id] for example in examples}
-    return registry.compute(metric.name, predictions, {ex.id: items.gold_texts(ex, metric.reads) for ex in examples})
+    gold = {example.id: items.gold_texts(example, metric.reads) for example in examples}
+    return registry.compute(metric.name, predictions, gold, {example.id: example.info for example in examples})
 
 
 def _average(parts: Mapping[str, MetricResult], examples: Sequence[Example], over: str) -> MetricResult:
@@ -63,6 +64,7 @@ def _average(parts: Mapping[str, MetricResult], examples: Sequence[Example], ove
         per_item={example.id: per_item[example.id] for example in examples},
         rule=f"{first.rule}; computed for each {over} alone ({len(parts)} of them) and averaged without weights",
         interval=_interval_of_average([list(part.per_item.values()) for part in parts.values()]),
+        details={f"{over} {name}": part.value for name, part in parts.items()},
     )
 
 
