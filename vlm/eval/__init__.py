@@ -25,12 +25,14 @@ _HOMES = {
     "Table": "report",
     "Text": "report",
     "metrics": "",
+    "tasks": "",
 }
 
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
     from . import metrics as metrics
+    from . import tasks as tasks
     from .charts import Curve as Curve
     from .harness import evaluate as evaluate
     from .predictor import Predictor as Predictor

@@ -1,0 +1,29 @@
+"""Evaluation tasks as declarative files: official data in, prompts, decoding and metrics fixed.
+
+from vlm.eval import tasks
+task = tasks.get("vqav2")
+examples = task.load(Path("data"), limit=100)
+"""
+
+from .catalogue import Selected, get, load_file, names, select, table
+from .source import File, Item, Row, Source
+from .task import POST, Published, Split, Task, TaskDecoding, fill
+
+__all__ = [
+    "POST",
+    "File",
+    "Item",
+    "Published",
+    "Row",
+    "Selected",
+    "Source",
+    "Split",
+    "Task",
+    "TaskDecoding",
+    "fill",
+    "get",
+    "load_file",
+    "names",
+    "select",
+    "table",
+]

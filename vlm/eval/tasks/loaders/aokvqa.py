@@ -1,0 +1,43 @@
+"""A-OKVQA: `aokvqa_v1p0_val.json`, read for direct answers or for multiple choice.
+
+A list of `{"question_id", "image_id", "question", "choices" (4), "correct_choice_idx", "direct_answers" (10),
+"difficult_direct_answer", "rationales"}` (aokvqa.allenai.org; big_vision `datasets/aokvqa`). Images are COCO 2017:
+`{image_id:012d}.jpg`. The official script leaves questions with `difficult_direct_answer` out of direct answering, so
+they are left out here, unless the option `difficult` is set (PaliGemma's evaluator counts them).
+
+Files: `questions`, and the folder `images`. Options: `mode` (direct or choice), `difficult`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vlm.errors import DataError
+
+from ..source import Item, Row, Source, choice_fields
+
+
+def read(source: Source) -> Iterator[Item]:
+    folder = source.folder("images")
+    for row in source.rows("questions"):
+        facts: dict[str, Any]
+        if source.options["mode"] == "choice":
+            facts = _choice(row)
+        elif row.flag("difficult_direct_answer") and not source.options.get("difficult", False):
+            continue
+        else:
+            facts = {"fields": {"question": row.text("question")}, "answers": row.texts("direct_answers")}
+        image = folder / f"{row.integer('image_id'):012d}.jpg"
+        yield Item(id=row.key("question_id"), images=(image,), **facts)
+
+
+def _choice(row: Row) -> dict[str, Any]:
+    choices, right = row.texts("choices"), row.integer("correct_choice_idx")
+    if not 0 <= right < len(choices):
+        raise DataError(f"{row.where}: 'correct_choice_idx' is {right}, but there are {len(choices)} choices")
+    return {
+        "fields": {"question": row.text("question"), **choice_fields(choices)},
+        "answers": (choices[right],),
+        "info": {"choices": choices},
+    }

@@ -1,0 +1,58 @@
+"""Multiple choice with letters, as JSON lines: for MMMU-style sets of one's own.
+
+`{"id", "question", "options": [...], "answer": "B", "images": ["a.png", ...]}`, one object per line, images below the
+folder `images`. Further text keys (`subject`, `topic`, ...) can be used for breakdowns.
+
+Files: `questions`, and the folder `images`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vlm.errors import DataError
+
+from ..source import LETTERS, Item, Source, choice_fields
+
+_OWN = ("id", "question", "options", "answer", "images")
+
+
+def read(source: Source) -> Iterator[Item]:
+    folder = source.folder("images")
+    for row in source.lines("questions"):
+        facts = {key: value for key, value in row.values.items() if isinstance(value, str) and key not in _OWN}
+        images = row.texts("images")
+        if not images:
+            raise DataError(f"{row.where}: 'images' is empty; every item needs at least one image")
+        yield item(
+            row.key("id"),
+            row.text("question"),
+            row.texts("options"),
+            row.text("answer"),
+            tuple(folder / name for name in images),
+            facts,
+            row.where,
+        )
+
+
+def item(
+    key: str,
+    question: str,
+    options: tuple[str, ...],
+    answer: str,
+    images: tuple[Any, ...],
+    facts: dict[str, Any],
+    where: str,
+) -> Item:
+    """One question whose gold answer is the letter of an option. Raises DataError if it is not."""
+    letters = tuple(LETTERS[: len(options)])
+    if not 2 <= len(options) <= len(LETTERS) or answer not in letters:
+        raise DataError(f"{where}: the answer {answer!r} is not the letter of one of {len(options)} options")
+    return Item(
+        id=key,
+        images=images,
+        fields={"question": question, **choice_fields(options)},
+        answers=(answer,),
+        info={**facts, "choices": options, "candidates": letters},
+    )

@@ -1,0 +1,75 @@
+"""easy-VQA by Victor Zhou (MIT licence): the archive of the repository's `data` folder.
+
+`data/{train,test}/questions.json` is a list of [question, answer, image id], images are `data/{split}/images/{id}.png`
+(github vzhou842/easy-VQA). The archive is read as it is; its images are 64 x 64, so all of them fit in memory.
+
+Files: `archive`. Options: `split`.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from vlm.errors import DataError, ImageError
+from vlm.images import load_image
+
+from ..source import Item, Source, parse_json
+
+_COLOURS = frozenset("black blue brown gray green red teal yellow".split())
+
+
+def read(source: Source) -> Iterator[Item]:
+    path, split = source.path("archive"), source.options["split"]
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path}: not a zip archive ({error})") from error
+    with archive:
+        listing = f"data/{split}/questions.json"
+        questions = parse_json(_member(archive, listing, path), f"{path}, {listing}")
+        images: dict[int, Image.Image] = {}
+        for number, entry in enumerate(questions):
+            question, answer, image = _checked(entry, f"{path}, {listing}, item {number}")
+            if image not in images:
+                images[image] = _decode(archive, f"data/{split}/images/{image}.png", path)
+            yield Item(
+                id=f"{split}-{number}",
+                images=(images[image],),
+                fields={"question": question},
+                references=(answer,),
+                info={"kind": kind(answer)},
+            )
+
+
+def kind(answer: str) -> str:
+    """Kind of a question, by its answer."""
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "colour" if answer in _COLOURS else "shape"
+
+
+def _checked(entry: object, where: str) -> tuple[str, str, int]:
+    if isinstance(entry, list) and [type(value) for value in entry] == [str, str, int]:
+        return entry[0], entry[1], entry[2]
+    raise DataError(f"{where}: expected [question, answer, image id], got {entry!r}")
+
+
+def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+    try:
+        return archive.read(name)
+    except KeyError as error:
+        raise DataError(f"{path}: no {name} in it; expected the easy-VQA archive") from error
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path}: {name} is damaged ({error})") from error
+
+
+def _decode(archive: zipfile.ZipFile, name: str, path: Path) -> Image.Image:
+    try:
+        return load_image(io.BytesIO(_member(archive, name, path)).getvalue())
+    except ImageError as error:
+        raise DataError(f"{path}: {name}: {error}") from error

@@ -1,0 +1,69 @@
+"""RefCOCO, RefCOCO+, RefCOCOg: `refs(unc).json` and `instances.json`.
+
+The official `refs(unc).p` (`refs(umd).p` for RefCOCOg) is a pickle, which can run code when it is opened, so it is
+never opened here. Convert it once, if you trust where you got it:
+
+    python -c "import json, pickle; json.dump(pickle.load(open('refs(unc).p', 'rb')), open('refs(unc).json', 'w'))"
+
+The result is a list of `{"ref_id", "ann_id", "image_id", "split", "sentences": [{"sent_id", "sent", ...}], ...}`;
+`instances.json` is COCO's `{"images": [{"id", "file_name", "height", "width"}], "annotations": [{"id", "bbox" (x, y,
+width, height in pixels)}]}` (github lichengunc/refer; big_vision `datasets/refcoco`). One item per sentence. `box` is
+(x1, y1, x2, y2) in pixels; the gold text is that box as PaliGemma writes it: `<locY1><locX1><locY2><locX2>`.
+
+Files: `refs`, `instances`, and the folder `images`. Options: `split`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vlm.errors import DataError
+
+from ..source import Item, Source
+
+_BINS = 1023
+"""Coordinates in [0, 1] become round(coordinate * 1023) (big_vision `pp/proj/paligemma/segmentation.py`)."""
+
+
+def read(source: Source) -> Iterator[Item]:
+    _refuse_pickle(source)
+    instances = source.object("instances")
+    boxes = {row.integer("id"): row.box("bbox") for row in instances.rows("annotations")}
+    images = {row.integer("id"): row for row in instances.rows("images")}
+    folder = source.folder("images")
+    for ref in source.rows("refs"):
+        if ref.text("split") != source.options["split"]:
+            continue
+        annotation, image = ref.integer("ann_id"), ref.integer("image_id")
+        if annotation not in boxes or image not in images:
+            raise DataError(f"{ref.where}: its object or image is not in {source.files['instances'].path}")
+        row = images[image]
+        width, height = row.integer("width"), row.integer("height")
+        x, y, wide, high = boxes[annotation]
+        box = (x, y, x + wide, y + high)
+        for sentence in ref.rows("sentences"):
+            expression = sentence.text("sent")
+            yield Item(
+                id=sentence.key("sent_id"),
+                images=(folder / row.text("file_name"),),
+                fields={"expression": expression},
+                answers=(box_text(box, width, height),),
+                info={"box": box, "width": width, "height": height, "image_size": (width, height)},
+            )
+
+
+def box_text(box: tuple[float, float, float, float], width: int, height: int) -> str:
+    """A pixel box as four location tokens, top, left, bottom, right: "<loc0256><loc0000><loc0767><loc1023>"."""
+    x1, y1, x2, y2 = box
+    shares = (y1 / height, x1 / width, y2 / height, x2 / width)
+    return "".join(f"<loc{min(_BINS, max(0, round(share * _BINS))):04d}>" for share in shares)
+
+
+def _refuse_pickle(source: Source) -> None:
+    refs = source.root / source.files["refs"].path
+    pickled = refs.with_suffix(".p")
+    if not refs.exists() and pickled.exists():
+        raise DataError(
+            f"{pickled} is a pickle, which can run code when it is opened; convert it once, if you trust it: python -c"
+            f" \"import json, pickle; json.dump(pickle.load(open('{pickled}', 'rb')), open('{refs}', 'w'))\""
+        )

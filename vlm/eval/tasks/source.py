@@ -1,0 +1,224 @@
+"""What a loader reads from and what it makes: official files behind checks, and `Item`s.
+
+An official file that lacks a field, or holds another type there, is refused with the file, the item and the field
+named; nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlm.errors import DataError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """One file or folder that a split needs."""
+
+    path: str
+    """Where it has to lie, below the data root."""
+    url: str = ""
+    """Where it comes from: the file itself, the archive that holds it, or the page with the download."""
+    also: tuple[str, ...] = ()
+    """Other paths under which releases have had it; the first that is there is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One item as an official file has it, before the prompt is made."""
+
+    id: str
+    images: tuple[Path | Image.Image, ...]
+    """The image, or several that the prompt is about, in order."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """What the prompt template may name: question, choices, language, ..."""
+    suffix: str | None = None
+    references: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """What metrics and breakdowns read; see `Example.info`."""
+
+
+def choice_fields(choices: Sequence[str]) -> dict[str, str]:
+    """Two spellings of the choices for prompts.
+
+    `choices` joins the texts with blank, tab, blank (PaliGemma's A-OKVQA and AI2D); `lettered_choices` is
+    "(A) red, (B) blue" (ScienceQA's, and PaliGemma's for it).
+    """
+    lettered = ", ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    return {"choices": " \t ".join(choices), "lettered_choices": lettered}
+
+
+class Row:
+    """One JSON object of an official file; every access is checked.
+
+    Args:
+        values: the object.
+        where: the file and the place in it, for errors.
+    """
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, Mapping):
+            raise DataError(f"{where}: expected an object with keys, got {_shown(values)}")
+        self.values = values
+        self.where = where
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.values:
+            raise DataError(
+                f"{self.where}: no {key!r}; the object has {', '.join(map(repr, self.values)) or 'no keys'}. Is this"
+                f" the official file?"
+            )
+        return self.values[key]
+
+    def text(self, key: str) -> str:
+        return self._of_type(key, str, "text")
+
+    def integer(self, key: str) -> int:
+        """A whole number, or one written as text (some official files quote them)."""
+        value = self[key]
+        if isinstance(value, str) and value.lstrip("-").isdecimal():
+            return int(value)
+        return self._of_type(key, int, "a whole number")
+
+    def flag(self, key: str) -> bool:
+        """A truth value; 0 and 1 count (TallyQA writes booleans, VizWiz numbers)."""
+        value = self[key]
+        if value in (0, 1):
+            return bool(value)
+        raise DataError(f"{self.where}: {key!r} should be true or false, got {_shown(value)}")
+
+    def key(self, key: str) -> str:
+        """An id: text, or a whole number as text."""
+        value = self[key]
+        if type(value) is int or isinstance(value, str):
+            return str(value)
+        raise DataError(f"{self.where}: {key!r} should be text or a whole number, got {_shown(value)}")
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self._of_type(key, list, "a list of text")
+        if not all(isinstance(item, str) for item in value):
+            raise DataError(f"{self.where}: {key!r} should be a list of text, got {_shown(value)}")
+        return tuple(value)
+
+    def box(self, key: str) -> tuple[float, ...]:
+        """Four numbers."""
+        value = self._of_type(key, list, "a list of four numbers")
+        if len(value) != 4 or not all(type(number) in (int, float) for number in value):
+            raise DataError(f"{self.where}: {key!r} should be a list of four numbers, got {_shown(value)}")
+        return tuple(float(number) for number in value)
+
+    def row(self, key: str) -> Row:
+        return Row(self[key], f"{self.where}, {key!r}")
+
+    def rows(self, key: str) -> list[Row]:
+        """A list of objects."""
+        value = self._of_type(key, list, "a list of objects")
+        return [Row(item, f"{self.where}, {key!r} {index}") for index, item in enumerate(value)]
+
+    def _of_type(self, key: str, kind: type, expected: str) -> Any:
+        value = self[key]
+        if type(value) is not kind:
+            raise DataError(f"{self.where}: {key!r} should be {expected}, got {_shown(value)}")
+        return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one split of one task, as a loader sees them."""
+
+    task: str
+    split: str
+    root: Path
+    files: Mapping[str, File]
+    """Role -> file; which roles there are is up to the loader."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the task's file passes to the loader for this split."""
+
+    def path(self, role: str) -> Path:
+        """A file or folder that has to be there. Raises DataError that says what to download, and to where."""
+        file = self._file(role)
+        for name in (file.path, *file.also):
+            if (self.root / name).exists():
+                return self.root / name
+        raise DataError(f"task {self.task!r}, split {self.split!r}: {self.missing(role)}")
+
+    def folder(self, role: str) -> Path:
+        """A folder of images. It need not be there, because missing images are reported per item."""
+        file = self._file(role)
+        there = [self.root / name for name in (file.path, *file.also) if (self.root / name).is_dir()]
+        return there[0] if there else self.root / file.path
+
+    def missing(self, role: str) -> str:
+        """What to do about a file that is not there."""
+        file = self._file(role)
+        source = f"; download {file.url} and put it there (archives: unpacked)" if file.url else ""
+        return f"{self.root / file.path} is missing{source}"
+
+    def has(self, role: str) -> bool:
+        return role in self.files
+
+    def json(self, role: str) -> Any:
+        path = self.path(role)
+        return parse_json(_read(path), str(path))
+
+    def object(self, role: str) -> Row:
+        """The file as one object."""
+        return Row(self.json(role), self.files[role].path)
+
+    def rows(self, role: str) -> list[Row]:
+        """The file as a list of objects."""
+        name = self.files[role].path
+        value = self.json(role)
+        if not isinstance(value, list):
+            raise DataError(f"{name}: expected a list at the top, got {_shown(value)}. Is this the official file?")
+        return [Row(item, f"{name}, item {index}") for index, item in enumerate(value)]
+
+    def lines(self, role: str) -> Iterator[Row]:
+        """The file as one object per line."""
+        path = self.path(role)
+        name = self.files[role].path
+        for number, line in enumerate(_read(path).split(b"\n"), 1):
+            if line.strip():
+                yield Row(parse_json(line, f"{path}, line {number}"), f"{name}, line {number}")
+
+    def _file(self, role: str) -> File:
+        if role not in self.files:
+            raise DataError(
+                f"task {self.task!r}, split {self.split!r}: the loader needs a file called {role!r}, the task names"
+                f" {', '.join(map(repr, self.files)) or 'none'}"
+            )
+        return self.files[role]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it: {error.strerror}") from error
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """JSON in UTF-8. Raises DataError that begins with `where`."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}; download the file again") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); download the file again") from error

@@ -1,0 +1,228 @@
+"""`Task`: everything that has to be fixed before two evaluations may be compared, as data.
+
+A task is a YAML file in this folder (or the user's own), read strictly into these classes. It names the official files,
+the prompt, how answers are decoded and cleaned, the metrics, and what others have published for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm.data import Example
+from vlm.errors import ConfigError, DataError, nearest
+
+from . import loaders
+from .source import File, Item, Source
+
+logger = logging.getLogger(__name__)
+
+POST: dict[str, Callable[[str], str]] = {
+    "none": lambda text: text,
+    "lower": str.lower,
+    "strip": str.strip,
+    "first_line": lambda text: text.strip().split("\n", 1)[0],
+}
+"""Named clean-ups of an answer before it is scored."""
+_SLOT = re.compile(r"\{(\w+)\}")
+_LISTED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskDecoding:
+    """How answers are made."""
+
+    max_new_tokens: int = 32
+    num_beams: int = 1
+    beam_search: Literal["transformers", "big_vision"] = "big_vision"
+    """Whose rule of beams; PaliGemma's published results were decoded with big_vision's. Not read with one beam."""
+    by: Literal["generate", "likelihood"] = "generate"
+    """`generate` writes text; `likelihood` takes the most likely of the candidates."""
+    normalization: Literal["none", "token", "byte"] = "none"
+    """Of `likelihood`; see `vlm.eval.likelihood`."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.num_beams < 1:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens}, num_beams={self.num_beams}; both have to be at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split with public answers."""
+
+    files: dict[str, File]
+    """Role -> file; the roles are the loader's."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """For the loader."""
+    expected_items: int | None = None
+    """How many items the official split has; None where that is not certain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A published figure, to be set beside ours."""
+
+    model: str
+    metric: str
+    split: str
+    value: float
+    """As printed: 100 stands for 1.0 of our metrics."""
+    source: str
+    resolution: int | None = None
+    group: str = ""
+    """Group of the breakdown that the figure is about; empty for all items."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One benchmark."""
+
+    name: str
+    title: str
+    format: str
+    """A loader, see `vlm.eval.tasks.loaders`."""
+    splits: dict[str, Split]
+    default_split: str
+    prompt: str
+    """The prefix, with the loader's fields in braces: `answer en {question}`."""
+    metrics: tuple[str, ...]
+    """Names of `vlm.eval.metrics`; the first is the one that is reported."""
+    citation: str = ""
+    decoding: TaskDecoding = field(default_factory=TaskDecoding)
+    post: str = "none"
+    """Clean-up of answers before they are scored, a key of `POST`."""
+    candidates: tuple[str, ...] = ()
+    """Answers that `likelihood` chooses from; empty: those that each item brings."""
+    breakdown: tuple[str, ...] = ()
+    """Keys of `Example.info` by which results are broken down."""
+    average_over: str = ""
+    """Key of `Example.info`: metrics are computed in each of its groups alone and then averaged without weights (the
+    figures of multilingual captioning are made so: CIDEr over a mixture of languages is another number)."""
+    published: tuple[Published, ...] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.default_split not in self.splits:
+            raise ValueError(f"default_split {self.default_split!r} is none of the splits: {', '.join(self.splits)}")
+        if self.post not in POST:
+            raise ValueError(f"post {self.post!r}{nearest(self.post, POST)}; known: {', '.join(POST)}")
+        if not self.metrics:
+            raise ValueError("metrics is empty; name at least one")
+
+    def split(self, name: str | None = None) -> Split:
+        """The split of that name, the default one for None. Raises ConfigError that names the nearest."""
+        chosen = self.default_split if name is None else name
+        if chosen not in self.splits:
+            raise ConfigError(
+                f"task {self.name!r} has no split {chosen!r}{nearest(chosen, self.splits)}; it has"
+                f" {', '.join(self.splits)}"
+            )
+        return self.splits[chosen]
+
+    def load(self, root: Path, split: str | None = None, limit: int | None = None) -> list[Example]:
+        """The items of a split, from the official files below `root`.
+
+        Images that are not there stay in the list (the harness counts them as wrong) and are counted in a warning.
+
+        Args:
+            root: the folder that all of a task's paths are relative to.
+            split: name of a split; the task's own default for None.
+            limit: only the first so many items.
+
+        Raises:
+            ConfigError: an unknown split or format, or a prompt that names a field the loader does not give.
+            DataError: a file that is missing (the message says what to download, and to where) or not as the format
+                says; no image of the split is there.
+        """
+        chosen = self.split(split)
+        source = Source(self.name, split or self.default_split, Path(root), chosen.files, chosen.options)
+        items = islice(loaders.get(self.format)(source), limit)
+        file = str(source.folder(next(iter(chosen.files))))
+        examples = [self._example(item, file, number) for number, item in enumerate(items, 1)]
+        if not examples:
+            raise DataError(f"task {self.name!r}, split {source.split!r}: no item in {file}")
+        self._report_missing(examples, source)
+        return examples
+
+    def candidates_of(self, example: Example) -> tuple[str, ...]:
+        """What `likelihood` chooses from for one item. Raises DataError if nobody says."""
+        given = self.candidates or example.info.get("candidates") or example.info.get("choices") or ()
+        if not given:
+            raise DataError(
+                f"task {self.name!r}, item {example.id!r}: there is nothing to choose from; `by: likelihood` needs"
+                f" candidates in the task or choices in its items"
+            )
+        return tuple(given)
+
+    def post_process(self, text: str) -> str:
+        """An answer as it is scored."""
+        return POST[self.post](text)
+
+    def groups(self, examples: Sequence[Example], key: str) -> dict[str, str]:
+        """Item id -> its group for one key of `breakdown`. Raises ConfigError if items have no such fact."""
+        lacking = [example.id for example in examples if key not in example.info]
+        if lacking:
+            known = sorted({name for example in examples for name in example.info})
+            raise ConfigError(
+                f"task {self.name!r}: {len(lacking)} items have no {key!r} to break down by, first {lacking[0]!r};"
+                f" items have {', '.join(known) or 'nothing'}"
+            )
+        return {example.id: str(example.info[key]) for example in examples}
+
+    def _example(self, item: Item, file: str, number: int) -> Example:
+        return Example(
+            id=item.id,
+            image=item.images[0],
+            prefix=fill(self.prompt, item.fields, where=f"task {self.name!r}, item {item.id!r}"),
+            suffix=item.suffix,
+            references=item.references,
+            answers=item.answers,
+            file=file,
+            line=number,
+            more_images=item.images[1:],
+            info=item.info,
+        )
+
+    def _report_missing(self, examples: Sequence[Example], source: Source) -> None:
+        paths = {image for ex in examples for image in (ex.image, *ex.more_images) if isinstance(image, Path)}
+        missing = sorted(path for path in paths if not path.is_file())
+        if not missing:
+            return
+        where = "; ".join(
+            f"{source.folder(role)} from {file.url}"
+            for role, file in source.files.items()
+            if file.url and role.startswith("images")
+        )
+        hint = f"; images belong in {where}" if where else ""
+        listed = ", ".join(map(str, missing[:_LISTED])) + (", ..." if len(missing) > _LISTED else "")
+        text = f"task {self.name!r}, split {source.split!r}: {len(missing)} of {len(paths)} images are missing"
+        if len(missing) == len(paths):
+            raise DataError(f"{text}: {listed}{hint}")
+        logger.warning("%s and count as wrong: %s%s", text, listed, hint)
+
+
+def fill(template: str, fields: Mapping[str, str], where: str) -> str:
+    """`template` with each `{name}` replaced by that field, once: braces inside a question stay what they are.
+
+    Raises:
+        ConfigError: a name that is no field.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in fields:
+            raise ConfigError(
+                f"{where}: the prompt names {{{name}}}{nearest(name, fields)}; the loader gives"
+                f" {', '.join(fields) or 'no fields'}"
+            )
+        return fields[name]
+
+    return _SLOT.sub(value, template)
