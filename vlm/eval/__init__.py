@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 # public name -> the module that defines it
 _HOMES = {
     "evaluate": "harness",
+    "evaluate_tasks": "suite",
+    "Options": "job",
     "Predictor": "predictor",
     "table": "tables",
     "write_report": "report",
@@ -24,6 +26,7 @@ _HOMES = {
     "Stats": "report",
     "Table": "report",
     "Text": "report",
+    "diff": "",
     "metrics": "",
     "tasks": "",
 }
@@ -31,10 +34,12 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
+    from . import diff as diff
     from . import metrics as metrics
     from . import tasks as tasks
     from .charts import Curve as Curve
     from .harness import evaluate as evaluate
+    from .job import Options as Options
     from .predictor import Predictor as Predictor
     from .report import Curves as Curves
     from .report import Figure as Figure
@@ -48,6 +53,7 @@ if TYPE_CHECKING:
     from .report import Text as Text
     from .report import breakdown as breakdown
     from .report import write_report as write_report
+    from .suite import evaluate_tasks as evaluate_tasks
     from .tables import table as table
 
 
