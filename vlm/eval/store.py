@@ -124,9 +124,12 @@ class PredictionStore:
         A kill between the writing and the deleting leaves records in both places: those are not added again.
         """
         assert self._main is not None
+        self._main.seek(0)
+        stored = _records(self._main.read(), self.path)
         for path in sorted(self.folder.glob(_SHARES)):
             found = _records(path.read_bytes(), path)
-            new = [record for key, record in found.items() if key not in self.records]
+            new = [record for key, record in found.items() if key not in stored]
+            stored.update((record["id"], record) for record in new)
             _write(self._main, new)
             self.records.update((record["id"], record) for record in new)
             path.unlink()
