@@ -25,7 +25,7 @@ THIRD_PARTY: tuple[set[str], ...] = (
     {"torch", "transformers", "numpy", "PIL", "yaml"},
     {"sentencepiece"},
     {"safetensors", "accelerate", "huggingface_hub", "tokenizers"},
-    {"lightning", "rich", "matplotlib"},
+    {"lightning", "rich", "matplotlib", "rapidfuzz"},
     set(),
 )
 # Installed only on request: imported in functions, never when a module is imported.

@@ -117,7 +117,7 @@ def generate_ids(
         raise GenerationError("this batch was made for training (it has labels, padding right); make it without suffix")
     check_beam_search(beam_search, do_sample=bool(settings.do_sample), length_penalty=settings.length_penalty)
     batch = batch.to(model.device)
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         if beam_search == "big_vision" and (settings.num_beams or 1) > 1:
             return _big_vision(model, batch, settings)
         mixin: Any = model  # transformers types `self` of generate as a class of its own
@@ -144,7 +144,7 @@ def _big_vision(model: VLM, batch: Batch, settings: GenerationConfig) -> torch.T
 
 
 @contextmanager
-def _in_eval_mode(model: VLM) -> Iterator[None]:
+def in_eval_mode(model: VLM) -> Iterator[None]:
     """Each module's own mode comes back: model.train() would wake a frozen tower that is in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

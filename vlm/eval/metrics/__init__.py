@@ -5,7 +5,7 @@
 1.0
 """
 
-from . import captions, exact, vqa
+from . import anls, aokvqa, boxes, captions, chartqa, choices, exact, pope, tallyqa, textvqa, vizwiz, vqa
 from .registry import Info, Metric, Predictions, References, compute, expand, get, names, register
 from .result import MetricResult, bootstrap
 from .tokenizer import tokenize
@@ -26,4 +26,13 @@ __all__ = [
     "register",
     "tokenize",
     "vqa",
+    "anls",
+    "aokvqa",
+    "boxes",
+    "chartqa",
+    "choices",
+    "pope",
+    "tallyqa",
+    "textvqa",
+    "vizwiz",
 ]

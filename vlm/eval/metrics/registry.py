@@ -169,6 +169,25 @@ def check_pairs(predictions: Predictions, references: References) -> None:
             raise DataError(f"prediction of item {key!r} must be a text, got {predictions[key]!r}")
 
 
+def refuse_few_answers(name: str, references: References, at_least: int) -> None:
+    """Raise DataError for questions with fewer than `at_least` answers, which no prediction could get fully right."""
+    few = [key for key, answers in references.items() if len(answers) < at_least]
+    if few:
+        raise DataError(
+            f"{name} counts how many people gave an answer, so each question needs at least {at_least} answers (the"
+            f" official sets have 10); {len(few)} of {len(references)} questions have fewer, first {few[0]!r} with"
+            f" {len(references[few[0]])}. Use exact_match for a single gold answer"
+        )
+
+
+def only_reference(name: str, key: str, references: References) -> str:
+    """The gold text of an item that must have exactly one. Raises DataError."""
+    texts = references[key]
+    if len(set(texts)) != 1:
+        raise DataError(f"{name} compares with one gold text; item {key!r} has {len(texts)}: {', '.join(texts[:5])}")
+    return texts[0]
+
+
 def _sample(ids: list[str]) -> str:
     shown = ", ".join(map(repr, ids[:_LISTED]))
     return f": {shown}" + (f" and {len(ids) - _LISTED} more" if len(ids) > _LISTED else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ class MetricResult:
     higher_is_better: bool = True
     maximum: float | None = 1.0
     """The largest possible value, None if there is none."""
+    normalizer: str = "described in the rule"
+    """What is done to both texts before they are compared; figures with different ones must not be set side by side."""
     details: dict[str, float] = field(default_factory=dict)
     """Further numbers that belong to the value, by name: precision, recall, values of parts, unparsed answers."""
 
@@ -47,6 +49,7 @@ class MetricResult:
             "interval_95": None if self.interval is None else list(self.interval),
             "num_items": self.num_items,
             "rule": self.rule,
+            "normalizer": self.normalizer,
             "version": self.version,
             "maximum": self.maximum,
             "higher_is_better": self.higher_is_better,
@@ -87,6 +90,35 @@ def bootstrap(
         values.append(means[:, 0] if reduce is None else reduce(means))
     low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
     return float(low), float(high)
+
+
+def mean_result(
+    name: str,
+    scores: dict[str, float],
+    rule: str,
+    *,
+    version: str = "1",
+    normalizer: str = "none",
+    details: dict[str, float] | None = None,
+) -> MetricResult:
+    """The result of a metric that is the plain mean of its per-item scores."""
+    value, interval = mean_of(scores)
+    return MetricResult(name, value, scores, rule, version, interval, normalizer=normalizer, details=details or {})
+
+
+def groups(keys: Iterable[str], info: Mapping[str, Mapping[str, Any]], fact: str) -> dict[str, list[str]]:
+    """The items with each value of a fact, values sorted: {"augmented": ["2"], "human": ["1", "3"]}; {} without it."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        if info[key].get(fact) is not None:
+            found.setdefault(str(info[key][fact]), []).append(key)
+    return dict(sorted(found.items()))
+
+
+def means_by(scores: dict[str, float], info: Mapping[str, Mapping[str, Any]], fact: str) -> dict[str, float]:
+    """Mean score of the items with each value of a fact: {"augmented": 0.9, "human": 0.6}; {} where nobody has it."""
+    parts = groups(scores, info, fact)
+    return {value: math.fsum(scores[key] for key in keys) / len(keys) for value, keys in parts.items()}
 
 
 def mean_of(scores: dict[str, float]) -> tuple[float, tuple[float, float] | None]:

@@ -7,30 +7,35 @@ Written to give the script's numbers, not to mend them. What surprises people, k
 - A full stop goes unless a digit follows it ("3." -> "3", ".5" stays), and only the first 32 of them, because the
   script passes `re.UNICODE` (32) where `re.sub` expects a count.
 - A text that becomes empty still matches: prediction "the" equals answer "a".
+
+OK-VQA is scored by the same script (its five answers are each doubled). Google's evaluator of VQAv2 and TextVQA is this
+one without the cap of 32 full stops, and with digits of all scripts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from vlm.errors import DataError
+from .registry import Info, Predictions, References, refuse_few_answers, register
+from .result import MetricResult, mean_result, means_by
 
-from .registry import Predictions, References, register
-from .result import MetricResult, mean_of
-
+NORMALIZER = "VQA v2 official"
 _RULE = (
     "VQA v2 official soft accuracy: mean over the annotators left out one at a time of min(1, matches among the others "
     "/ 3); answers and prediction are normalised (punctuation, number words, articles, contractions) unless all "
     "answers are identical"
 )
-_AGREE = 3  # annotators who must agree for the full score
-_MAX_PERIODS = int(re.UNICODE)  # 32, see the module docstring
+AGREE = 3  # annotators who must agree for the full score
+MAX_PERIODS = int(re.UNICODE)  # 32, see the module docstring
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # The script writes (?!<=\d)(\.)(?!\d); its first group is a typo that matches anywhere. Python 2's \d is ASCII only.
 _PERIOD = re.compile(r"\.(?!\d)", re.ASCII)
 _DIGIT_COMMA = re.compile(r"\d,\d", re.ASCII)
+# The same under Python 3, as the scripts of TextVQA, VizWiz and PaliGemma run it: digits of all scripts.
+_ANY_PERIOD = re.compile(r"\.(?!\d)")
+_ANY_DIGIT_COMMA = re.compile(r"\d,\d")
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = {"none": "0"} | {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
@@ -66,24 +71,30 @@ def _contractions() -> dict[str, str]:
     return table
 
 
-_CONTRACTIONS = _contractions()
+CONTRACTIONS = _contractions()
 
 
-def process_punctuation(text: str) -> str:
-    """The script's `processPunctuation`: "t-shirt" -> "t shirt", "t- shirt" -> "t shirt", "1,000" -> "1000"."""
+def process_punctuation(text: str, *, ascii_digits: bool = True, max_periods: int = MAX_PERIODS) -> str:
+    """The script's `processPunctuation`: "t-shirt" -> "t shirt", "t- shirt" -> "t shirt", "1,000" -> "1000".
+
+    Args:
+        text: the answer as given.
+        ascii_digits: only 0-9 are digits, as under Python 2; else the digits of every script.
+        max_periods: how many full stops go at most; 0 for no limit.
+    """
     out = text
-    digit_comma = _DIGIT_COMMA.search(text) is not None
+    digit_comma = (_DIGIT_COMMA if ascii_digits else _ANY_DIGIT_COMMA).search(text) is not None
     for mark in _PUNCTUATION:
         if mark in text:
             touches_blank = mark + " " in text or " " + mark in text
             out = out.replace(mark, "" if touches_blank or digit_comma else " ")
-    return _PERIOD.sub("", out, count=_MAX_PERIODS)
+    return (_PERIOD if ascii_digits else _ANY_PERIOD).sub("", out, count=max_periods)
 
 
-def process_digit_article(text: str) -> str:
+def process_digit_article(text: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
     """The script's `processDigitArticle`: lower case, number words to digits, no articles, contractions spelt."""
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def normalize(text: str) -> str:
@@ -91,38 +102,97 @@ def normalize(text: str) -> str:
     return process_digit_article(process_punctuation(text))
 
 
-def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Official score in [0, 1] of one prediction against the answers that people gave (10 in the official sets)."""
-    given = [_flatten(answer) for answer in answers]
-    said = _flatten(prediction)
-    if len(set(given)) > 1:
-        given = [normalize(answer) for answer in given]
-        said = normalize(said)
-    matches = sum(answer == said for answer in given)
-    # Leaving out an annotator who agreed leaves one match fewer among the others.
-    agree, differ = matches, len(given) - matches
-    total = agree * min(1.0, (matches - 1) / _AGREE) + differ * min(1.0, matches / _AGREE)
-    return total / len(given)
+def normalize_big_vision(text: str) -> str:
+    """As `normalize`, the way Google's evaluator has it: no limit on full stops, digits of all scripts."""
+    return process_digit_article(process_punctuation(text, ascii_digits=False, max_periods=0))
 
 
-def _flatten(text: str) -> str:
+def flatten(text: str) -> str:
+    """Line breaks and tabs as blanks, none at the ends: what the scripts do before anything else."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-@register("vqa_accuracy", summary="VQA v2 soft accuracy, official rule", reads="answers")
-def vqa_accuracy(predictions: Predictions, references: References) -> MetricResult:
-    """Mean of `accuracy` over the questions.
+def leave_one_out(matches: int, num_answers: int) -> float:
+    """Mean over the answers left out one at a time of min(1, matches among the others / 3).
+
+    `matches` of the answers equal the prediction. Leaving out one of them leaves one match fewer among the others, so
+    0, 1, 2, 3, 4 matches of 10 give 0, 0.3, 0.6, 0.9, 1.
+    """
+    agree, differ = matches, num_answers - matches
+    total = agree * min(1.0, (matches - 1) / AGREE) + differ * min(1.0, matches / AGREE)
+    return total / num_answers
+
+
+def accuracy(prediction: str, answers: Sequence[str], form: Callable[[str], str] = normalize) -> float:
+    """Official score in [0, 1] of one prediction against the answers that people gave (10 in the official sets)."""
+    given = [flatten(answer) for answer in answers]
+    said = flatten(prediction)
+    if len(set(given)) > 1:
+        given = [form(answer) for answer in given]
+        said = form(said)
+    return leave_one_out(sum(answer == said for answer in given), len(given))
+
+
+def accuracy_big_vision(prediction: str, answers: Sequence[str]) -> float:
+    """As `accuracy`, with `normalize_big_vision`."""
+    return accuracy(prediction, answers, normalize_big_vision)
+
+
+def _score(
+    name: str,
+    rule: str,
+    score: Callable[[str, Sequence[str]], float],
+    predictions: Predictions,
+    references: References,
+    info: Info,
+) -> MetricResult:
+    refuse_few_answers(name, references, AGREE + 1)
+    scores = {key: score(predictions[key], answers) for key, answers in references.items()}
+    parts = means_by(scores, info, "answer_type")
+    return mean_result(name, scores, rule, normalizer=NORMALIZER, details=parts)
+
+
+@register("vqa_accuracy", summary="VQA v2 soft accuracy, official rule", reads="answers", uses=("answer_type",))
+def vqa_accuracy(predictions: Predictions, references: References, info: Info) -> MetricResult:
+    """Mean of `accuracy` over the questions; details: the mean of each `answer_type`.
 
     Raises:
         DataError: a question has fewer than 4 answers, so that no prediction could reach 1 under this rule.
     """
-    few = [key for key, answers in references.items() if len(answers) <= _AGREE]
-    if few:
-        raise DataError(
-            f"vqa_accuracy leaves one annotator out and wants {_AGREE} others to agree, so each question needs at least"
-            f" {_AGREE + 1} answers (the official sets have 10); {len(few)} of {len(references)} questions have fewer,"
-            f" first {few[0]!r} with {len(references[few[0]])}. Use exact_match for a single gold answer"
-        )
-    scores = {key: accuracy(predictions[key], answers) for key, answers in references.items()}
-    value, interval = mean_of(scores)
-    return MetricResult("vqa_accuracy", value, scores, _RULE, "1", interval)
+    return _score("vqa_accuracy", _RULE, accuracy, predictions, references, info)
+
+
+@register(
+    "okvqa", summary="OK-VQA soft accuracy, official rule (VQA v2's script)", reads="answers", uses=("answer_type",)
+)
+def okvqa(predictions: Predictions, references: References, info: Info) -> MetricResult:
+    """As `vqa_accuracy`: OK-VQA is scored by the same script on ten answers, five doubled."""
+    return _score("okvqa", _RULE, accuracy, predictions, references, info)
+
+
+_BIG_VISION = f"{_RULE}; as in PaliGemma's transfers, {{}} without the official limit of 32 removed full stops"
+
+
+@register(
+    "vqa_accuracy_paligemma",
+    summary="VQA v2 soft accuracy of PaliGemma's evaluator (2 of 482 answers differ)",
+    reads="answers",
+    uses=("answer_type",),
+)
+def vqa_accuracy_paligemma(predictions: Predictions, references: References, info: Info) -> MetricResult:
+    """Google's `vqav2` evaluator: the official rule without the limit of 32 full stops."""
+    rule = _BIG_VISION.format("that is the official rule")
+    return _score("vqa_accuracy_paligemma", rule, accuracy_big_vision, predictions, references, info)
+
+
+@register(
+    "textvqa_paligemma",
+    summary="TextVQA as PaliGemma scores it: VQA v2's rule (31 of 272 answers differ from TextVQA's)",
+    reads="answers",
+)
+def textvqa_paligemma(predictions: Predictions, references: References) -> MetricResult:
+    """Google's `vqav2` evaluator on TextVQA: nothing is normalised where all answers agree, commas become blanks."""
+    rule = _BIG_VISION.format("that is VQA v2's normaliser and not TextVQA's (EvalAI)")
+    return _score(
+        "textvqa_paligemma", rule, accuracy_big_vision, predictions, references, {key: {} for key in references}
+    )

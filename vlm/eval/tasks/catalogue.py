@@ -12,11 +12,12 @@ from vlm import settings
 from vlm.errors import ConfigError, nearest
 
 from .source import File
-from .task import Split, Task, TaskDecoding
+from .task import Split, Task, TaskDecoding, check_scoring
 
 _HERE = Path(__file__).parent
 _SPLIT = "data"
 """Name of the only split of a task that is one JSONL file."""
+_PROMPT_WIDTH = 50  # of the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,9 @@ class _Jsonl:
     candidates: tuple[str, ...] = ()
     breakdown: tuple[str, ...] = ()
     expected_items: int | None = None
+
+    def __post_init__(self) -> None:
+        check_scoring(self.metrics, self.post)
 
 
 @dataclass(frozen=True)
@@ -131,10 +135,10 @@ def select(text: str) -> list[Selected]:
 def _select(text: str) -> list[Selected]:
     file, _, metrics = text.rpartition(":")
     if file.endswith(".jsonl"):
-        own = _Jsonl(data=file, metrics=tuple(name for name in metrics.split("+") if name))
-        if not own.metrics:
+        chosen = tuple(name for name in metrics.split("+") if name)
+        if not chosen:
             raise ConfigError(f"task {text!r}: no metric after the colon; for example {file}:cider+rouge_l")
-        return [Selected(_own(Path(file).stem, own, Path()))]
+        return [Selected(_own(Path(file).stem, _Jsonl(data=file, metrics=chosen), Path()))]
     if text.endswith(".jsonl"):
         raise ConfigError(f"task {text!r} is a JSONL file without a metric; for example {text}:cider")
     if text.endswith((".yaml", ".yml")):
@@ -147,14 +151,17 @@ def _select(text: str) -> list[Selected]:
 
 
 def table() -> str:
-    """All tasks as plain text: name, default split, expected items, first metric, prompt, title."""
+    """All tasks as plain text: name, default split and its items, how many other splits, metrics, prompt, title."""
     rows = [("task", "split", "items", "metrics", "prompt", "title")]
     for name in names():
         task = get(name)
         count = task.split().expected_items
-        items = "-" if count is None else f"{count:,}"
-        prompt = task.prompt.replace("\n", "\\n").replace("\t", "\\t")
-        rows.append((name, task.default_split, items, ",".join(task.metrics), prompt, task.title))
+        others = len(task.splits) - 1
+        split = task.default_split + (f" (+{others})" if others else "")
+        prompt = task.prompt.replace("\n", "\\n")
+        if len(prompt) > _PROMPT_WIDTH:
+            prompt = prompt[: _PROMPT_WIDTH - 4] + " ..."
+        rows.append((name, split, "-" if count is None else f"{count:,}", ",".join(task.metrics), prompt, task.title))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -153,16 +153,15 @@ class Source:
 
     def path(self, role: str) -> Path:
         """A file or folder that has to be there. Raises DataError that says what to download, and to where."""
-        file = self._file(role)
-        for name in (file.path, *file.also):
-            if (self.root / name).exists():
-                return self.root / name
-        raise DataError(f"task {self.task!r}, split {self.split!r}: {self.missing(role)}")
+        path = self.place(role)
+        if not path.exists():
+            raise DataError(f"task {self.task!r}, split {self.split!r}: {self.missing(role)}")
+        return path
 
-    def folder(self, role: str) -> Path:
-        """A folder of images. It need not be there, because missing images are reported per item."""
+    def place(self, role: str) -> Path:
+        """Where a file or folder lies, or should lie. For folders of images: missing images are reported per item."""
         file = self._file(role)
-        there = [self.root / name for name in (file.path, *file.also) if (self.root / name).is_dir()]
+        there = [self.root / name for name in (file.path, *file.also) if (self.root / name).exists()]
         return there[0] if there else self.root / file.path
 
     def missing(self, role: str) -> str:

@@ -48,7 +48,7 @@ class TaskDecoding:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.num_beams < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"max_new_tokens={self.max_new_tokens}, num_beams={self.num_beams}; both have to be at least 1"
             )
 
@@ -111,11 +111,8 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.default_split not in self.splits:
-            raise ValueError(f"default_split {self.default_split!r} is none of the splits: {', '.join(self.splits)}")
-        if self.post not in POST:
-            raise ValueError(f"post {self.post!r}{nearest(self.post, POST)}; known: {', '.join(POST)}")
-        if not self.metrics:
-            raise ValueError("metrics is empty; name at least one")
+            raise ConfigError(f"default_split {self.default_split!r} is none of the splits: {', '.join(self.splits)}")
+        check_scoring(self.metrics, self.post)
 
     def split(self, name: str | None = None) -> Split:
         """The split of that name, the default one for None. Raises ConfigError that names the nearest."""
@@ -145,7 +142,7 @@ class Task:
         chosen = self.split(split)
         source = Source(self.name, split or self.default_split, Path(root), chosen.files, chosen.options)
         items = islice(loaders.get(self.format)(source), limit)
-        file = str(source.folder(next(iter(chosen.files))))
+        file = str(source.place(next(iter(chosen.files))))
         examples = [self._example(item, file, number) for number, item in enumerate(items, 1)]
         if not examples:
             raise DataError(f"task {self.name!r}, split {source.split!r}: no item in {file}")
@@ -197,7 +194,7 @@ class Task:
         if not missing:
             return
         where = "; ".join(
-            f"{source.folder(role)} from {file.url}"
+            f"{source.place(role)} from {file.url}"
             for role, file in source.files.items()
             if file.url and role.startswith("images")
         )
@@ -207,6 +204,14 @@ class Task:
         if len(missing) == len(paths):
             raise DataError(f"{text}: {listed}{hint}")
         logger.warning("%s and count as wrong: %s%s", text, listed, hint)
+
+
+def check_scoring(metrics: Sequence[str], post: str) -> None:
+    """Raise ConfigError for no metric at all, or an unknown clean-up."""
+    if not metrics:
+        raise ConfigError("metrics is empty; name at least one")
+    if post not in POST:
+        raise ConfigError(f"post {post!r}{nearest(post, POST)}; known: {', '.join(POST)}")
 
 
 def fill(template: str, fields: Mapping[str, str], where: str) -> str:

@@ -47,7 +47,7 @@ def _item(source: Source, image: str, question: str, row: Row) -> Item:
     lettered = row.flag("abcLabel")
     return Item(
         id=row.key("questionId"),
-        images=(_lettered(source, image) if lettered else source.folder("images") / image,),
+        images=(_lettered(source, image) if lettered else source.place("images") / image,),
         fields={"question": question, **choice_fields(choices)},
         answers=(choices[right],),
         info={"choices": choices, "lettered": lettered},
@@ -56,8 +56,8 @@ def _item(source: Source, image: str, question: str, row: Row) -> Item:
 
 def _lettered(source: Source, image: str) -> Path:
     """The diagram with letters over its labels, drawn if it is not there yet."""
-    target = source.folder("lettered") / image
-    plain = source.folder("images") / image
+    target = source.place("lettered") / image
+    plain = source.place("images") / image
     if target.exists() or not plain.exists():
         return target
     path = source.path("annotations") / f"{image}.json"

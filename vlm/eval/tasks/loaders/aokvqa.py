@@ -2,10 +2,9 @@
 
 A list of `{"question_id", "image_id", "question", "choices" (4), "correct_choice_idx", "direct_answers" (10),
 "difficult_direct_answer", "rationales"}` (aokvqa.allenai.org; big_vision `datasets/aokvqa`). Images are COCO 2017:
-`{image_id:012d}.jpg`. The official script leaves questions with `difficult_direct_answer` out of direct answering, so
-they are left out here, unless the option `difficult` is set (PaliGemma's evaluator counts them).
+`{image_id:012d}.jpg`. The official script does not score direct answers to questions with `difficult_direct_answer`.
 
-Files: `questions`, and the folder `images`. Options: `mode` (direct or choice), `difficult`.
+Files: `questions`, and the folder `images`. Options: `mode` (direct or choice), `difficult` (of direct: keep those).
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from ..source import Item, Row, Source, choice_fields
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.folder("images")
+    folder = source.place("images")
+    direct = source.options["mode"] == "direct"
     for row in source.rows("questions"):
-        facts: dict[str, Any]
-        if source.options["mode"] == "choice":
-            facts = _choice(row)
-        elif row.flag("difficult_direct_answer") and not source.options.get("difficult", False):
+        if direct and row.flag("difficult_direct_answer") and not source.options["difficult"]:
             continue
-        else:
-            facts = {"fields": {"question": row.text("question")}, "answers": row.texts("direct_answers")}
-        image = folder / f"{row.integer('image_id'):012d}.jpg"
-        yield Item(id=row.key("question_id"), images=(image,), **facts)
+        facts = _direct(row) if direct else _choice(row)
+        yield Item(id=row.key("question_id"), images=(folder / f"{row.integer('image_id'):012d}.jpg",), **facts)
+
+
+def _direct(row: Row) -> dict[str, Any]:
+    return {"fields": {"question": row.text("question")}, "answers": row.texts("direct_answers")}
 
 
 def _choice(row: Row) -> dict[str, Any]:

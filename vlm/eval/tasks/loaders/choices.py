@@ -19,7 +19,7 @@ _OWN = ("id", "question", "options", "answer", "images")
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.folder("images")
+    folder = source.place("images")
     for row in source.lines("questions"):
         facts = {key: value for key, value in row.values.items() if isinstance(value, str) and key not in _OWN}
         images = row.texts("images")
@@ -45,14 +45,14 @@ def item(
     facts: dict[str, Any],
     where: str,
 ) -> Item:
-    """One question whose gold answer is the letter of an option. Raises DataError if it is not."""
-    letters = tuple(LETTERS[: len(options)])
-    if not 2 <= len(options) <= len(LETTERS) or answer not in letters:
+    """One question; `answer` is the letter of an option, the gold answer its text. Raises DataError if it is none."""
+    if not 2 <= len(options) <= len(LETTERS) or answer not in tuple(LETTERS[: len(options)]):
         raise DataError(f"{where}: the answer {answer!r} is not the letter of one of {len(options)} options")
+    right = LETTERS.index(answer)
     return Item(
         id=key,
         images=images,
         fields={"question": question, **choice_fields(options)},
-        answers=(answer,),
-        info={**facts, "choices": options, "candidates": letters},
+        answers=(options[right],),
+        info={**facts, "choices": options, "answer_index": right},
     )

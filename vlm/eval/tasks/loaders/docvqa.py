@@ -17,7 +17,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.folder("images")
+    folder = source.place("images")
     for row in source.object("questions").rows("data"):
         image = row.text("image_local_name" if "image_local_name" in row else "image")
         kinds = next((row.texts(key) for key in ("question_types", "answer_type") if key in row), ())

@@ -15,7 +15,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.folder("images")
+    folder = source.place("images")
     questions = source.object("questions")
     for key in questions.values:
         row = questions.row(key)

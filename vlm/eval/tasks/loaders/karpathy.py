@@ -16,7 +16,7 @@ from ..source import Item, Source
 
 def read(source: Source) -> Iterator[Item]:
     split = source.options["split"]
-    folder = source.folder("images")
+    folder = source.place("images")
     for row in source.object("captions").rows("images"):
         if row.text("split") != split:
             continue

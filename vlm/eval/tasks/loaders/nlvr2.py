@@ -17,16 +17,16 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.folder("images")
+    folder = source.place("images")
     for row in source.lines("sentences"):
         key, label = row.text("identifier"), row.text("label")
         if label not in ("True", "False"):
             raise DataError(f"{row.where}: 'label' should be True or False as text, got {label!r}")
-        pair = key.rsplit("-", 1)[0]
+        pair, sentence = key.rsplit("-", 1)[0], row.text("sentence")
         yield Item(
             id=key,
             images=(folder / f"{pair}-img0.png", folder / f"{pair}-img1.png"),
-            fields={"sentence": row.text("sentence")},
+            fields={"sentence": sentence},
             answers=(label,),
-            info={"label": label},
+            info={"label": label, "sentence": sentence},
         )

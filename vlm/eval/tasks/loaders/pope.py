@@ -16,7 +16,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.folder("images")
+    folder = source.place("images")
     for split in source.files:
         if split == "images":
             continue

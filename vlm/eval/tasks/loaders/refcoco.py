@@ -30,7 +30,7 @@ def read(source: Source) -> Iterator[Item]:
     instances = source.object("instances")
     boxes = {row.integer("id"): row.box("bbox") for row in instances.rows("annotations")}
     images = {row.integer("id"): row for row in instances.rows("images")}
-    folder = source.folder("images")
+    folder = source.place("images")
     for ref in source.rows("refs"):
         if ref.text("split") != source.options["split"]:
             continue
@@ -48,7 +48,7 @@ def read(source: Source) -> Iterator[Item]:
                 images=(folder / row.text("file_name"),),
                 fields={"expression": expression},
                 answers=(box_text(box, width, height),),
-                info={"box": box, "width": width, "height": height, "image_size": (width, height)},
+                info={"box": box, "image_size": (width, height)},
             )
 
 

@@ -20,7 +20,7 @@ from ..source import LETTERS, Item, Source, choice_fields
 
 def read(source: Source) -> Iterator[Item]:
     split = source.options["split"]
-    folder = source.folder("images") / split
+    folder = source.place("images") / split
     problems = source.object("problems")
     for key in problems.values:
         row = problems.row(key)
@@ -37,6 +37,7 @@ def read(source: Source) -> Iterator[Item]:
             answers=(LETTERS[right],),
             info={
                 "choices": choices,
+                "answer_index": right,
                 "candidates": tuple(f"The answer is {letter}." for letter in LETTERS[: len(choices)]),
                 "subject": row.text("subject"),
                 "grade": row.text("grade"),

@@ -25,7 +25,7 @@ _COCO = "coco-text/"
 
 def read(source: Source) -> Iterator[Item]:
     kept = _listed(source.path("val_ids")) if source.has("val_ids") else None
-    folder, coco = source.folder("images"), source.folder("images_coco")
+    folder, coco = source.place("images"), source.place("images_coco")
     for row in source.object("questions").rows("data"):
         path = row.text("file_path")
         if kept is not None and path not in kept:

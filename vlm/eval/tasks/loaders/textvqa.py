@@ -23,11 +23,11 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.folder("images")
+    folder = source.place("images")
     turns = _turns(source.path("rotation")) if source.has("rotation") else {}
     upright: dict[str, Path | Image.Image] = {}
     for row in source.object("questions").rows("data"):
-        image = row.text("image_id")
+        image = row.key("image_id")
         if image not in upright:
             upright[image] = _upright(folder / f"{image}.jpg", turns.get(image, 0))
         yield Item(

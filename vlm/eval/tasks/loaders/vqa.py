@@ -20,7 +20,7 @@ from ..source import Item, Source
 
 def read(source: Source) -> Iterator[Item]:
     annotations = {row.key("question_id"): row for row in source.object("annotations").rows("annotations")}
-    folder = source.folder("images")
+    folder = source.place("images")
     for row in source.object("questions").rows("questions"):
         key = row.key("question_id")
         if key not in annotations:

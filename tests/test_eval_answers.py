@@ -1,0 +1,533 @@
+"""The VQA-family metrics: golden values of the official scorers, cases worked by hand, and what must not matter."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import metrics_adapter
+import pytest
+
+from vlm.errors import DataError
+from vlm.eval import metrics
+from vlm.eval.metrics import anls, aokvqa, boxes, chartqa, choices, pope, tallyqa, textvqa, vizwiz, vqa
+
+DATA = Path(__file__).parent / "data" / "metrics"
+
+
+def golden(name: str) -> list[dict[str, Any]]:
+    items = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))["items"]
+    assert len(items) > 10
+    return [item for item in items if item.get("valid", True)]
+
+
+def differences(
+    name: str, score: Callable[[dict[str, Any]], Any], expected: Callable[[dict[str, Any]], Any]
+) -> list[Any]:
+    pairs = [(item, score(item), expected(item)) for item in golden(name)]
+    return [(item, got, want) for item, got, want in pairs if got != pytest.approx(want, abs=1e-9)]
+
+
+# --- Golden values ----------------------------------------------------------------------------------------------------
+
+Answers = Callable[[str, list[str]], float]
+BY_ANSWERS: dict[str, Answers] = {
+    "vqa_v2_official": metrics_adapter.vqa_v2,
+    "textvqa_official": metrics_adapter.textvqa,
+    "aokvqa_direct_answer": metrics_adapter.aokvqa_direct_answer,
+    "vizwiz_vqa": metrics_adapter.vizwiz,
+    "anls_docvqa": metrics_adapter.anls,
+}
+
+
+@pytest.mark.parametrize("name", BY_ANSWERS)
+def test_scores_against_answers_equal_the_official_scripts(name: str) -> None:
+    score = BY_ANSWERS[name]
+    assert (
+        differences(name, lambda item: score(item["prediction"], item["answers"]), lambda item: item["expected"]) == []
+    )
+
+
+# (file, whose value in `others`, our function): the metrics that follow other scorers, on the same items
+FOLLOWERS: list[tuple[str, str, Answers]] = [
+    ("vqa_v2_official", "big_vision", vqa.accuracy_big_vision),
+    ("textvqa_official", "big_vision", vqa.accuracy_big_vision),
+    ("vizwiz_vqa", "paligemma_big_vision_vqa", aokvqa.direct_answer),
+    ("aokvqa_direct_answer", "vqa_v2_official(OK-VQA)", vqa.accuracy),
+    ("anls_docvqa", "big_vision_to_lower", anls.anls_big_vision),
+    ("anls_docvqa", "mmf_stvqa", anls.anls_stvqa),
+]
+
+
+@pytest.mark.parametrize(("name", "whose", "score"), FOLLOWERS, ids=lambda value: str(value)[:20])
+def test_metrics_that_follow_other_scorers_equal_them(name: str, whose: str, score: Answers) -> None:
+    def expected(item: dict[str, Any]) -> float:
+        value = item["others"][whose]
+        return 1.0 if value == "ZeroDivisionError" else value  # "" against "": the scorer crashes, ours says 1
+
+    found = differences(name, lambda item: score(item["prediction"], item["answers"]), expected)
+    assert found == []
+
+
+def test_normaliser_equals_the_official_script() -> None:
+    assert (
+        differences("vqa_v2_normalize", lambda item: vqa.normalize(item["input"]), lambda item: item["expected"]) == []
+    )
+
+
+def test_normaliser_of_text_vqa_equals_the_official_script() -> None:
+    def expected(item: dict[str, Any]) -> str:
+        return str(item["expected_normalized_prediction"])
+
+    assert differences("textvqa_official", lambda item: textvqa.normalize(item["prediction"]), expected) == []
+
+
+def test_chartqa_equals_pix2struct_and_paligemma_agrees() -> None:
+    def score(item: dict[str, Any]) -> bool:
+        return chartqa.relaxed_match(item["prediction"], item["target"])
+
+    assert differences("chartqa_relaxed", score, lambda item: item["expected"]) == []
+    assert differences("chartqa_relaxed", score, lambda item: item["others"]["big_vision_to_lower"]) == []
+
+
+def test_gqa_equals_the_official_script() -> None:
+    items = golden("gqa_exact_match")
+    said = {str(i): item["prediction"] for i, item in enumerate(items)}
+    gold = {str(i): (item["answer"],) for i, item in enumerate(items)}
+    result = metrics.compute("gqa", said, gold)
+    assert list(result.per_item.values()) == [item["expected"] for item in items]
+
+
+def test_pope_reads_answers_as_the_official_script() -> None:
+    assert differences("pope", lambda item: pope.answer(item["prediction"]), lambda item: item["expected"]) == []
+
+
+def test_pope_scores_equal_scikit_style_counts_on_the_golden_mix() -> None:
+    """Expected from the golden per-item readings by the textbook definitions."""
+    items = golden("pope")
+    for split in ("random", "popular", "adversarial"):
+        part = [item for item in items if item["split"] == split]
+        true = sum(i["expected"] == "yes" == i["label"] for i in part)
+        false = sum(i["expected"] == "yes" != i["label"] for i in part)
+        missed = sum(i["expected"] == "no" != i["label"] for i in part)
+        got = metrics_adapter.pope_scores([i["prediction"] for i in part], [i["label"] for i in part])
+        assert got["precision"] == pytest.approx(true / (true + false))
+        assert got["recall"] == pytest.approx(true / (true + missed))
+        assert got["f1"] == pytest.approx(2 * true / (2 * true + false + missed))
+        assert got["accuracy"] == pytest.approx(1 - (false + missed) / len(part))
+        assert got["yes_ratio"] == pytest.approx((true + false) / len(part))
+
+
+def test_paligemma_reads_pope_by_equality() -> None:
+    items = golden("pope")
+    said = {str(i): item["prediction"] for i, item in enumerate(items)}
+    gold = {str(i): (item["label"],) for i, item in enumerate(items)}
+    result = metrics.compute("pope_paligemma", said, gold)
+    theirs = [item["others"]["big_vision"] for item in items]
+    assert list(result.per_item.values()) == [float(a == i["label"]) for a, i in zip(theirs, items, strict=True)]
+    assert result.details["valid"] == pytest.approx(sum(answer != "invalid" for answer in theirs) / len(items))
+
+
+def test_tallyqa_of_paligemma_equals_big_vision() -> None:
+    def score(item: dict[str, Any]) -> float:
+        return float(tallyqa.match_big_vision(item["prediction"], item["answer"]))
+
+    assert differences("tallyqa", score, lambda item: item["expected"]) == []
+
+
+def test_science_qa_readings_equal_their_scripts() -> None:
+    for item in golden("multiple_choice"):
+        said, options, others = item["prediction"], item["choices"], item["others"]
+        assert choices.science_qa(said, len(options)) == item["expected"]["official_index"], item
+        assert float(choices.science_qa_llava(said, len(options)) == item["gold"]) == others["llava_correct"], item
+        theirs = others["big_vision_sciqa_parsed"]
+        index = -1 if theirs == "failed" else "abcdefgh"[: len(options)].find(theirs)
+        assert choices.science_qa_big_vision(said, len(options)) == index, item
+
+
+def test_boxes_equal_the_reference() -> None:
+    def score(item: dict[str, Any]) -> float:
+        return boxes.box_iou(item["pred_xyxy"], item["gt_xyxy"])
+
+    assert differences("refcoco_iou", score, lambda item: item["expected"]["iou"]) == []
+    for item in json.loads((DATA / "refcoco_iou.json").read_text())["loc_items"]:
+        y0, x0, y1, x1 = item["expected_norm_yxyx_1023"]
+        assert boxes.loc_to_box(item["text"]) == pytest.approx((x0, y0, x1, y1), abs=1e-12)
+        left, top, width, height = item["bbox_xywh"]
+        corners = (left, top, left + width, top + height)
+        assert boxes.box_to_loc(corners, *item["image_wh"]) == item["text"]
+
+
+# --- Worked by hand ---------------------------------------------------------------------------------------------------
+
+
+def one(name: str, prediction: str, *answers: str, **info: Any) -> metrics.MetricResult:
+    return metrics.compute(name, {"q": prediction}, {"q": answers}, {"q": info})
+
+
+def test_two_of_ten_answers() -> None:
+    answers = ["cat"] * 2 + ["dog"] * 8
+    for name, expected in [("okvqa", 0.6), ("okvqa_paligemma", 2 / 3), ("aokvqa_da", 2 / 3), ("textvqa", 0.6)]:
+        assert one(name, "cat", *answers).value == pytest.approx(expected), name
+
+
+def test_unanimous_answers_are_not_normalised_except_by_textvqa() -> None:
+    assert one("vqa_accuracy", "Yes", *["yes"] * 10).value == 0
+    assert one("vqa_accuracy_paligemma", "Yes", *["yes"] * 10).value == 0
+    assert one("textvqa_paligemma", "Yes", *["yes"] * 10).value == 0
+    assert one("textvqa", "Yes", *["yes"] * 10).value == 1
+
+
+def test_the_cap_of_32_full_stops_is_official_and_not_big_visions() -> None:
+    answers = ["." * 40] * 5 + ["x"] * 5
+    assert vqa.normalize("." * 40) == "." * 8
+    assert vqa.accuracy("." * 8, answers) == 0  # eight dots are removed from the prediction, 32 from the answers
+    assert vqa.normalize_big_vision("." * 40) == ""
+    assert vqa.accuracy_big_vision("", answers) == 1
+    assert vqa.accuracy("", answers) == 0
+
+
+def test_digits_are_ascii_in_the_official_script_only() -> None:
+    assert vqa.normalize("x.\u0663") == "x\u0663"
+    assert vqa.normalize_big_vision("x.\u0663") == "x.\u0663"
+    assert textvqa.normalize("x.\u0663") == "x.\u0663"
+
+
+def test_commas_in_the_three_normalisers() -> None:
+    assert (vqa.normalize("one,two"), textvqa.normalize("one,two"), vizwiz.normalize("one,two")) == (
+        "1 2",
+        "onetwo",
+        "1 2",
+    )
+    assert textvqa.normalize("The dog's, 1,000?") == "dog 's 1000"
+
+
+def test_vizwiz_normalises_the_prediction_only() -> None:
+    assert vizwiz.accuracy("two", ["two"] * 10) == 0
+    assert vizwiz.accuracy("2", ["two"] * 10) == 0
+    assert vizwiz.accuracy("Two.", ["2"] * 10) == 1
+    assert vizwiz.normalize("dont") == "don`t"
+    assert vizwiz.normalize("weve") == "we've"  # one of the eight that kept their apostrophe
+    assert vizwiz.normalize("couldn'tve") == "couldn`t`ve"
+    assert vizwiz.normalize("somebody'd") == "somebody'd"
+
+
+def test_vizwiz_unanswerable_is_average_precision() -> None:
+    """4 of 10 unanswerable, 5 said so, 3 rightly: AP = 3/4 * 3/5 + 1/4 * 4/10 = 0.55, F1 = 6/9."""
+    said = [True] * 5 + [False] * 5
+    gold = [True] * 3 + [False] * 2 + [True] + [False] * 4
+    assert vizwiz.unanswerability(said, gold) == pytest.approx((0.55, 6 / 9))
+    assert vizwiz.unanswerability([False] * 10, gold) == pytest.approx((0.4, 0))
+    assert vizwiz.unanswerability(said, [False] * 10) == (0, 0)
+    answers = {str(i): ("unanswerable",) * 10 for i in range(10)}
+    texts = {str(i): "Unanswerable" if claim else "a dog" for i, claim in enumerate(said)}
+    info = {str(i): {"answerable": int(not unknown)} for i, unknown in enumerate(gold)}
+    details = metrics.compute("vizwiz", texts, answers, info).details
+    assert details == pytest.approx({"unanswerable_ap": 0.55, "unanswerable_f1": 6 / 9})
+    with pytest.raises(DataError, match="'answerable' of item '0' must be 0 or 1, got 2"):
+        metrics.compute("vizwiz", texts, answers, info | {"0": {"answerable": 2}})
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "rrc", "stvqa", "google"),
+    [
+        ("abc", "abcdef", 0.5, 0.5, 0),  # exactly half
+        ("x" + " " * 10, "xy", 10 / 11, 0.5, 0),  # outer blanks lengthen the denominator, or the text
+        ("a  b", "a b", 1, 0.75, 0.75),  # runs of blanks
+        ("", "", 1, 1, 1),
+        ("", "paris", 0, 0, 0),
+        ("PARIS", "paris", 1, 1, 1),
+        ("stra\u00dfe", "strase", 1 - 1 / 7, 1 - 1 / 6, 1 - 1 / 6),  # RRC: length of "STRASSE"
+    ],
+)
+def test_anls_by_hand(prediction: str, answer: str, rrc: float, stvqa: float, google: float) -> None:
+    assert one("anls", prediction, answer).value == pytest.approx(rrc)
+    assert one("stvqa_anls", prediction, answer).value == pytest.approx(stvqa)
+    assert one("anls_paligemma", prediction, answer).value == pytest.approx(google)
+
+
+def test_anls_takes_the_best_answer() -> None:
+    assert one("anls", "Paris, France", "london", "paris", "paris france").value == pytest.approx(1 - 1 / 13)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "right"),
+    [
+        ("9.5", "10", True),
+        ("10.51", "10", False),
+        ("50", "50%", False),
+        ("0.5", "50%", True),
+        ("1,000", "1000", False),
+        ("0.0", "0", False),
+        ("0", "0", True),
+        ("nan", "nan", False),
+        ("1_000", "1e3", True),
+        (" 10 ", "10", True),
+        (" Yes", "yes", False),
+        ("YES", "yes", True),
+        ("-10", "10", False),
+        ("50%%", "0.5", True),
+        ("\u0661\u0660", "10", True),
+    ],
+)
+def test_chartqa_by_hand(prediction: str, target: str, right: bool) -> None:
+    assert chartqa.relaxed_match(prediction, target) is right
+
+
+def test_chartqa_parts() -> None:
+    said = {"a": "10", "b": "x", "c": "20", "d": "y"}
+    gold = {"a": ("10.1",), "b": ("y",), "c": ("1", "20"), "d": ("y",)}
+    info = {"a": {"split": "human"}, "b": {"split": "human"}, "c": {"split": "human"}, "d": {"split": "augmented"}}
+    result = metrics.compute("chartqa", said, gold, info)
+    assert result.value == 0.75
+    assert result.details == pytest.approx({"augmented": 1, "human": 2 / 3, "mean_of_parts": 5 / 6})
+
+
+@pytest.mark.parametrize("text", ["NO", "No!", "No\n", "doesn't", "Nope", "", "I see. No", "there isn't"])
+def test_pope_reads_much_as_yes(text: str) -> None:
+    assert pope.answer(text) == "yes"
+
+
+@pytest.mark.parametrize("text", ["no", "No, there is none", "It is not there.", "I do,no. Yes no", "no."])
+def test_pope_reads_no(text: str) -> None:
+    assert pope.answer(text) == ("yes" if text == "I do,no. Yes no" else "no")  # "do,no" becomes the word "dono"
+
+
+def test_pope_never_divides_by_zero() -> None:
+    nothing = {"accuracy": 0.5, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0}
+    assert pope.scores(["no", "no"], ["yes", "no"]) == nothing
+    result = metrics.compute("pope_f1", {"a": "no", "b": "no"}, {"a": ("yes",), "b": ("no",)})
+    assert (result.value, result.interval) == (0, (0, 0))
+    all_no = metrics.compute("pope", {"a": "no", "b": "yes"}, {"a": ("no",), "b": ("no",)})
+    assert all_no.details["recall"] == 0 and all_no.details["f1"] == 0
+    with pytest.raises(DataError, match="pope needs the labels yes and no; 1 of 1 are others, 'a': 'maybe' first"):
+        metrics.compute("pope", {"a": "no"}, {"a": ("maybe",)})
+
+
+def test_pope_splits() -> None:
+    said = {"a": "yes", "b": "yes", "c": "no", "d": "yes"}
+    gold = {"a": ("yes",), "b": ("no",), "c": ("no",), "d": ("yes",)}
+    info = {key: {"split": "random" if key in "ab" else "popular"} for key in said}
+    details = metrics.compute("pope", said, gold, info).details
+    assert details["random/precision"] == 0.5 and details["random/yes_ratio"] == 1.0 and details["random/recall"] == 1
+    assert details["popular/accuracy"] == 1 and details["popular/f1"] == 1 and details["f1"] == pytest.approx(0.8)
+
+
+def test_tallyqa_readings() -> None:
+    assert [tallyqa.count(text) for text in (" 3.", "Three", "none", "3 dogs", "", "-3", "21", "3.5")] == [
+        *(3, 3, 0, None, None, -3, 21, None)
+    ]
+    said = {"a": "three", "b": "5", "c": "lots", "d": "2."}
+    gold = {"a": ("3",), "b": ("3",), "c": ("4",), "d": ("2",)}
+    info = {key: {"split": "simple" if key in "ab" else "complex"} for key in said}
+    result = metrics.compute("tallyqa", said, gold, info)
+    assert result.per_item == {"a": 1, "b": 0, "c": 0, "d": 1}
+    expected = {"simple": 0.5, "complex": 0.5, "num_not_a_number": 1, "rmse_of_numbers": (4 / 3) ** 0.5}
+    assert result.details == pytest.approx(expected)
+    assert metrics.compute("tallyqa_paligemma", said, gold, info).per_item == {"a": 1, "b": 0, "c": 0, "d": 0}
+    with pytest.raises(DataError, match="gold answer of item 'q' is 'many'"):
+        one("tallyqa", "3", "many")
+
+
+ANIMALS = ["dog", "cat", "bird", "fish"]
+
+
+def test_science_qa_counts_what_it_cannot_read() -> None:
+    said = {"a": "The answer is B.", "b": "B", "c": "The answer is Bat.", "d": "The answer is B. The answer is C."}
+    gold = dict.fromkeys(said, ("cat",))
+    info = dict.fromkeys(said, {"choices": ANIMALS})
+    result = metrics.compute("scienceqa", said, gold, info)
+    assert result.per_item == {"a": 1, "b": 0, "c": 1, "d": 0}
+    assert result.details == pytest.approx({"num_unparsed": 2, "with_random_guess": (2 + 2 / 4) / 4})
+    assert metrics.compute("scienceqa_llava", said, gold, info).per_item == {"a": 1, "b": 1, "c": 1, "d": 0}
+    assert metrics.compute("scienceqa_paligemma", said, gold, info).per_item == {"a": 1, "b": 0, "c": 0, "d": 1}
+
+
+def test_science_qa_knows_five_letters() -> None:
+    assert choices.science_qa("The answer is E.", 6) == 4
+    assert choices.science_qa("The answer is F.", 6) == choices.FAILED
+
+
+@pytest.mark.parametrize(
+    ("prediction", "index"),
+    [
+        ("(B)", 1),
+        ("A or (C) or (B).", 1),  # the last one in brackets
+        ("A B C", 2),  # the middle " B " and the ends, blanks are added around
+        ("B.", 1),
+        ("b", -1),
+        ("cat", -1),  # a text counts in longer predictions only
+        ("I am sure that it must be a CAT", 1),
+        ("the dog and the cat are both here", 1),
+        ("I do not know at all, sorry about that", -1),
+        ("", -1),
+    ],
+)
+def test_mmmu_reading(prediction: str, index: int) -> None:
+    assert choices.mmmu(prediction, ANIMALS) == index
+
+
+@pytest.mark.parametrize(
+    ("prediction", "index"),
+    [
+        *(("cat", 1), (" Cat. ", 1), ("B", 1), ("b.", 1), ("(b)", 1), ("B) cat", 1), ("B: the cat", 1)),
+        *(("E", -1), ("A cat", -1), ("", -1), ("Bird", 2), ("bear", -1), ("B or C", -1)),
+    ],
+)
+def test_our_own_reading_of_choices(prediction: str, index: int) -> None:
+    assert choices.by_name(prediction, ANIMALS) == index
+
+
+def test_a_choice_that_looks_like_a_letter_is_a_text_first() -> None:
+    assert choices.by_name("B", ["C", "B", "A"]) == 1
+    assert choices.by_name("a", ["x", "A", "a"]) == choices.FAILED  # two texts fit
+
+
+def test_the_right_choice() -> None:
+    for gold in ("cat", "B", "The answer is B."):
+        assert one("multiple_choice", "b", gold, choices=ANIMALS).value == 1, gold
+    assert one("multiple_choice", "b", "whatever", choices=ANIMALS, answer_index=1).value == 1
+    with pytest.raises(DataError, match="gold answer 'cow' of item 'q' is none of its choices: dog, cat"):
+        one("multiple_choice", "b", "cow", choices=ANIMALS)
+    with pytest.raises(DataError, match="'cat' is twice among the choices"):
+        one("multiple_choice", "b", "cat", choices=["cat", "cat"])
+    with pytest.raises(DataError, match="'answer_index' of item 'q' is 4, and it has 4 choices"):
+        one("multiple_choice", "b", "cat", choices=ANIMALS, answer_index=4)
+    with pytest.raises(DataError, match="1 of 1 items have no 'choices': 'q'"):
+        one("scienceqa", "b", "cat")
+
+
+def test_aokvqa_choice_that_is_none_is_wrong_and_counted() -> None:
+    said, gold = {"a": "cat", "b": "Cat"}, {"a": ("cat",), "b": ("cat",)}
+    result = metrics.compute("aokvqa_mc", said, gold, dict.fromkeys(said, {"choices": ANIMALS}))
+    assert (result.value, result.details) == (0.5, {"num_not_a_choice": 1})
+
+
+def test_equality_benchmarks_clean_nothing() -> None:
+    for name in ("gqa", "ocrvqa", "ai2d", "aokvqa_mc"):
+        assert [one(name, text, "left").value for text in ("left", "Left", " left", "left.")] == [1, 0, 0, 0], name
+    with pytest.raises(DataError, match="gqa compares with one gold text; item 'q' has 2: left, right"):
+        one("gqa", "left", "left", "right")
+
+
+def test_gqa_kinds_of_questions() -> None:
+    said = {"a": "yes", "b": "red", "c": "left"}
+    gold = {"a": ("yes",), "b": ("blue",), "c": ("left",)}
+    info = {"a": {"structural": "verify"}, "b": {"structural": "query"}, "c": {"structural": "choose"}}
+    details = metrics.compute("gqa", said, gold, info).details
+    assert details == {"choose": 1, "query": 0, "verify": 1, "binary": 1, "open": 0}
+
+
+def test_nlvr2_consistency() -> None:
+    said = {"a": "True", "b": "false", "c": "true", "d": "yes"}
+    gold = {"a": ("True",), "b": ("False",), "c": ("True",), "d": ("True",)}
+    info = {key: {"sentence": "s1" if key in "ab" else "s2"} for key in said}
+    result = metrics.compute("nlvr2", said, gold, info)
+    assert result.value == 0.75
+    assert result.details == {"num_not_true_or_false": 1, "consistency": 0.5}
+
+
+SEGMENTS = "".join(f"<seg{number:03d}>" for number in range(112, 128))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a cat",
+        "<loc0001><loc0002><loc0003>",
+        "<loc0001><loc0002><loc0003><loc1024>",  # not a token
+        "<loc0100><loc0100><loc0100><loc0200>",  # no height
+        "<loc0200><loc0100><loc0100><loc0200>",  # upside down
+        "<loc12><loc0100><loc0200><loc0300>",
+        "<loc0001><loc0002> and <loc0003><loc0004>",
+    ],
+)
+def test_texts_without_a_box(text: str) -> None:
+    assert boxes.loc_to_box(text) is None
+
+
+def test_refcoco_boxes_in_pixels_and_in_tokens() -> None:
+    said = "<loc0000><loc0000><loc1023><loc0512> cat"  # the left half of the image, a little more
+    pixels = one("refcoco", said, "", box=[0, 0, 100, 50], image_size=[200, 50])
+    assert pixels.details["mean_box_iou"] == pytest.approx((100 / 200) / (512 / 1023))
+    assert one("refcoco", said, "<loc0000><loc0000><loc1023><loc1023>").value == 1  # 512/1023 is a hit
+    third = one("refcoco", "<loc0000><loc0000><loc1023><loc0511>", "<loc0000><loc0000><loc1023><loc1023>")
+    assert (third.value, third.details["num_invalid"]) == (0, 0)
+    missed = one("refcoco", "no idea", "<loc0000><loc0000><loc1023><loc1023>")
+    assert (missed.value, missed.details["num_invalid"]) == (0, 1)
+    with pytest.raises(DataError, match="item 'q' has no gold box"):
+        one("refcoco", said, "the left half")
+    with pytest.raises(DataError, match="'box' in pixels but no 'image_size'"):
+        one("refcoco", said, "", box=[0, 0, 100, 50])
+    with pytest.raises(DataError, match="'box' of item 'q' must be 4 numbers"):
+        one("refcoco", said, "", box=[0, 0, 100], image_size=[1, 1])
+
+
+def test_paligemmas_segmentation_answers_need_all_twenty_tokens() -> None:
+    box = "<loc0100><loc0100><loc0900><loc0900>"
+    assert len(SEGMENTS) == 16 * 8
+    for text, right in [
+        (box + SEGMENTS, 1),
+        (box + SEGMENTS + " cat", 1),
+        (box, 0),
+        (box + SEGMENTS[:-8], 0),
+        (" " + box + SEGMENTS, 0),
+        (box + SEGMENTS.replace("127", "128"), 0),
+    ]:
+        assert one("refcoco_paligemma", text, box).value == right, text
+
+
+# --- What must not matter ---------------------------------------------------------------------------------------------
+
+TEN = ("cat", "cat", "a cat", "dog", "dog", "Two", "two dogs.", "2", "yes", "3.5")
+WORDS = ("cat", "Cat", "dog.", "2", "two", "yes", "", "The answer is B.", "B", "<loc0001><loc0001><loc0500><loc0500>")
+# metric -> gold texts and facts of every item, where ten answers would not do
+GOLD: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    **dict.fromkeys(("exact_match", "exact_match_normalized", "gqa", "ocrvqa", "ai2d", "aokvqa_mc"), (("cat",), {})),
+    **dict.fromkeys(("pope", "pope_f1", "pope_paligemma"), (("yes",), {"split": "random"})),
+    **dict.fromkeys(("tallyqa", "tallyqa_paligemma"), (("2",), {"split": "simple"})),
+    **dict.fromkeys(("scienceqa", "scienceqa_llava", "scienceqa_paligemma"), (("cat",), {"choices": ANIMALS})),
+    **dict.fromkeys(("mmmu", "multiple_choice"), (("cat",), {"choices": ANIMALS, "subject": "zoology"})),
+    "nlvr2": (("True",), {}),
+    **dict.fromkeys(("refcoco", "refcoco_paligemma"), (("<loc0001><loc0001><loc0500><loc0500>",), {})),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in metrics.names() if not name.startswith(("bleu", "rouge", "cider"))])
+def test_every_metric_keeps_its_promises(name: str) -> None:
+    gold, facts = GOLD.get(name, (TEN, {}))
+    keys = [f"{i:03d}" for i in range(60)]
+    rng = random.Random(1)
+    said = {key: rng.choice(WORDS) for key in keys}
+    references, info = dict.fromkeys(keys, gold), dict.fromkeys(keys, facts)
+    result = metrics.compute(name, said, references, info)
+    assert result.name == name and result.num_items == 60 and list(result.per_item) == keys
+    assert len(result.rule) > 30 and result.version and result.normalizer != "described in the rule"
+    assert result.interval is not None and result.interval[0] <= result.value <= result.interval[1] + 1e-12
+    assert all(0 <= score <= 1 for score in result.per_item.values())
+    json.dumps(result.summary(), allow_nan=False)
+
+    order = rng.sample(keys, len(keys))
+    again = metrics.compute(name, said, {key: references[key] for key in order}, {key: info[key] for key in order})
+    assert (again.value, again.interval) == (pytest.approx(result.value, abs=1e-12), result.interval)
+    assert again.details == pytest.approx(result.details)
+
+    empty = metrics.compute(name, dict.fromkeys(keys, ""), references, info)
+    expected = 1 if name in ("pope", "pope_f1") else 0  # an empty answer is a yes to POPE
+    assert empty.value == expected and empty.num_items == 60
+
+
+@pytest.mark.parametrize("name", ["vqa_accuracy", "okvqa", "textvqa", "vizwiz", "aokvqa_da", "anls", "stvqa_anls"])
+def test_the_order_of_answers_does_not_matter(name: str) -> None:
+    rng = random.Random(2)
+    for word in WORDS:
+        shuffled = rng.sample(TEN, len(TEN))
+        assert one(name, word, *TEN).value == pytest.approx(one(name, word, *shuffled).value, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["okvqa", "textvqa", "vizwiz", "textvqa_paligemma", "vqa_accuracy_paligemma"])
+def test_soft_accuracies_refuse_too_few_answers(name: str) -> None:
+    with pytest.raises(DataError, match=f"{name} counts how many people.*'q' with 3"):
+        one(name, "cat", "cat", "cat", "cat")
