@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm.data import Example
+from vlm.errors import ConfigError
 
-from .predict import Answerer, Pictures
+from .predict import Answer, Answerer, Pictures
 from .predictor import Decoding, Predictor
 
 Candidates = Callable[[Example], Sequence[str]]
@@ -25,6 +26,34 @@ def answerer(predictor: Predictor, decoding: Decoding, candidates: Candidates | 
         )
         return [{"prediction": text} for text in texts]
 
-    answer = write
+    answer = write if decoding.by == "generate" else _chooser(predictor, decoding, candidates)
     device = getattr(predictor, "device", "cpu")  # a predictor of one's own need not have one
     return Answerer(answer=answer, background=predictor.background, device=str(device))
+
+
+def _chooser(predictor: Predictor, decoding: Decoding, candidates: Candidates | None) -> Answer:
+    """Takes the likeliest candidate, and keeps the scores of all."""
+    score = getattr(predictor, "score", None)
+    if score is None or candidates is None:
+        lacking = (
+            f"a {type(predictor).__name__} has no `score`" if score is None else "nothing says what to choose from"
+        )
+        raise ConfigError(f"answers cannot be chosen by likelihood: {lacking}")
+    from .likelihood import choose
+
+    def answer(examples: Sequence[Example], pictures: Sequence[Pictures]) -> list[dict[str, Any]]:
+        offered = [list(candidates(example)) for example in examples]
+        scores = score(
+            [list(images) for images in pictures],
+            [example.prefix for example in examples],
+            offered,
+            ids=[example.id for example in examples],
+            normalization=decoding.normalization,
+        )
+        said = choose(offered, scores)
+        return [
+            {"prediction": text, "candidates": texts, "log_likelihoods": values}
+            for text, texts, values in zip(said, offered, scores, strict=True)
+        ]
+
+    return answer

@@ -113,6 +113,29 @@ class ModelPredictor:
             batch_size=len(prompts),
         )
 
+    def score(
+        self,
+        images: Sequence[list[Image.Image]],
+        prompts: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        *,
+        ids: Sequence[str],
+        normalization: Literal["none", "token", "byte"],
+    ) -> list[list[float]]:
+        """Log-likelihoods of the candidates of each prompt; see `vlm.eval.likelihood`."""
+        from .likelihood import score_candidates
+
+        return score_candidates(
+            self.model,
+            self.processor,
+            images,
+            prompts,
+            candidates,
+            normalization=normalization,
+            batch_size=len(prompts),
+            ids=ids,
+        )
+
 
 def as_predictor(
     model: str | Path | tuple[VLM, Processor] | Predictor, *, device: str | None, dtype: str | None
