@@ -156,7 +156,7 @@ def _write(
     scored = results.score(job.metrics, job.examples, said, job.groups.get(job.average_over), job.average_over)
     outcome = {
         **results.figures(scored, job.kinds, records, job.problems),
-        "breakdown": results.breakdown(scored, job.groups),
+        "breakdown": results.breakdown(scored, job.groups, job.examples, said),
         "task": job.task,
         "model": {"name": name, **settings["model"]},
         "data": {"source": job.source, "sha256": settings["data_sha256"], "limit": job.limit},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy as np
 
 import vlm
 from vlm.data import Example, Problem
+from vlm.errors import DataError
 
 from . import items
 from .metrics import Metric, MetricResult, registry
@@ -99,9 +101,36 @@ def figures(
     }
 
 
-def breakdown(scored: Sequence[MetricResult], groups: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """Name of a breakdown -> metric -> group -> mean of the items' scores and their number."""
-    return {name: {result.name: _by_group(result, kinds) for result in scored} for name, kinds in groups.items()}
+def breakdown(
+    scored: Sequence[MetricResult],
+    groups: Mapping[str, Mapping[str, str]],
+    examples: Sequence[Example],
+    said: Mapping[str, str],
+) -> dict[str, Any]:
+    """Name of a breakdown -> metric -> group -> `mean` of the items' scores, and `num_items`.
+
+    Where the metric is not the mean of its items' scores (corpus BLEU, F1), `value` is the metric of the group alone;
+    it is missing where the metric refuses the group.
+    """
+    found: dict[str, Any] = {}
+    for name, kinds in groups.items():
+        members: dict[str, list[Example]] = {}
+        for example in examples:
+            members.setdefault(kinds[example.id], []).append(example)
+        found[name] = {result.name: _by_group(result, kinds) for result in scored}
+        for result in scored:
+            if not is_mean(result):
+                for kind, group in members.items():
+                    with suppress(DataError):
+                        value = _compute(registry.get(result.name), group, said).value
+                        found[name][result.name][kind]["value"] = value
+    return found
+
+
+def is_mean(result: MetricResult) -> bool:
+    """Whether the metric is the mean of its items' scores."""
+    mean = sum(result.per_item.values()) / len(result.per_item)
+    return abs(mean - result.value) <= 1e-9 * max(1.0, abs(result.value))
 
 
 def _by_group(result: MetricResult, kinds: Mapping[str, str]) -> dict[str, dict[str, float]]:

@@ -44,6 +44,8 @@ def write(
             sections.append(
                 breakdown(main.per_item, kind_of, metric=main.name, percent=percent_of(main.maximum), by=name)
             )
+        if table := _by_group(results, name):
+            sections.append(table)
     if details := _details(results):
         sections.append(details)
     if results["failures"]:
@@ -99,6 +101,20 @@ def _not_comparable(results: Mapping[str, Any]) -> str:
     if results["images_shuffled_with_seed"] is not None:
         reasons.append("the images were shuffled")
     return f" Ours is not comparable: {'; '.join(reasons)}." if reasons else ""
+
+
+def _by_group(results: Mapping[str, Any], name: str, limit: int = 40) -> Table | None:
+    """All metrics of each group of a breakdown, the largest groups first; None for a single metric."""
+    found = results["breakdown"].get(name, {})
+    if len(found) < 2 or len(next(iter(found.values()))) < 2:
+        return None
+    sizes = {group: cell["num_items"] for group, cell in next(iter(found.values())).items()}
+    ordered = sorted(sizes, key=lambda group: (-sizes[group], group))[:limit]
+    rows = [
+        [group, *(cells[group].get("value", cells[group]["mean"]) for cells in found.values()), sizes[group]]
+        for group in ordered
+    ]
+    return Table(f"All metrics by {name.replace('_', ' ')}", [name, *found, "items"], rows)
 
 
 def _details(results: Mapping[str, Any]) -> Table | None:
