@@ -85,10 +85,6 @@ def evaluate(
         DataError: broken annotations (without `skip_bad`), items without gold text, no image could be decoded.
     """
     options = Options(batch_size=batch_size, shuffle_images=shuffle_images, seed=seed, report=report, progress=progress)
-    check_limit(limit)
-    chosen = registry.expand(metrics)
-    examples, problems = _examples(data, limit, skip_bad, image_root)
-    kind = kind_of or (lambda example: items.prompt_kind(example.prefix))
     decoding = Decoding(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
@@ -96,17 +92,35 @@ def evaluate(
         by=by,
         normalization=normalization,
     )
-    job = Job(
+    job = file_job(data, metrics, decoding, limit=limit, skip_bad=skip_bad, image_root=image_root, kind_of=kind_of)
+    return run(job, *as_predictor(model, device=device, dtype=dtype), out, options)
+
+
+def file_job(
+    data: str | Path | Sequence[Example],
+    metrics: str | Sequence[str],
+    decoding: Decoding,
+    *,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    image_root: str | Path | None = None,
+    kind_of: Callable[[Example], str] | None = None,
+) -> Job:
+    """The job that a JSONL file (or examples) and names of metrics describe; see `evaluate`."""
+    check_limit(limit)
+    chosen = registry.expand(metrics)
+    examples, problems = _examples(data, limit, skip_bad, image_root)
+    kind = kind_of or (lambda example: items.prompt_kind(example.prefix))
+    return Job(
         examples=examples,
         problems=problems,
         source=str(data) if isinstance(data, str | Path) else f"{len(data)} examples in memory",
         metrics=chosen,
         decoding=decoding,
-        candidates=items.choices_of if by == "likelihood" else None,
+        candidates=items.choices_of if decoding.by == "likelihood" else None,
         kinds={example.id: kind(example) for example in examples},
         limit=limit,
     )
-    return run(job, *as_predictor(model, device=device, dtype=dtype), out, options)
 
 
 def check_limit(limit: int | None) -> None:

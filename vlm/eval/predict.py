@@ -94,6 +94,17 @@ def predict(
     return limit.size
 
 
+def answer_all(who: Answerer, batches: Sequence[Sequence[Example]]) -> list[Record]:
+    """The records of these batches, kept in memory only."""
+    limit = Limit(max(map(len, batches), default=1), fixed=False)
+    return [
+        record
+        for batch, images in _decoded(batches, who.background)
+        for records in _answered(who, batch, images, limit)
+        for record in records
+    ]
+
+
 def _choose(who: Answerer, examples: Sequence[Example], size: BatchSize, group: Processes) -> int:
     """The size of this run, the same for all processes."""
     if size != "auto":
