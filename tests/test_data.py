@@ -61,7 +61,17 @@ def test_every_field_arrives(folder: Path) -> None:
     root = folder.resolve()
     assert examples == [
         Example("q1", root / "images" / "b.png", "", "x", ("r",), ("a", "a"), str(path), 1),
-        Example("7", root / "a.png", "caption en", "a cat", (), (), str(path), 3),
+        Example(
+            "7",
+            root / "a.png",
+            "caption en",
+            "a cat",
+            (),
+            (),
+            str(path),
+            3,
+            info={"source": {"deep": [1.5, None, True]}},
+        ),
         Example("5", root / "a.png", "caption en", "a cat", (), (), str(path), 5),
     ]
 

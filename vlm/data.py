@@ -49,7 +49,8 @@ class Example:
     more_images: tuple[Path | Image.Image, ...] = ()
     """Images that follow `image`, where a prompt is about several."""
     info: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else is known of the item and metrics or breakdowns read: choices, question type, language, ..."""
+    """Whatever else is known of the item and metrics or breakdowns read: choices, question type, language, ... From an
+    annotation file: its other keys, as they are."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,7 @@ def _example(line: bytes, number: int, name: str, images: "_ImageRoot", require:
         answers=_texts(record.get("answers"), "answers"),
         file=name,
         line=number,
+        info={key: value for key, value in record.items() if key not in KEYS},
     )
 
 

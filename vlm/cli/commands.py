@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.cli import check, console, export, import_, new, score
+from vlm.cli import check, console, eval_, export, import_, new, score
 from vlm.cli.options import (
     Parser,
     Run,
@@ -43,19 +43,22 @@ def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
     for add in (
         new.add,
         _train,
-        _eval,
+        eval_.add,
+        score.add,
         _caption,
         _ask,
         _info,
         check.add,
-        score.add,
         export.add,
         import_.add,
         _demo,
         _version,
     ):
         add(commands)
-    options = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["eval", "diff"]:
+        words[:2] = ["eval-diff"]  # a command of its own for argparse: it shares no option with `eval`
+    options = parser.parse_args(words)
     if "run" not in options:
         parser.print_help()
         raise SystemExit(console.OK)
@@ -96,53 +99,6 @@ def run_train(options: Namespace) -> int:
     print(run(config, resume=options.resume, skip_bad=options.skip_bad))
     summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
     return console.SKIPPED if summary["skipped_annotations"] or summary["failed_images"] else console.OK
-
-
-# --- eval -------------------------------------------------------------------------------------------------------------
-
-
-def _eval(commands: Any) -> None:
-    details = "Run again with the same options, it goes on where it stopped."
-    parser = command(commands, run_eval, "eval", "score a model on annotated images", details)
-    add_model(parser)
-    parser.add_argument("--data", "-d", type=Path, required=True, metavar="FILE", help="annotations, as JSONL")
-    parser.add_argument("--metrics", required=True, metavar="A,B", help="names of metrics, such as exact_match,cider")
-    parser.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder of the images (that of the data)")
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N items")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out and list broken annotations")
-    parser.add_argument("--shuffle-images", action="store_true", help="control: give each item another item's image")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the shuffling (0)")
-    add_generation(parser, batch_size=16)
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
-
-
-def run_eval(options: Namespace) -> int:
-    """`vlm eval`: the table of scores on stdout."""
-    from vlm.eval import evaluate, table
-
-    check_device(options.device)
-    console.quiet_transformers()
-    results = evaluate(
-        options.model,
-        options.data,
-        options.metrics,
-        options.out,
-        image_root=options.image_root,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        num_beams=options.num_beams,
-        beam_search=options.beam_search,
-        limit=options.limit,
-        skip_bad=options.skip_bad,
-        shuffle_images=options.shuffle_images,
-        seed=options.seed,
-        device=unless_auto(options.device),
-        dtype=unless_auto(options.dtype),
-    )
-    print(json.dumps(results, indent=1) if options.json else table(results))
-    print(f"written to {options.out}", file=sys.stderr)
-    return console.SKIPPED if results["skipped"] else console.OK
 
 
 # --- caption, ask -----------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 # public name -> the module that defines it
 _HOMES = {
     "evaluate": "harness",
+    "evaluate_tasks": "suite",
+    "Options": "job",
     "Predictor": "predictor",
-    "table": "results",
     "score_files": "scoring",
+    "table": "tables",
     "write_report": "report",
     "breakdown": "report",
     "Curve": "charts",
@@ -25,6 +27,7 @@ _HOMES = {
     "Stats": "report",
     "Table": "report",
     "Text": "report",
+    "diff": "",
     "metrics": "",
     "tasks": "",
 }
@@ -32,10 +35,12 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
+    from . import diff as diff
     from . import metrics as metrics
     from . import tasks as tasks
     from .charts import Curve as Curve
     from .harness import evaluate as evaluate
+    from .job import Options as Options
     from .predictor import Predictor as Predictor
     from .report import Curves as Curves
     from .report import Figure as Figure
@@ -49,8 +54,9 @@ if TYPE_CHECKING:
     from .report import Text as Text
     from .report import breakdown as breakdown
     from .report import write_report as write_report
-    from .results import table as table
     from .scoring import score_files as score_files
+    from .suite import evaluate_tasks as evaluate_tasks
+    from .tables import table as table
 
 
 def __getattr__(name: str) -> Any:

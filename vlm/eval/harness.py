@@ -5,40 +5,28 @@
 
 Into OUT go `predictions.jsonl` (as they are made; a killed run goes on where it stopped), `items.jsonl` (every item
 with prediction, gold texts and scores), `results.json` and `report.html`.
+
+Started by torchrun or `accelerate launch`, all processes share the work, and each returns the results.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.data import Example, Problem, read_jsonl
-from vlm.errors import ConfigError, DataError, ImageError
-from vlm.images import load_image
+from vlm.errors import ConfigError
 
-from . import items, results, results_page
+from . import items
+from .batch_size import BatchSize
+from .job import Job, Options, run
 from .metrics import registry
 from .predictor import Decoding, Predictor, as_predictor
-from .progress import Progress
-from .results import Record
-from .store import PredictionStore, write_json, write_lines
 
 if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import Processor
-
-RESULTS = "results.json"
-ITEMS = "items.jsonl"
-REPORT = "report.html"
-MAX_BAD_IN_A_ROW = 100
-"""So many undecodable images one after another mean a broken disk or a wrong folder, not bad luck: the run stops."""
-
-_DECODERS = 2  # threads that decode images while the model works; Pillow releases the interpreter lock
 
 
 def evaluate(
@@ -47,10 +35,12 @@ def evaluate(
     metrics: str | Sequence[str],
     out: str | Path,
     *,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     max_new_tokens: int = 64,
     num_beams: int = 1,
     beam_search: str = "transformers",
+    by: Literal["generate", "likelihood"] = "generate",
+    normalization: Literal["none", "token", "byte"] = "none",
     limit: int | None = None,
     skip_bad: bool = False,
     device: str | None = None,
@@ -72,8 +62,11 @@ def evaluate(
         data: a JSONL file, or examples.
         metrics: names, as a list or comma-separated.
         out: the folder for everything that is written.
-        batch_size: items predicted at a time; results do not depend on it beyond floating-point rounding.
+        batch_size: items predicted at a time, or `auto`, the largest power of two that fits into the memory; results do
+            not depend on it beyond floating-point rounding.
         max_new_tokens, num_beams, beam_search: of `vlm.generate`.
+        by: `likelihood` chooses the likeliest of an item's candidates (`Example.info["choices"]`) instead of writing
+            text; `normalization` is its rule, see `vlm.eval.likelihood`.
         limit: only the first so many items.
         skip_bad: leave out annotations that are broken, list and count them, instead of refusing the file.
         device, dtype: where and as what a model directory is opened; see `as_predictor`.
@@ -91,52 +84,49 @@ def evaluate(
         ConfigError: unknown metric, a number out of range, or OUT holds predictions of other settings.
         DataError: broken annotations (without `skip_bad`), items without gold text, no image could be decoded.
     """
-    _check_numbers(batch_size, limit)
+    options = Options(batch_size=batch_size, shuffle_images=shuffle_images, seed=seed, report=report, progress=progress)
+    decoding = Decoding(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        beam_search=beam_search,
+        by=by,
+        normalization=normalization,
+    )
+    job = file_job(data, metrics, decoding, limit=limit, skip_bad=skip_bad, image_root=image_root, kind_of=kind_of)
+    return run(job, *as_predictor(model, device=device, dtype=dtype), out, options)
+
+
+def file_job(
+    data: str | Path | Sequence[Example],
+    metrics: str | Sequence[str],
+    decoding: Decoding,
+    *,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    image_root: str | Path | None = None,
+    kind_of: Callable[[Example], str] | None = None,
+) -> Job:
+    """The job that a JSONL file (or examples) and names of metrics describe; see `evaluate`."""
+    check_limit(limit)
     chosen = registry.expand(metrics)
     examples, problems = _examples(data, limit, skip_bad, image_root)
-    shown = items.shuffle_images(examples, seed) if shuffle_images else examples
-    predictor, name = as_predictor(model, device=device, dtype=dtype)
-    decoding = Decoding(max_new_tokens=max_new_tokens, num_beams=num_beams, beam_search=beam_search)
-    settings: dict[str, Any] = {
-        "model": predictor.identity(),
-        "data_sha256": items.digest(examples),
-        "decoding": decoding.to_dict(),
-        "images_shuffled_with_seed": seed if shuffle_images else None,
-    }
-    started = time.monotonic()
-    with PredictionStore(out, settings) as store:
-        resumed = len(store.records)
-        _predict(predictor, shown, store, batch_size, decoding, progress)
-        records = [store.records[example.id] for example in examples]
-    _refuse_if_all_bad(records)
-    scored = results.score(chosen, examples, records)
     kind = kind_of or (lambda example: items.prompt_kind(example.prefix))
-    kinds = {example.id: kind(example) for example in examples}
-    outcome = {
-        **results.figures(scored, kinds, records, problems),
-        "model": {"name": name, **settings["model"]},
-        "data": {"source": _source(data), "sha256": settings["data_sha256"], "limit": limit},
-        "prompts": {"format": "[image tokens][BOS]prefix\\n", "examples": results.one_prompt_per_kind(examples, kinds)},
-        "decoding": settings["decoding"],
-        "images_shuffled_with_seed": settings["images_shuffled_with_seed"],
-        "run": {"batch_size": batch_size, "resumed_items": resumed, "seconds": round(time.monotonic() - started, 2)},
-        "versions": results.versions(),
-    }
-    folder = Path(out)
-    write_lines(folder / ITEMS, results.item_lines(examples, records, scored, kinds))
-    write_json(folder / RESULTS, outcome)
-    if report:
-        results_page.write(folder / REPORT, outcome, shown, records, scored, kinds)
-    return outcome
+    return Job(
+        examples=examples,
+        problems=problems,
+        source=str(data) if isinstance(data, str | Path) else f"{len(data)} examples in memory",
+        metrics=chosen,
+        decoding=decoding,
+        candidates=items.choices_of if decoding.by == "likelihood" else None,
+        kinds={example.id: kind(example) for example in examples},
+        limit=limit,
+    )
 
 
-# --- Data -------------------------------------------------------------------------------------------------------------
-
-
-def _check_numbers(batch_size: int, limit: int | None) -> None:
-    for name, value in (("batch_size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}, expected at least 1")
+def check_limit(limit: int | None) -> None:
+    """Raise ConfigError unless there is no limit, or one of at least 1."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}, expected at least 1")
 
 
 def _examples(
@@ -150,88 +140,3 @@ def _examples(
     examples = examples[:limit]
     items.check(examples)
     return examples, problems
-
-
-# --- Prediction -------------------------------------------------------------------------------------------------------
-
-
-def _predict(
-    predictor: Predictor,
-    examples: Sequence[Example],
-    store: PredictionStore,
-    batch_size: int,
-    decoding: Decoding,
-    progress: bool,
-) -> None:
-    """Predict what the store does not hold yet.
-
-    A batch of which a part is there already (the run was killed while it was written, or had another batch size) is
-    predicted whole, so that its numbers do not depend on the interruption; only the missing items are added.
-    """
-    batches = items.plan(examples, batch_size)
-    todo = [
-        [examples[i] for i in batch] for batch in batches if any(examples[i].id not in store.records for i in batch)
-    ]
-    bad_in_a_row = 0
-    with Progress(len(examples), done=len(store.records), label="predict", visible=progress) as bar:
-        for batch, images in _decoded(todo, predictor.background):
-            records = _predict_batch(predictor, batch, images, decoding)
-            for record in records:
-                bad_in_a_row = bad_in_a_row + 1 if "error" in record else 0
-            new = [record for record in records if record["id"] not in store.records]
-            store.append(new)
-            bar.advance(len(new))
-            if bad_in_a_row >= MAX_BAD_IN_A_ROW:
-                error = records[-1]["error"]
-                raise DataError(f"{bad_in_a_row} images in a row could not be decoded; the last: {error['message']}")
-
-
-def _predict_batch(
-    predictor: Predictor, batch: Sequence[Example], images: Sequence[Image.Image | ImageError], decoding: Decoding
-) -> list[Record]:
-    usable = [(ex, im) for ex, im in zip(batch, images, strict=True) if not isinstance(im, ImageError)]
-    texts: list[str] = []
-    if usable:
-        texts = predictor.predict(
-            [image for _, image in usable],
-            [example.prefix for example, _ in usable],
-            ids=[example.id for example, _ in usable],
-            decoding=decoding,
-        )
-    said = dict(zip((example.id for example, _ in usable), texts, strict=True))
-    records: list[Record] = []
-    for example, image in zip(batch, images, strict=True):
-        record: Record = {"id": example.id, "prefix": example.prefix, "prediction": said.get(example.id, "")}
-        if isinstance(image, ImageError):
-            record["error"] = {"code": image.code, "message": str(image)}
-        records.append(record)
-    return records
-
-
-def _decoded(
-    batches: Sequence[Sequence[Example]], background: tuple[int, int, int]
-) -> Iterator[tuple[Sequence[Example], list[Image.Image | ImageError]]]:
-    """Each batch with its decoded images, one batch ahead of the consumer."""
-
-    def decode(example: Example) -> Image.Image | ImageError:
-        try:
-            return load_image(example.image, background=background)
-        except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor(_DECODERS) as pool:
-        waiting: list[list[Future[Image.Image | ImageError]]] = []
-        for position, batch in enumerate(batches):
-            for ahead in batches[position + len(waiting) : position + 2]:
-                waiting.append([pool.submit(decode, example) for example in ahead])
-            yield batch, [future.result() for future in waiting.pop(0)]
-
-
-def _refuse_if_all_bad(records: Sequence[Record]) -> None:
-    if all("error" in record for record in records):
-        first = records[0]["error"]
-        raise DataError(f"none of the {len(records)} images could be decoded; the first: {first['message']}")
-
-
-def _source(data: str | Path | Sequence[Example]) -> str:
-    return str(data) if isinstance(data, str | Path) else f"{len(data)} examples in memory"

@@ -43,17 +43,34 @@ def check(examples: Sequence[Example]) -> None:
         )
 
 
+def choices_of(example: Example) -> tuple[str, ...]:
+    """What an item that brings its own candidates can be answered with. Raises DataError if it brings none."""
+    given = example.info.get("candidates") or example.info.get("choices")
+    if not given:
+        raise DataError(f"item {example.id!r} has nothing to choose from; answering by likelihood needs its `choices`")
+    return tuple(given)
+
+
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
+def images_of(example: Example) -> tuple[Path | Image.Image, ...]:
+    """All images of an item, in order."""
+    return (example.image, *example.more_images)
+
+
 def image_name(example: Example) -> str:
-    """A name of the image that is equal for equal images and does not depend on where the data folder lies."""
-    if isinstance(example.image, Image.Image):
-        pixels = hashlib.sha256(example.image.tobytes()).hexdigest()[:32]
-        return f"pixels {example.image.mode} {example.image.size} {pixels}"
-    return os.path.relpath(example.image, Path(example.file).parent) if example.file else str(example.image)
+    """A name of the images that is equal for equal images and does not depend on where the data folder lies."""
+    return " + ".join(_image_name(image, example.file) for image in images_of(example))
+
+
+def _image_name(image: Path | Image.Image, file: str) -> str:
+    if isinstance(image, Image.Image):
+        pixels = hashlib.sha256(image.tobytes()).hexdigest()[:32]
+        return f"pixels {image.mode} {image.size} {pixels}"
+    return os.path.relpath(image, Path(file).parent) if file else str(image)
 
 
 def digest(examples: Sequence[Example]) -> str:
@@ -63,7 +80,8 @@ def digest(examples: Sequence[Example]) -> str:
     """
     total = hashlib.sha256()
     for example in examples:
-        parts = (example.id, example.prefix, image_name(example), _num_bytes(example.image))
+        sizes = map(_num_bytes, images_of(example))
+        parts = (example.id, example.prefix, image_name(example), *sizes)
         total.update(repr(parts).encode("utf-8", "surrogatepass"))
     return total.hexdigest()
 
@@ -100,7 +118,8 @@ def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example]:
     shuffled = list(examples)
     for place, index in enumerate(circle):
         donor = circle[(place + turn) % len(circle)]
-        shuffled[index] = replace(examples[index], image=examples[donor].image)
+        given = examples[donor]
+        shuffled[index] = replace(examples[index], image=given.image, more_images=given.more_images)
     return shuffled
 
 

@@ -7,9 +7,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL import Image
+
+from . import processes
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -24,12 +26,24 @@ class Decoding:
     num_beams: int = 1
     beam_search: str = "transformers"
     """Whose rule of beam search; see `vlm.generate`."""
+    by: Literal["generate", "likelihood"] = "generate"
+    """`generate` writes text; `likelihood` takes the most likely of an item's candidates."""
+    normalization: Literal["none", "token", "byte"] = "none"
+    """Of `likelihood`; see `vlm.eval.likelihood`."""
 
     def to_dict(self) -> dict[str, Any]:
+        """What counts for this way of answering."""
         values = asdict(self)
+        if self.by == "likelihood":
+            return {"by": self.by, "normalization": self.normalization}
+        del values["by"], values["normalization"]
         if self.num_beams == 1:
             del values["beam_search"]  # greedy has no beams
         return values
+
+
+Pictures = Image.Image | list[Image.Image]
+"""The image of an item, or its images where it has several."""
 
 
 class Predictor(Protocol):
@@ -45,9 +59,10 @@ class Predictor(Protocol):
         ...
 
     def predict(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
+        self, images: Sequence[Pictures], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
     ) -> list[str]:
-        """One text per prompt, in order. `images` are upright RGB; `ids` are for error messages."""
+        """One text per prompt, in order. Images are upright RGB, a list of them where an item has several; `ids` are
+        for error messages."""
         ...
 
 
@@ -68,6 +83,10 @@ class ModelPredictor:
     def background(self) -> tuple[int, int, int]:
         return self.processor.image_transform.background
 
+    @property
+    def device(self) -> str:
+        return str(self.model.device)
+
     def identity(self) -> dict[str, Any]:
         """Digests of weights and processor, the weights' dtype, and the image transform in words."""
         return {
@@ -78,7 +97,7 @@ class ModelPredictor:
         }
 
     def predict(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
+        self, images: Sequence[Pictures], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
     ) -> list[str]:
         from vlm.generation import generate
 
@@ -94,14 +113,37 @@ class ModelPredictor:
             batch_size=len(prompts),
         )
 
+    def score(
+        self,
+        images: Sequence[list[Image.Image]],
+        prompts: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        *,
+        ids: Sequence[str],
+        normalization: Literal["none", "token", "byte"],
+    ) -> list[list[float]]:
+        """Log-likelihoods of the candidates of each prompt; see `vlm.eval.likelihood`."""
+        from .likelihood import score_candidates
+
+        return score_candidates(
+            self.model,
+            self.processor,
+            images,
+            prompts,
+            candidates,
+            normalization=normalization,
+            batch_size=len(prompts),
+            ids=ids,
+        )
+
 
 def as_predictor(
     model: str | Path | tuple[VLM, Processor] | Predictor, *, device: str | None, dtype: str | None
 ) -> tuple[Predictor, str]:
     """A predictor and its name, from a model directory or hub id, a (model, processor) pair, or a predictor.
 
-    A directory is opened on `device`, by default the first GPU if there is one, else the CPU. A pair stays where it is
-    unless `device` is given; its dtype is its own.
+    A directory is opened on `device`, by default a GPU if there is one (of several processes each takes its own), else
+    the CPU. A pair stays where it is unless `device` is given; its dtype is its own.
 
     Raises:
         ConfigError: `dtype` with a pair, or `device` or `dtype` with a predictor.
@@ -115,6 +157,8 @@ def as_predictor(
         from vlm.checkpoints import load
 
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if chosen == "cuda":
+            chosen = f"cuda:{processes.local_rank() % torch.cuda.device_count()}"
         return ModelPredictor(*load(model, dtype=dtype, device=chosen), name=str(model)), str(model)
     if dtype is not None:
         raise ConfigError(

@@ -93,6 +93,7 @@ class GalleryItem:
         score: shown where `correct` is None.
         kind: group for the filter menu, such as the kind of question.
         note: a further line, such as what another model said.
+        pick: why the item is shown, such as best, worst or random; a filter where cards have several.
     """
 
     image: ImageLike | None
@@ -104,6 +105,7 @@ class GalleryItem:
     id: str = ""
     kind: str = ""
     note: str = ""
+    pick: str = ""
 
 
 # --- Sections -------------------------------------------------------------------------------------------------------
@@ -231,11 +233,12 @@ class Gallery:
     def _filters(self) -> str:
         marks = [_mark(item) for item in self.items]
         parts = []
-        if "right" in marks or "wrong" in marks:
-            shown = [("all", len(marks)), ("right", marks.count("right")), ("wrong", marks.count("wrong"))]
+        names = ["right", "wrong"] if {"right", "wrong"} & set(marks) else list(dict.fromkeys(filter(None, marks)))
+        if names:
+            shown = [("all", len(marks)), *((name, marks.count(name)) for name in names)]
             parts = [
-                f'<button type="button" data-show="{name}" aria-pressed="{str(name == "all").lower()}">{name} {count}'
-                "</button>"
+                f'<button type="button" data-show="{text(name)}" aria-pressed="{str(name == "all").lower()}">'
+                f"{text(name)} {count}</button>"
                 for name, count in shown
             ]
         kinds = sorted({item.kind for item in self.items if item.kind})
@@ -294,14 +297,20 @@ def write_report(
 
 
 def breakdown(
-    scores: Mapping[str, float], kinds: Mapping[str, str], *, metric: str, percent: bool = False, limit: int = 16
+    scores: Mapping[str, float],
+    kinds: Mapping[str, str],
+    *,
+    metric: str,
+    percent: bool = False,
+    limit: int = 16,
+    by: str = "kind of prompt",
 ) -> Scores:
     """A table of mean scores per kind of item, largest kinds first; what exceeds `limit` rows goes into "other".
 
     Args:
         scores: item id -> score.
         kinds: item id -> kind; every scored id needs one.
-        metric: name for the heading.
+        metric, by: names for the heading.
     """
     groups: dict[str, list[float]] = {}
     for key, score in scores.items():
@@ -315,7 +324,7 @@ def breakdown(
         Score(kind, sum(values) / len(values), num_items=len(values), maximum=top, percent=percent)
         for kind, values in kept
     ]
-    return Scores(rows, title=f"{metric} by kind of prompt")
+    return Scores(rows, title=f"{metric} by {by.replace('_', ' ')}")
 
 
 # --- Pieces ---------------------------------------------------------------------------------------------------------
@@ -346,7 +355,7 @@ def _bar(row: Score) -> str:
 
 
 def _mark(item: GalleryItem) -> str:
-    return "" if item.correct is None else "right" if item.correct else "wrong"
+    return item.pick if item.correct is None else "right" if item.correct else "wrong"
 
 
 def _card(item: GalleryItem) -> str:
@@ -357,7 +366,7 @@ def _card(item: GalleryItem) -> str:
     gold = f'<div class="gold">expected: {gold}</div>' if gold else ""
     note = f'<div class="gold">{text(item.note)}</div>' if item.note else ""
     return (
-        f'<article class="card" data-mark="{_mark(item)}" data-kind="{text(item.kind)}">'
+        f'<article class="card" data-mark="{text(_mark(item))}" data-kind="{text(item.kind)}">'
         f'<div class="picture">{_picture(item.image)}</div><div class="body">'
         f'<div class="prompt"><bdi>{text(item.prompt)}</bdi></div>{said}{gold}{note}'
         f'<div class="foot"><code>{text(item.id)}</code>{_badge(item)}</div></div></article>'
@@ -369,7 +378,8 @@ def _badge(item: GalleryItem) -> str:
         return (
             '<span class="badge right">✓ right</span>' if item.correct else '<span class="badge wrong">✗ wrong</span>'
         )
-    return "" if item.score is None else f'<span class="badge score">{item.score:.2f}</span>'
+    label = f"{item.pick} · " if item.pick else ""
+    return "" if item.score is None else f'<span class="badge score">{text(label)}{item.score:.2f}</span>'
 
 
 def _picture(image: ImageLike | None) -> str:

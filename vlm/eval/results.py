@@ -1,35 +1,91 @@
-"""From predictions to `results.json`: scores, counts, breakdown, and the table for the terminal."""
+"""From predictions to `results.json`: scores, counts, breakdowns, and the table for the terminal."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import vlm
 from vlm.data import Example, Problem
+from vlm.errors import DataError
 
 from . import items
 from .metrics import Metric, MetricResult, registry
+from .metrics.result import NUM_RESAMPLES
+
+if TYPE_CHECKING:
+    from .job import Job
 
 Record = dict[str, Any]
 """One prediction: `id`, `prefix`, `prediction`, and `error` (`code`, `message`) where the image was not decodable."""
 
 
-def score(chosen: Sequence[Metric], examples: Sequence[Example], records: Sequence[Record]) -> list[MetricResult]:
-    """One result per metric, each compared with the gold texts that it reads."""
-    said = {record["id"]: record["prediction"] for record in records}
+def score(
+    chosen: Sequence[Metric],
+    examples: Sequence[Example],
+    said: Mapping[str, str],
+    groups: Mapping[str, str] | None = None,
+    over: str = "",
+) -> list[MetricResult]:
+    """One result per metric, each compared with the gold texts that it reads.
+
+    Args:
+        said: item id -> answer, cleaned up.
+        groups: item id -> group; each group is scored alone then, and a value is the mean over groups, unweighted.
+        over: what the groups are called.
+    """
+    if groups is None:
+        return [_compute(metric, examples, said) for metric in chosen]
+    members: dict[str, list[Example]] = {}
+    for example in examples:
+        members.setdefault(groups[example.id], []).append(example)
     return [
-        registry.compute(metric.name, said, {ex.id: items.gold_texts(ex, metric.reads) for ex in examples})
+        _average({name: _compute(metric, group, said) for name, group in sorted(members.items())}, examples, over)
         for metric in chosen
     ]
 
 
+def _compute(metric: Metric, examples: Sequence[Example], said: Mapping[str, str]) -> MetricResult:
+    predictions = {example.id: said[example.id] for example in examples}
+    gold = {example.id: items.gold_texts(example, metric.reads) for example in examples}
+    return registry.compute(metric.name, predictions, gold, {example.id: example.info for example in examples})
+
+
+def _average(parts: Mapping[str, MetricResult], examples: Sequence[Example], over: str) -> MetricResult:
+    per_item = {key: score for part in parts.values() for key, score in part.per_item.items()}
+    first = next(iter(parts.values()))
+    return replace(
+        first,
+        value=sum(part.value for part in parts.values()) / len(parts),
+        per_item={example.id: per_item[example.id] for example in examples},
+        rule=f"{first.rule}; computed for each {over} alone ({len(parts)} of them) and averaged without weights",
+        interval=_interval_of_average([list(part.per_item.values()) for part in parts.values()]),
+        details={f"{over} {name}": part.value for name, part in parts.items()},
+    )
+
+
+def _interval_of_average(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean of group means, items resampled inside each group."""
+    rng = np.random.default_rng(0)
+    means = np.zeros(NUM_RESAMPLES)
+    for group in groups:
+        scores = np.asarray(group)
+        for index in range(NUM_RESAMPLES):
+            means[index] += scores[rng.integers(0, len(scores), len(scores))].mean()
+    low, high = np.percentile(means / len(groups), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def figures(
-    scored: Sequence[MetricResult], kinds: dict[str, str], records: Sequence[Record], problems: Sequence[Problem]
+    scored: Sequence[MetricResult], kinds: Mapping[str, str], records: Sequence[Record], problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Scores, counts, failures and the breakdown: the part of the results that is measured."""
+    """Scores, counts, failures and the breakdown by kind: the part of the results that is measured."""
     failures = [{"id": record["id"], **record["error"]} for record in records if "error" in record]
     return {
         "metrics": {result.name: result.summary() for result in scored},
@@ -41,33 +97,71 @@ def figures(
             {"file": str(problem.file), "line": problem.line, "code": problem.code, "message": problem.message}
             for problem in problems
         ],
-        "by_kind": {result.name: _by_kind(result, kinds) for result in scored},
+        "by_kind": {result.name: _by_group(result, kinds) for result in scored},
     }
 
 
-def _by_kind(result: MetricResult, kinds: dict[str, str]) -> dict[str, dict[str, float]]:
+def breakdown(
+    scored: Sequence[MetricResult],
+    groups: Mapping[str, Mapping[str, str]],
+    examples: Sequence[Example],
+    said: Mapping[str, str],
+) -> dict[str, Any]:
+    """Name of a breakdown -> metric -> group -> `mean` of the items' scores, and `num_items`.
+
+    Where the metric is not the mean of its items' scores (corpus BLEU, F1), `value` is the metric of the group alone;
+    it is missing where the metric refuses the group.
+    """
+    found: dict[str, Any] = {}
+    for name, kinds in groups.items():
+        members: dict[str, list[Example]] = {}
+        for example in examples:
+            members.setdefault(kinds[example.id], []).append(example)
+        found[name] = {result.name: _by_group(result, kinds) for result in scored}
+        for result in scored:
+            if not is_mean(result):
+                for kind, group in members.items():
+                    with suppress(DataError):
+                        value = _compute(registry.get(result.name), group, said).value
+                        found[name][result.name][kind]["value"] = value
+    return found
+
+
+def is_mean(result: MetricResult) -> bool:
+    """Whether the metric is the mean of its items' scores."""
+    mean = sum(result.per_item.values()) / len(result.per_item)
+    return abs(mean - result.value) <= 1e-9 * max(1.0, abs(result.value))
+
+
+def _by_group(result: MetricResult, kinds: Mapping[str, str]) -> dict[str, dict[str, float]]:
     groups: dict[str, list[float]] = {}
-    for key, score in result.per_item.items():
-        groups.setdefault(kinds[key], []).append(score)
+    for key, value in result.per_item.items():
+        groups.setdefault(kinds[key], []).append(value)
     return {kind: {"mean": sum(group) / len(group), "num_items": len(group)} for kind, group in sorted(groups.items())}
 
 
 def item_lines(
-    examples: Sequence[Example], records: Sequence[Record], scored: Sequence[MetricResult], kinds: dict[str, str]
+    job: Job, records: Sequence[Record], said: Mapping[str, str], scored: Sequence[MetricResult]
 ) -> Iterator[Record]:
-    """One record per item, in the order of the data: prediction, gold texts, kind and scores."""
-    for example, record in zip(examples, records, strict=True):
+    """One record per item, in the order of the data: prediction, gold texts, facts, kind and scores."""
+    for example, record in zip(job.examples, records, strict=True):
         gold = {"suffix": example.suffix, "references": example.references, "answers": example.answers}
-        scores = {result.name: result.per_item[example.id] for result in scored}
+        line = {**record, **{key: value for key, value in gold.items() if value}}
+        if said[example.id] != record["prediction"]:
+            line["scored_as"] = said[example.id]
+        if example.info:
+            line["info"] = dict(example.info)
+        images = [str(image) for image in items.images_of(example) if not hasattr(image, "size")]
+        if images:
+            line["images"] = images
         yield {
-            **record,
-            **{key: value for key, value in gold.items() if value},
-            "kind": kinds[example.id],
-            "scores": scores,
+            **line,
+            "kind": job.kinds[example.id],
+            "scores": {result.name: result.per_item[example.id] for result in scored},
         }
 
 
-def one_prompt_per_kind(examples: Sequence[Example], kinds: dict[str, str], limit: int = 8) -> list[str]:
+def one_prompt_per_kind(examples: Sequence[Example], kinds: Mapping[str, str], limit: int = 8) -> list[str]:
     """The first prompt of each kind, as the model got it, for at most `limit` kinds."""
     first: dict[str, str] = {}
     for example in examples:
@@ -84,25 +178,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package.lower()] = "not installed"
     return found
-
-
-def table(results: dict[str, Any]) -> str:
-    """The scores of `evaluate` as plain text, for a terminal or a log."""
-    rows = [("metric", "value", "95 % interval", "items")]
-    for name, result in results["metrics"].items():
-        ends = result["interval_95"]
-        interval = "" if ends is None else f"{ends[0]:.4f} - {ends[1]:.4f}"
-        rows.append((name, f"{result['value']:.4f}", interval, str(result["num_items"])))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]).rstrip() for row in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    if results["images_shuffled_with_seed"] is not None:
-        lines.append("control: every item was shown another item's image")
-    if results["failures"]:
-        lines.append(f"{len(results['failures'])} images could not be decoded and count as wrong:")
-        lines += [f"  {failure['id']}: {failure['code']}: {failure['message']}" for failure in results["failures"][:10]]
-    if results["skipped_annotations"]:
-        lines.append(f"{len(results['skipped_annotations'])} broken annotations were left out (see results.json)")
-    return "\n".join(lines)

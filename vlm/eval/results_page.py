@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm.data import Example
 
-from . import items, metrics
+from . import items, metrics, tables
 from .metrics import MetricResult
-from .report import GalleryItem, Score, Section, Table, breakdown, write_report
+from .report import GalleryItem, Score, Scores, Section, Table, breakdown, write_report
 
 GALLERY_SIZE = 60
 
 
 def write(
     path: Path,
-    results: dict[str, Any],
+    results: Mapping[str, Any],
     shown: Sequence[Example],
     records: Sequence[dict[str, Any]],
     scored: Sequence[MetricResult],
-    kinds: dict[str, str],
+    kinds: Mapping[str, str],
+    groups: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Path:
     """Write the page.
 
@@ -32,20 +33,31 @@ def write(
         records: the predictions, in the order of `shown`.
         scored: one result per metric; the first that knows right from wrong, else the first, orders the gallery.
         kinds: item id -> kind.
+        groups: name of a breakdown -> item id -> group; by `kinds` alone if there are none.
     """
     main = next((result for result in scored if metrics.get(result.name).per_item_is_right), scored[0])
     sections: list[Section] = []
-    if len(set(kinds.values())) > 1:
-        sections.append(breakdown(main.per_item, kinds, metric=main.name, percent=main.maximum == 1.0))
+    if published := _published(results):
+        sections.append(published)
+    for name, kind_of in (groups or {"kind of prompt": kinds}).items():
+        if len(set(kind_of.values())) > 1:
+            sections.append(
+                breakdown(main.per_item, kind_of, metric=main.name, percent=percent_of(main.maximum), by=name)
+            )
+        if table := _by_group(results, name):
+            sections.append(table)
+    if details := _details(results):
+        sections.append(details)
     if results["failures"]:
         rows = [[failure["id"], failure["code"], failure["message"]] for failure in results["failures"][:100]]
         sections.append(
             Table("Images that could not be decoded", ["id", "code", "message"], rows, "They count as wrong.")
         )
     control = " · control: images shuffled among the items" if results["images_shuffled_with_seed"] is not None else ""
+    task = results["task"]
     return write_report(
         path,
-        title="Evaluation",
+        title=task["title"] if task else "Evaluation",
         subtitle=f"{results['model']['name']} on {results['data']['source']}{control}",
         summary=[_score(result) for result in scored],
         sections=sections,
@@ -54,14 +66,75 @@ def write(
     )
 
 
+def percent_of(maximum: float | None) -> bool:
+    """Whether a score is shown in percent: one that ends at 1."""
+    return maximum == 1.0
+
+
+def _published(results: Mapping[str, Any]) -> Scores | None:
+    """Ours above what others have published for the same metric and split."""
+    task = results["task"]
+    entries = [entry for entry in (task or {}).get("published", ()) if entry["metric"] in results["metrics"]]
+    if not entries:
+        return None
+    rows = []
+    for metric in dict.fromkeys(entry["metric"] for entry in entries):
+        result = results["metrics"][metric]
+        top = 100 * (result["maximum"] or 1.0)
+        rows.append(Score(f"{metric} · this model", 100 * result["value"], num_items=result["num_items"], maximum=top))
+        for entry in entries:
+            if entry["metric"] == metric:
+                about = f", {entry['group']}" if entry["group"] else ""
+                note = "; ".join(part for part in (entry["source"], entry["note"]) if part)
+                rows.append(Score(f"{tables.label(entry)}{about}", entry["value"], note=note, maximum=top))
+    note = "Published figures as printed: 100 stands for 1." + _not_comparable(results)
+    return Scores(rows, title="Beside published figures", note=note)
+
+
+def _not_comparable(results: Mapping[str, Any]) -> str:
+    """Why our figure may not be set beside them, where we know."""
+    task, reasons = results["task"], []
+    if task["expected_items"] not in (None, results["num_items"]):
+        reasons.append(f"only {results['num_items']} of {task['expected_items']} items were evaluated")
+    if not task["decoding_is_the_tasks"]:
+        reasons.append("the decoding settings are not those of the task")
+    if results["images_shuffled_with_seed"] is not None:
+        reasons.append("the images were shuffled")
+    return f" Ours is not comparable: {'; '.join(reasons)}." if reasons else ""
+
+
+def _by_group(results: Mapping[str, Any], name: str, limit: int = 40) -> Table | None:
+    """All metrics of each group of a breakdown, the largest groups first; None for a single metric."""
+    found = results["breakdown"].get(name, {})
+    if len(found) < 2 or len(next(iter(found.values()))) < 2:
+        return None
+    sizes = {group: cell["num_items"] for group, cell in next(iter(found.values())).items()}
+    ordered = sorted(sizes, key=lambda group: (-sizes[group], group))[:limit]
+    rows = [
+        [group, *(cells[group].get("value", cells[group]["mean"]) for cells in found.values()), sizes[group]]
+        for group in ordered
+    ]
+    return Table(f"All metrics by {name.replace('_', ' ')}", [name, *found, "items"], rows)
+
+
+def _details(results: Mapping[str, Any]) -> Table | None:
+    rows = [
+        [metric, name, value]
+        for metric, result in results["metrics"].items()
+        for name, value in result["details"].items()
+    ]
+    return Table("Details", ["metric", "figure", "value"], rows) if rows else None
+
+
 def gallery(
     shown: Sequence[Example],
     records: Sequence[dict[str, Any]],
     result: MetricResult,
-    kinds: dict[str, str],
+    kinds: Mapping[str, str],
     size: int = GALLERY_SIZE,
 ) -> list[GalleryItem]:
-    """Cards for a fair look: wrong and right items in equal parts where there are enough, else best, worst and random.
+    """Cards for a fair look: best, worst and random items in equal parts; where an item is right or wrong, wrong and
+    right ones in equal parts where there are enough.
 
     The choice is random with a fixed seed, not hand-picked, and the same for the same results.
     """
@@ -71,9 +144,12 @@ def gallery(
     chosen = _halves(order, result, size) if metric.per_item_is_right else _thirds(order, result, size)
     place = {example.id: index for index, example in enumerate(shown)}
     cards = []
-    for key in chosen:
+    for key, pick in chosen:
         example, record = shown[place[key]], records[place[key]]
         score = result.per_item[key]
+        notes = [record["error"]["message"]] if "error" in record else []
+        if example.more_images:
+            notes.append(f"the first of {1 + len(example.more_images)} images")
         cards.append(
             GalleryItem(
                 image=example.image,
@@ -84,29 +160,31 @@ def gallery(
                 score=score,
                 id=key,
                 kind=kinds[key],
-                note=record["error"]["message"] if "error" in record else "",
+                note="\n".join(notes),
+                pick=pick,
             )
         )
     return cards
 
 
-def _halves(order: list[str], result: MetricResult, size: int) -> list[str]:
+def _halves(order: list[str], result: MetricResult, size: int) -> list[tuple[str, str]]:
     right = [key for key in order if result.per_item[key] == 1.0]
     wrong = [key for key in order if result.per_item[key] != 1.0]
     num_wrong = min(len(wrong), max(size // 2, size - len(right)))
     picked = set(wrong[:num_wrong] + right[: size - num_wrong])
-    return [key for key in order if key in picked]
+    return [(key, "") for key in order if key in picked]
 
 
-def _thirds(order: list[str], result: MetricResult, size: int) -> list[str]:
+def _thirds(order: list[str], result: MetricResult, size: int) -> list[tuple[str, str]]:
+    """Ids with the reason why each is shown, by falling score; no reason where all items are shown."""
     ranked = sorted(order, key=lambda key: -result.per_item[key])
     if len(ranked) <= size:
-        return ranked
+        return [(key, "") for key in ranked]
     third = size // 3
-    best, worst = ranked[:third], ranked[-third:]
-    taken = {*best, *worst}
-    middle = {*[key for key in order if key not in taken][: size - 2 * third]}
-    return best + [key for key in ranked if key in middle] + worst
+    picks = {**dict.fromkeys(ranked[:third], "best"), **dict.fromkeys(ranked[-third:], "worst")}
+    others = [key for key in order if key not in picks]
+    picks.update(dict.fromkeys(others[: size - 2 * third], "random"))
+    return [(key, picks[key]) for pick in ("best", "worst", "random") for key in ranked if picks.get(key) == pick]
 
 
 def _distinct(texts: Sequence[str], limit: int = 5) -> list[str]:
@@ -121,12 +199,14 @@ def _score(result: MetricResult) -> Score:
         result.num_items,
         result.rule,
         maximum=result.maximum,
-        percent=result.maximum == 1.0,
+        percent=percent_of(result.maximum),
     )
 
 
-def _footer(results: dict[str, Any]) -> list[str]:
+def _footer(results: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     decoding = ", ".join(f"{name} {value}" for name, value in results["decoding"].items())
     model = ", ".join(f"{name} {value}" for name, value in results["model"].items() if name != "name")
-    return [f"Prompt: {results['prompts']['format']} · {decoding}", f"Model: {model}", f"Versions: {versions}"]
+    lines = [f"Prompt: {results['prompts']['format']} · {decoding}", f"Model: {model}", f"Versions: {versions}"]
+    note = (results["task"] or {}).get("note")
+    return [f"Task: {note}", *lines] if note else lines

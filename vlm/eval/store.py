@@ -2,6 +2,10 @@
 
 `predictions.jsonl` holds one record a line; `predictions.settings.json` beside it says what they belong to. A run that
 is started again with the same settings goes on where the last one stopped; with others it is refused.
+
+Of several processes each writes a file of its own, `predictions.rank0.jsonl` and so on, which the first one adds to
+`predictions.jsonl` when all are done. What a killed run has left is added when the next one starts, whatever the number
+of processes then.
 """
 
 from __future__ import annotations
@@ -16,35 +20,43 @@ from typing import Any, BinaryIO
 
 from vlm.errors import ConfigError, DataError
 
+from .processes import ALONE, Processes
+
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "predictions.settings.json"
+_SHARES = "predictions.rank*.jsonl"
+
+Records = dict[str, dict[str, Any]]
 
 
 class PredictionStore:
     """The predictions of one run, open for appending; a context manager.
 
     Args:
-        folder: made if it does not exist.
+        folder: made if it does not exist. Several processes must all see it.
         settings: everything that decides the predictions, as JSON values.
+        group: the processes that write together. Each must construct the store, and call `finish` when it is done.
 
     Raises:
-        ConfigError: the folder holds predictions of other settings, or another process is writing there.
+        ConfigError: the folder holds predictions of other settings, or another run is writing there.
         DataError: a line of the file is damaged, or an id occurs twice.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], group: Processes = ALONE) -> None:
         self.folder = Path(folder)
         self.path = self.folder / PREDICTIONS
-        self.records: dict[str, dict[str, Any]] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = open(self.path, "ab+")  # noqa: SIM115 - closed by __exit__
-        try:
-            self._lock()
-            self._read()
-            self._check_settings(settings)
-        except BaseException:
-            self._file.close()
-            raise
+        self.records: Records = {}
+        self._group = group
+        self._main: BinaryIO | None = None
+        self._share: BinaryIO | None = None
+        if group.main:
+            self._open(settings)
+        group.barrier()
+        if group.world > 1:
+            if not group.main:
+                self.records = _records(self.path.read_bytes(), self.path)
+            self._share = open(self.folder / f"predictions.rank{group.rank}.jsonl", "wb")  # noqa: SIM115
+        group.barrier()  # nobody predicts before everybody has read what is there
 
     def __enter__(self) -> PredictionStore:
         return self
@@ -52,37 +64,75 @@ class PredictionStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        for file in (self._share, self._main):
+            if file is not None:
+                file.close()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write records, each with a new `id`, in one call, and wait until they are on the disk."""
         new = list(records)
         for record in new:
             assert record["id"] not in self.records, f"{record['id']!r} was predicted twice"
-        self._file.write(b"".join(encode(record) for record in new))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        file = self._share or self._main
+        assert file is not None, "the store is closed"
+        _write(file, new)
         self.records.update((record["id"], record) for record in new)
 
-    def _lock(self) -> None:
+    def finish(self) -> None:
+        """Called by every process when its share is predicted; then `records` of the first one holds all of them."""
+        if self._share is not None:
+            self._share.close()
+            self._share = None
+            self._group.barrier()
+            if self._group.main:
+                self._add_shares()
+        self._group.barrier()
+
+    def _open(self, settings: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._main = open(self.path, "ab+")  # noqa: SIM115 - closed by __exit__
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
+            self._read()
+            self._add_shares()
+            self._check_settings(settings)
+        except BaseException:
+            self._main.close()
+            raise
+
+    def _lock(self) -> None:
+        assert self._main is not None
+        try:
+            fcntl.flock(self._main, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
                 f"{self.folder}: another evaluation is writing here; give another output folder"
             ) from None
 
     def _read(self) -> None:
-        self._file.seek(0)
-        data = self._file.read()
+        assert self._main is not None
+        self._main.seek(0)
+        data = self._main.read()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):  # the writer was killed in the middle of a line; that item is predicted again
-            self._file.truncate(whole)
-        for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
-            record = _parse(line, f"{self.path}:{number}")
-            if record["id"] in self.records:
-                raise DataError(f"{self.path}:{number}: id {record['id']!r} occurs twice; delete {self.folder}")
-            self.records[record["id"]] = record
+            self._main.truncate(whole)
+        self.records = _records(data, self.path)
+
+    def _add_shares(self) -> None:
+        """Move what the processes of this run, or of one that was killed, have written into the one file.
+
+        A kill between the writing and the deleting leaves records in both places: those are not added again.
+        """
+        assert self._main is not None
+        self._main.seek(0)
+        stored = _records(self._main.read(), self.path)
+        for path in sorted(self.folder.glob(_SHARES)):
+            found = _records(path.read_bytes(), path)
+            new = [record for key, record in found.items() if key not in stored]
+            stored.update((record["id"], record) for record in new)
+            _write(self._main, new)
+            self.records.update((record["id"], record) for record in new)
+            path.unlink()
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         path = self.folder / SETTINGS
@@ -124,6 +174,23 @@ def _replace(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _write(file: BinaryIO, records: Iterable[Mapping[str, Any]]) -> None:
+    file.write(b"".join(encode(record) for record in records))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _records(data: bytes, path: Path) -> Records:
+    """The records of a predictions file by id; a torn last line is left out."""
+    records: Records = {}
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        record = _parse(line, f"{path}:{number}")
+        if record["id"] in records:
+            raise DataError(f"{path}:{number}: id {record['id']!r} occurs twice; delete {path.parent}")
+        records[record["id"]] = record
+    return records
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

@@ -116,6 +116,31 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What the model is asked while it trains: a fixed part of a file, or of tasks (`vlm.eval`)."""
+
+    data: Path
+    """A JSONL file, or with `tasks` the folder of the tasks' files."""
+    metrics: list[str] = field(default_factory=list)
+    """For a JSONL file: names of metrics."""
+    tasks: str | None = None
+    """Names of tasks, as in `vqav2,pope@random`; they bring their metrics and way of decoding."""
+    image_root: Path | None = None
+    """Folder of the images of a JSONL file; None: its own."""
+    limit: int | None = 256
+    """Items of each task: the same ones every time, drawn once with a fixed seed. None takes all."""
+    max_new_tokens: int = 32
+    """For a JSONL file: most tokens of an answer."""
+    batch_size: int = 16
+    """Items at a time."""
+
+    def __post_init__(self) -> None:
+        if bool(self.metrics) == (self.tasks is not None):
+            raise ConfigError("evaluate: give either `metrics`, for a JSONL file in `data`, or `tasks`, for a folder")
+        _positive("evaluate", limit=self.limit, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage: which parts train, at what rate, for how long."""
 
@@ -216,6 +241,9 @@ class RunConfig:
     """Optimizer steps between checkpoints; one is also written at the end of a stage and when the run is stopped."""
     keep_checkpoints: int = 2
     validate_every: int | None = None
+    evaluate: EvaluateConfig | None = None
+    """Score the model's answers every `evaluate_every` steps and at the end of each stage; training is not changed."""
+    evaluate_every: int | None = None
     log_every: int = 20
     """Steps between log lines when no progress bar is shown; `metrics.csv` has every step."""
     bad_image_share: float = 0.01
@@ -229,6 +257,11 @@ class RunConfig:
             raise ConfigError(f"stages: every stage needs its own name, got {', '.join(names)}")
         _positive("run", nodes=self.nodes, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
         _positive("run", keep_checkpoints=self.keep_checkpoints, validate_every=self.validate_every)
+        _positive("run", evaluate_every=self.evaluate_every)
+        if self.evaluate_every is not None and self.evaluate is None:
+            raise ConfigError(
+                "evaluate_every is set, but nothing says what to evaluate; add `evaluate: {data, metrics}`"
+            )
         if self.devices != "auto":
             _positive("run", devices=self.devices)
         if self.workers < 0 or not 0 <= self.bad_image_share <= 1:

@@ -3,7 +3,7 @@
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ COLUMNS = (
     "tokens",
     "val_loss",
 )
+EVALUATION_COLUMNS = ("stage", "step", "task", "metric", "value", "num_items")
+EVALUATIONS = "evaluations.csv"
+"""Beside the metrics file: one row per metric of every evaluation during training."""
 
 
 class MetricsFile:
@@ -28,22 +31,30 @@ class MetricsFile:
         path: of the file; made with a header when it is not there.
         finished: names of the stages whose rows stay as they are.
         stage, step: of the stage to continue, rows after this step are cut (they will be written again).
+        columns: of the file.
     """
 
-    def __init__(self, path: Path, finished: Iterable[str] = (), stage: str = "", step: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        finished: Iterable[str] = (),
+        stage: str = "",
+        step: int = 0,
+        columns: Sequence[str] = COLUMNS,
+    ) -> None:
         done = set(finished)
         kept = [
             row for row in read(path) if row["stage"] in done or (row["stage"] == stage and int(row["step"]) <= step)
         ]
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(text.getvalue())
         os.replace(temporary, path)
         self._file = path.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
     def write(self, **row: Any) -> None:
         """Append a row; columns left out stay empty. Floats keep all their digits, so runs can be compared exactly."""
@@ -64,14 +75,29 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def plot(path: Path, target: Path) -> None:
-    """The loss of every stage, one after the other, as a PNG: each step and a running mean."""
+    """The loss of every stage, one after the other, as a PNG: each step and a running mean; below, the evaluations."""
     from matplotlib.figure import Figure
 
-    rows = read(path)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", title="training loss")
-    first = 0
+    rows, evaluations = read(path), read(path.with_name(EVALUATIONS))
+    figure = Figure(figsize=(8, 8 if evaluations else 4.5), layout="constrained")
+    panels = figure.subplots(2 if evaluations else 1, 1, sharex=True, squeeze=False)[:, 0]
+    panels[0].set(ylabel="loss", title="training loss")
+    panels[-1].set_xlabel("optimizer step")
+    firsts = _plot_losses(panels[0], rows)
+    if evaluations:
+        _plot_evaluations(panels[1], evaluations, firsts)
+    for axes in panels:
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(target, dpi=120)
+
+
+def _plot_losses(axes: Any, rows: list[dict[str, str]]) -> dict[str, int]:
+    """Draw the losses; returns the number of steps before each stage."""
+    first, firsts = 0, {}
     for stage in dict.fromkeys(row["stage"] for row in rows):
+        firsts[stage] = first
         own = [row for row in rows if row["stage"] == stage]
         losses = [float(row["loss"]) for row in own if row["loss"]]
         steps = [first + int(row["step"]) for row in own if row["loss"]]
@@ -83,10 +109,16 @@ def plot(path: Path, target: Path) -> None:
                 *zip(*validated, strict=True), "o--", color=line.get_color(), markersize=3, label=f"{stage}, held out"
             )
         first = steps[-1] if steps else first
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(target, dpi=120)
+    return firsts
+
+
+def _plot_evaluations(axes: Any, rows: list[dict[str, str]], firsts: dict[str, int]) -> None:
+    """One line per task and metric, through all stages."""
+    axes.set(ylabel="score", title="evaluation during training")
+    for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
+        own = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
+        steps = [firsts.get(row["stage"], 0) + int(row["step"]) for row in own]
+        axes.plot(steps, [float(row["value"]) for row in own], "o-", markersize=3, label=f"{task}: {metric}")
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 
 from vlm.errors import VLMError
-from vlm.train import checkpoint, optim, parts
+from vlm.train import checkpoint, metrics, optim, parts
 from vlm.train.data import MicroBatch
+from vlm.train.evaluate import Evaluator
 from vlm.train.failures import Failures
 from vlm.train.metrics import MetricsFile
 from vlm.train.modules import StageModule, StepReport
@@ -32,6 +33,7 @@ class Recorder(pl.Callback):
     def __init__(self, main: bool, finished: list[str]) -> None:
         self.main, self.finished = main, finished
         self._metrics: MetricsFile | None = None
+        self._evaluations: MetricsFile | None = None
 
     def begin(
         self,
@@ -41,9 +43,11 @@ class Recorder(pl.Callback):
         start: int,
         scaler: Any,
         validator: Validator | None,
+        evaluator: Evaluator | None = None,
     ) -> None:
         """Called before the first step, at optimizer step `start`."""
         self.stage, self.rows, self.frozen, self._scaler, self._validator = stage, rows, frozen, scaler, validator
+        self._evaluator = evaluator
         self._last_step, self._saved = start, start
         name, out = stage.config.name, stage.run.out
         self._failures = Failures(out, stage.run.bad_image_share)
@@ -53,6 +57,9 @@ class Recorder(pl.Callback):
         parts.write_manifest(stage.folder / "manifest.json", rows, stage=name, frozen_before=frozen)
         log.info("stage %s: %d steps of %d examples\n%s", name, stage.steps, stage.config.batch_size, parts.table(rows))
         self._metrics = MetricsFile(out / "metrics.csv", self.finished, name, start)
+        if evaluator is not None:
+            path = out / metrics.EVALUATIONS
+            self._evaluations = MetricsFile(path, self.finished, name, start, metrics.EVALUATION_COLUMNS)
         self._board = TensorBoard(out / "tensorboard" / name)
         self._progress = Progress(name, start, stage.steps, stage.run.log_every)
         self._speed = Speed()
@@ -72,6 +79,9 @@ class Recorder(pl.Callback):
             self._board.close()
             self._metrics.close()
             self._metrics = None
+            if self._evaluations is not None:
+                self._evaluations.close()
+                self._evaluations = None
 
     # --- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -88,6 +98,7 @@ class Recorder(pl.Callback):
             return  # a micro-batch that did not end a step
         self._last_step = report.step
         val_loss = self._validate_if_due(pl_module, report.step)
+        self._evaluate_if_due(pl_module, report.step)
         if self.main:
             self._write(report, val_loss)
             self._save_if_due(trainer, pl_module, report.step)
@@ -106,9 +117,21 @@ class Recorder(pl.Callback):
         too_many = self._failures.add(item)
         return item.error or too_many
 
+    def _due(self, step: int, every: int | None) -> bool:
+        return step == self.stage.steps or (every is not None and step % every == 0)
+
+    def _evaluate_if_due(self, module: StageModule, step: int) -> None:
+        if self._evaluator is None or not self._due(step, self.stage.run.evaluate_every):
+            return
+        name = self.stage.config.name
+        for found in self._evaluator(module):
+            assert self._evaluations is not None
+            self._evaluations.write(stage=name, step=step, **vars(found))
+            self._board.write(step, **{f"{found.task}/{found.metric}": found.value})
+            log.info("%s %d/%d  %s: %s %.4f", name, step, self.stage.steps, found.task, found.metric, found.value)
+
     def _validate_if_due(self, module: StageModule, step: int) -> float | None:
-        every = self.stage.run.validate_every
-        if self._validator is None or not (step == self.stage.steps or (every and step % every == 0)):
+        if self._validator is None or not self._due(step, self.stage.run.validate_every):
             return None
         loss = self._validator(module)
         if self.main:

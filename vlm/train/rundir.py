@@ -7,6 +7,7 @@ OUT/
   STAGE/            manifest.json, checkpoints/, model/ (once the stage is finished)
   model             link to the last stage's model
   metrics.csv       one row per optimizer step
+  evaluations.csv   scores of answers during training, if `evaluate` is given
   failures.jsonl    images that did not decode
   train.log, loss.png, tensorboard/ (when tensorboard is installed)
 """

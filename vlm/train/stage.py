@@ -13,11 +13,13 @@ from torch import nn
 
 from vlm.data import Example
 from vlm.errors import CheckpointError, ConfigError
+from vlm.eval.job import Job
 from vlm.processor import Processor
 from vlm.train import checkpoint, parts
 from vlm.train.augment import pipeline
 from vlm.train.config import RunConfig, StageConfig
 from vlm.train.data import MicroBatches, loader
+from vlm.train.evaluate import Evaluator
 from vlm.train.failures import explain
 from vlm.train.modules import StageModule, module_class
 from vlm.train.plan import Mixture, StepSampler, stage_seed, steps_of
@@ -43,6 +45,8 @@ class Stage:
     mixture: Mixture
     data_digest: str
     """Of the training examples; a checkpoint of other data is refused."""
+    jobs: dict[str, Job]
+    """What is evaluated while it trains."""
 
     @property
     def steps(self) -> int:
@@ -72,12 +76,18 @@ class Stage:
 
 
 def make_stage(
-    run: RunConfig, index: int, examples: list[Example], counts: tuple[int, ...], val: list[Example], digest: str
+    run: RunConfig,
+    index: int,
+    examples: list[Example],
+    counts: tuple[int, ...],
+    val: list[Example],
+    digest: str,
+    jobs: dict[str, Job],
 ) -> Stage:
     """The stage at `index`; `counts` are the numbers of examples of the files that `examples` came from."""
     seed = stage_seed(run.seed, index)
     mixture = Mixture(counts, tuple(source.repeat for source in run.data.sources()), seed)
-    return Stage(run, run.stages[index], seed, examples, val, mixture, digest)
+    return Stage(run, run.stages[index], seed, examples, val, mixture, digest, jobs)
 
 
 def train_stage(stage: Stage, model: nn.Module, processor: Processor, recorder: Recorder, stop: StopSignal) -> None:
@@ -96,7 +106,8 @@ def train_stage(stage: Stage, model: nn.Module, processor: Processor, recorder: 
         start = resumed.step if resumed else 0
         module = _module(stage, model, processor, rows, resumed, recorder, stop)
         validator = _validator(stage, processor, trainer.world_size)
-        recorder.begin(stage, rows, frozen, start, resumed.state.get("scaler") if resumed else None, validator)
+        scaler = resumed.state.get("scaler") if resumed else None
+        recorder.begin(stage, rows, frozen, start, scaler, validator, _evaluator(stage, processor))
         if start < stage.steps:
             _fit(trainer, module, stop)
         _check_frozen(stage, model, frozen)
@@ -167,6 +178,11 @@ def _validator(stage: Stage, processor: Processor, world: int) -> Validator | No
         return None
     size = max(1, stage.config.batch_size // (stage.config.accumulate * world))
     return Validator(stage.val, processor, size, max_text_length=stage.config.max_text_length)
+
+
+def _evaluator(stage: Stage, processor: Processor) -> Evaluator | None:
+    config = stage.run.evaluate
+    return Evaluator(stage.jobs, processor, config.batch_size) if config else None
 
 
 def _module(

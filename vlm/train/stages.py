@@ -26,6 +26,7 @@ from vlm.processor import Processor
 from vlm.train import checkpoint, metrics
 from vlm.train.config import ModelConfig, RunConfig
 from vlm.train.data import check_lengths
+from vlm.train.evaluate import read_jobs
 from vlm.train.processes import barrier, join_process_group
 from vlm.train.quiet import quiet_transformers
 from vlm.train.recorder import Recorder
@@ -41,8 +42,9 @@ def run_stages(config: RunConfig, *, main: bool, skip_bad: bool, stop: StopSigna
     join_process_group()
     examples, counts, skipped = read_sources(config, skip_bad)
     val = _read_val(config, skip_bad)
+    jobs = read_jobs(config.evaluate)
     digest = data_digest(examples)
-    stages = [make_stage(config, i, examples, counts, val, digest) for i in range(len(config.stages))]
+    stages = [make_stage(config, i, examples, counts, val, digest, jobs) for i in range(len(config.stages))]
     start = config.out / "start"
     if main and checkpoint.problem(start):
         with quiet_transformers():

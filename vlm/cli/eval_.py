@@ -1,0 +1,148 @@
+"""`vlm eval`: score a model on a file or on tasks. `vlm eval diff`: compare two such results."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm.cli import console
+from vlm.cli.options import add_generation, add_model, at_least, check_device, command, unless_auto
+
+_DECODING = ("max_new_tokens", "num_beams", "beam_search", "by", "normalization")
+
+
+def add(commands: Any) -> None:
+    details = (
+        "Either --data FILE.jsonl with --metrics, or --data FOLDER with --tasks (`vlm tasks` lists them). Run again"
+        " with the same options, it goes on where it stopped. `vlm eval diff A B` compares two results. Several"
+        " processes share the work: torchrun --nproc_per_node 2 -m vlm eval ..."
+    )
+    parser = command(commands, run_eval, "eval", "score a model on annotated images", details)
+    add_model(parser)
+    parser.add_argument(
+        *("--data", "-d"),
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="annotations, as JSONL; or the folder of the tasks' files",
+    )
+    parser.add_argument(
+        "--metrics", metavar="A,B", help="for a JSONL file: names of metrics, such as exact_match,cider"
+    )
+    parser.add_argument("--tasks", metavar="A,B", help="names of tasks, such as vqav2,pope@adversarial, or a YAML file")
+    parser.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder of the images (that of the JSONL file)")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N items (of each task)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and list broken annotations of a JSONL file")
+    parser.add_argument("--shuffle-images", action="store_true", help="control: give each item another item's image")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the shuffling (0)")
+    add_generation(parser, batch_size=None)
+    parser.set_defaults(**dict.fromkeys(_DECODING))  # None: what the task says, or evaluate's own
+    parser.add_argument(
+        *("--batch", "--batch-size"),
+        dest="batch_size",
+        type=_batch_size,
+        default=16,
+        metavar="N",
+        help="items at a time (16), or auto: the largest power of two that fits into the memory",
+    )
+    parser.add_argument(
+        "--by",
+        choices=("generate", "likelihood"),
+        help="write answers, or choose the likeliest of the candidates (what the task says, else generate)",
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=("none", "token", "byte"),
+        help="of --by likelihood: the sum over a candidate's tokens, or divided by its tokens or bytes",
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    _add_diff(commands)
+
+
+def _batch_size(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else at_least(1)(text)
+
+
+def run_eval(options: Namespace) -> int:
+    """`vlm eval`: the table of scores on stdout."""
+    from vlm.errors import ConfigError
+    from vlm.eval import processes, tables
+
+    if options.tasks is not None and (options.image_root or options.skip_bad):
+        raise ConfigError("--image-root and --skip-bad are for a JSONL file; with --tasks the tasks name their files")
+    check_device(options.device)
+    console.quiet_transformers()
+    with processes.joined() as group:
+        results = _on_file(options) if options.tasks is None else _on_tasks(options)
+        if group.main:
+            print(json.dumps(results, indent=1) if options.json else tables.table(results))
+            print(f"written to {options.out}", file=sys.stderr)
+    return console.SKIPPED if results["skipped"] else console.OK
+
+
+def _on_file(options: Namespace) -> dict[str, Any]:
+    from vlm.eval import evaluate
+
+    return evaluate(
+        options.model,
+        options.data,
+        options.metrics,
+        options.out,
+        **_given(options),
+        image_root=options.image_root,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        skip_bad=options.skip_bad,
+        shuffle_images=options.shuffle_images,
+        seed=options.seed,
+        device=unless_auto(options.device),
+        dtype=unless_auto(options.dtype),
+    )
+
+
+def _on_tasks(options: Namespace) -> dict[str, Any]:
+    from vlm.eval import Options, evaluate_tasks
+
+    how = Options(batch_size=options.batch_size, shuffle_images=options.shuffle_images, seed=options.seed)
+    return evaluate_tasks(
+        options.model,
+        options.tasks,
+        options.data,
+        options.out,
+        options=how,
+        limit=options.limit,
+        decoding=_given(options),
+        device=unless_auto(options.device),
+        dtype=unless_auto(options.dtype),
+    )
+
+
+def _given(options: Namespace) -> dict[str, Any]:
+    """The settings of decoding that were asked for."""
+    return {name: getattr(options, name) for name in _DECODING if getattr(options, name) is not None}
+
+
+# --- diff -------------------------------------------------------------------------------------------------------------
+
+
+def _add_diff(commands: Any) -> None:
+    details = "A and B are folders that `vlm eval` has written about the same items; the difference is B minus A."
+    parser = command(commands, run_diff, "eval-diff", "compare two results item by item (`vlm eval diff A B`)", details)
+    parser.prog = "vlm eval diff"
+    parser.add_argument("a", type=Path, metavar="A", help="folder of results")
+    parser.add_argument("b", type=Path, metavar="B", help="folder of results, of the same items")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the items that changed")
+    parser.add_argument("--json", action="store_true", help="print JSON, with all items that changed")
+
+
+def run_diff(options: Namespace) -> int:
+    """`vlm eval diff`: a table of differences on stdout."""
+    from vlm.eval import diff
+
+    found = diff.compare(options.a, options.b)
+    if options.html:
+        diff.write_page(options.html, found)
+    print(json.dumps(found, indent=1) if options.json else diff.table(found))
+    return console.OK

@@ -1,0 +1,59 @@
+"""The two ways to answer an item: write text, or choose the likeliest of some candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vlm.data import Example
+from vlm.errors import ConfigError
+
+from .predict import Answer, Answerer, Pictures
+from .predictor import Decoding, Predictor
+
+Candidates = Callable[[Example], Sequence[str]]
+
+
+def answerer(predictor: Predictor, decoding: Decoding, candidates: Candidates | None) -> Answerer:
+    """Who answers. Raises ConfigError: `likelihood` with a predictor that only writes text, or without candidates."""
+
+    def write(examples: Sequence[Example], pictures: Sequence[Pictures]) -> list[dict[str, Any]]:
+        texts = predictor.predict(
+            [images[0] if len(images) == 1 else images for images in pictures],
+            [example.prefix for example in examples],
+            ids=[example.id for example in examples],
+            decoding=decoding,
+        )
+        return [{"prediction": text} for text in texts]
+
+    answer = write if decoding.by == "generate" else _chooser(predictor, decoding, candidates)
+    device = getattr(predictor, "device", "cpu")  # a predictor of one's own need not have one
+    return Answerer(answer=answer, background=predictor.background, device=str(device))
+
+
+def _chooser(predictor: Predictor, decoding: Decoding, candidates: Candidates | None) -> Answer:
+    """Takes the likeliest candidate, and keeps the scores of all."""
+    score = getattr(predictor, "score", None)
+    if score is None or candidates is None:
+        lacking = (
+            f"a {type(predictor).__name__} has no `score`" if score is None else "nothing says what to choose from"
+        )
+        raise ConfigError(f"answers cannot be chosen by likelihood: {lacking}")
+    from .likelihood import choose
+
+    def answer(examples: Sequence[Example], pictures: Sequence[Pictures]) -> list[dict[str, Any]]:
+        offered = [list(candidates(example)) for example in examples]
+        scores = score(
+            [list(images) for images in pictures],
+            [example.prefix for example in examples],
+            offered,
+            ids=[example.id for example in examples],
+            normalization=decoding.normalization,
+        )
+        said = choose(offered, scores)
+        return [
+            {"prediction": text, "candidates": texts, "log_likelihoods": values}
+            for text, texts, values in zip(said, offered, scores, strict=True)
+        ]
+
+    return answer

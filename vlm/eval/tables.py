@@ -1,0 +1,88 @@
+"""Results as plain text, for a terminal or a log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_LISTED = 10
+
+
+def columns(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> str:
+    """Rows of cells in columns, the first row as their heading; columns are right-aligned but for those in `left`."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    texts = set(left)
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i in texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The scores of `evaluate`, or of `evaluate_tasks`."""
+    tasks = results.get("tasks")
+    return _of_one(results) if tasks is None else _of_tasks(tasks)
+
+
+def _of_one(results: Mapping[str, Any]) -> str:
+    rows = [("metric", "value", "95 % interval", "items")]
+    for name, result in results["metrics"].items():
+        rows.append((name, f"{result['value']:.4f}", _interval(result), str(result["num_items"])))
+    return "\n".join([columns(rows), *_remarks(results)])
+
+
+def _of_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line per task and metric, with what others have published for it beside."""
+    rows = [("task", "metric", "value", "95 % interval", "items", "published")]
+    remarks: list[str] = []
+    for name, results in tasks.items():
+        for place, (metric, result) in enumerate(results["metrics"].items()):
+            shown = " ".join(published(results, metric)) if place == 0 or published(results, metric) else ""
+            rows.append(
+                (
+                    name if place == 0 else "",
+                    *(metric, f"{result['value']:.4f}", _interval(result), items_of(results), shown),
+                )
+            )
+        remarks += [f"{name}: {line}" for line in _remarks(results)]
+    return "\n".join([columns(rows, left=(0, 1, 5)), *remarks])
+
+
+def published(results: Mapping[str, Any], metric: str) -> list[str]:
+    """Published figures for a metric over all items: "82.1 PaliGemma 448"."""
+    task = results.get("task") or {}
+    return [label(entry) for entry in task.get("published", ()) if entry["metric"] == metric and not entry["group"]]
+
+
+def label(entry: Mapping[str, Any]) -> str:
+    """One published figure with its model, in a few words."""
+    at = f" at {entry['resolution']}" if entry.get("resolution") else ""
+    return f"{entry['value']:g} ({entry['model']}{at})"
+
+
+def items_of(results: Mapping[str, Any]) -> str:
+    """The number of items, and of how many, where the task says how many its split has."""
+    count, expected = results["num_items"], (results.get("task") or {}).get("expected_items")
+    return f"{count} of {expected}" if expected not in (None, count) else str(count)
+
+
+def _interval(result: Mapping[str, Any]) -> str:
+    ends = result["interval_95"]
+    return "" if ends is None else f"{ends[0]:.4f} - {ends[1]:.4f}"
+
+
+def _remarks(results: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if results["images_shuffled_with_seed"] is not None:
+        lines.append("control: every item was shown another item's image")
+    if results["failures"]:
+        lines.append(f"{len(results['failures'])} images could not be decoded and count as wrong:")
+        lines += [f"  {one['id']}: {one['code']}: {one['message']}" for one in results["failures"][:_LISTED]]
+    if results["skipped_annotations"]:
+        lines.append(f"{len(results['skipped_annotations'])} broken annotations were left out (see results.json)")
+    return lines

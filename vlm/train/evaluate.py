@@ -1,0 +1,129 @@
+"""Answers of the model on a fixed part of some data while it trains, scored as `vlm eval` scores them.
+
+Training is not changed by it: random states, train and eval modes and gradients are afterwards what they were before.
+"""
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vlm.errors import DataError, VLMError
+from vlm.eval import answers, items, results
+from vlm.eval.harness import file_job
+from vlm.eval.job import Job
+from vlm.eval.predict import answer_all
+from vlm.eval.predictor import Decoding, ModelPredictor
+from vlm.eval.suite import make_job
+from vlm.eval.tasks import select
+from vlm.processor import Processor
+from vlm.train.config import EvaluateConfig
+from vlm.train.modules import StageModule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One number."""
+
+    task: str
+    metric: str
+    value: float
+    num_items: int
+
+
+def read_jobs(config: EvaluateConfig | None) -> dict[str, Job]:
+    """Name -> what is evaluated. Raises VLMError for anything that is wrong with it, before training begins."""
+    if config is None:
+        return {}
+    if config.tasks is not None:
+        jobs = {one.label: make_job(one, config.data, None, {}) for one in select(config.tasks)}
+    else:
+        decoding = Decoding(max_new_tokens=config.max_new_tokens)
+        name = config.data.stem
+        jobs = {name: file_job(config.data, config.metrics, decoding, image_root=config.image_root)}
+    return {name: _part(job, config.limit) for name, job in jobs.items()}
+
+
+def _part(job: Job, limit: int | None) -> Job:
+    """Drawn from all items, because files are often ordered; in their order, so that the plan stays the same."""
+    if limit is None or limit >= len(job.examples):
+        return job
+    chosen = sorted(random.Random(0).sample(range(len(job.examples)), limit))
+    return replace(job, examples=[job.examples[i] for i in chosen])
+
+
+class Evaluator:
+    """Scores the model on `jobs`; the ranks share the items.
+
+    Args:
+        size: items at a time.
+    """
+
+    def __init__(self, jobs: dict[str, Job], processor: Processor, size: int) -> None:
+        self._jobs, self._processor, self._size = jobs, processor, size
+
+    def __call__(self, module: StageModule) -> list[Evaluation]:
+        """Called on every rank; rank 0 gets the numbers. Raises `VLMError` on every rank when one fails."""
+        found: list[Evaluation] = []
+        with undisturbed(module.model):
+            for name, job in self._jobs.items():
+                records = self._records(module, job)
+                if module.global_rank == 0:
+                    found += _scored(name, job, records)
+        return found
+
+    def _records(self, module: StageModule, job: Job) -> list[dict[str, Any]]:
+        predictor = ModelPredictor(module.model, self._processor, name="in training")  # type: ignore[arg-type]
+        who = answers.answerer(predictor, job.decoding, job.candidates)
+        plan = [[job.examples[i] for i in batch] for batch in items.plan(job.examples, self._size)]
+        world = module.trainer.world_size
+        own: list[dict[str, Any]] = []
+        error: VLMError | None = None
+        try:
+            with module.trainer.precision_plugin.forward_context():
+                own = answer_all(who, plan[module.global_rank :: world])
+        except VLMError as caught:
+            error = caught
+        shares: list[Any] = [(own, error is not None)]
+        if world > 1:
+            shares = [None] * world
+            dist.all_gather_object(shares, (own, error is not None))
+        if any(failed for _, failed in shares):
+            raise error or DataError("evaluation failed in another process; its message says why")
+        return [record for records, _ in shares for record in records]
+
+
+def _scored(name: str, job: Job, records: Sequence[dict[str, Any]]) -> list[Evaluation]:
+    failed = [record["error"]["message"] for record in records if "error" in record]
+    if failed:
+        log.warning(
+            "%s: %d images could not be decoded and count as wrong; the first: %s", name, len(failed), failed[0]
+        )
+    said = {record["id"]: job.post(record["prediction"]) for record in records}
+    scored = results.score(job.metrics, job.examples, said, job.groups.get(job.average_over), job.average_over)
+    return [Evaluation(name, result.name, result.value, result.num_items) for result in scored]
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to modes and random states inside, afterwards they are what they were."""
+    modes = {module: module.training for module in model.modules()}
+    states = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training  # one by one: frozen parts are in eval mode among parts that train
+            np.random.set_state(states[0])
+            random.setstate(states[1])
