@@ -9,7 +9,7 @@ import torch
 
 import vlm
 from vlm.demo import learning, pretrain, scenes, towers
-from vlm.demo.run import ASSETS
+from vlm.demo.start import ASSETS
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def fit(
     rate: float,
     weight_decay: float,
 ) -> None:
-    """AdamW on one thread, the rate rising for WARMUP steps (at most a quarter of all) and falling to zero in a straight
+    """AdamW on one thread; the rate rises for WARMUP steps, a quarter of all at most, and falls to zero in a straight
     line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)

@@ -28,6 +28,7 @@ from vlm.demo import captions, questions, scenes, towers
 from vlm.demo.learning import ANSWER_PREFIX, CAPTION_PREFIX, MOST_THINGS, Words, fit, make_tokenizer, pad, save
 from vlm.demo.towers import GRID
 
+TOWER_STEPS = 2000
 DECODER_STEPS = 2000
 DECODER_BATCH = 64
 CAPTION_SHARE = 0.15
@@ -58,7 +59,7 @@ def pretrain(
     *,
     encoder: str = "siglip",
     seed: int = 0,
-    tower_steps: int = towers.STEPS,
+    tower_steps: int = TOWER_STEPS,
     decoder_steps: int = DECODER_STEPS,
 ) -> None:
     """Make `out/ENCODER` and `out/gemma`; a part that is complete already is left alone.

@@ -37,7 +37,6 @@ PLACE_WORDS = 6
 """Size, colour, shape, two words of place, end."""
 LOOSE_SHARE = 0.25
 """Share of the tower's pictures that show one thing of any size anywhere."""
-STEPS = 2000
 BATCH = 64
 
 VISION: dict[str, Any] = {
@@ -226,6 +225,20 @@ def tower_loss(model: SiglipModel, captioner: PlaceCaptioner, batch: tuple[Tenso
     return 0.2 * pairs + F.cross_entropy(described.flatten(0, 2), places[..., 1:].flatten(), ignore_index=0)
 
 
+def new_tower(kind: str, folder: Path, seed: int) -> None:
+    """Write a checkpoint of a tower with new weights, in the same format."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tower = part("vlm.encoders", kind).Encoder._from_config(config(kind))
+        save_tower(kind, tower, folder)
+
+
+def save_tower(kind: str, tower: nn.Module, folder: Path) -> None:
+    """Write the tower alone in transformers' format (float16)."""
+    files = {"preprocessor_config.json": preprocessor_values(image_transform(kind))}
+    save(as_transformers(kind, tower), folder, files)
+
+
 def pretrain_tower(kind: str, folder: Path, tokenizer: Path, seed: int, steps: int) -> None:
     """Write a checkpoint in transformers' format: config.json, preprocessor_config.json, model.safetensors (float16).
 
@@ -234,6 +247,9 @@ def pretrain_tower(kind: str, folder: Path, tokenizer: Path, seed: int, steps: i
         tokenizer: the folder of the demo's tokenizer.
         steps: 0 writes new weights.
     """
+    if steps == 0:
+        new_tower(kind, folder, seed)
+        return
     words = Words(tokenizer)
     vocabulary = tokenizers.image_token_id(words.tokenizer) + 1  # the pieces; <loc> and <seg> come after <image>
     torch.manual_seed(seed)
@@ -249,6 +265,5 @@ def pretrain_tower(kind: str, folder: Path, tokenizer: Path, seed: int, steps: i
     fit(kind, parameters, batches, lambda b: tower_loss(model, captioner, b), steps, 2e-3, 0.05)
     if kind == "siglip":
         save(model, folder, {"preprocessor_config.json": PREPROCESSOR})
-        return
-    files = {"preprocessor_config.json": preprocessor_values(image_transform(kind))}
-    save(as_transformers(kind, model.vision_model.tower), folder, files)
+    else:
+        save_tower(kind, model.vision_model.tower, folder)

@@ -1,0 +1,56 @@
+"""`vlm demo`: a model of a small drawn world."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from vlm.cli import console
+from vlm.cli.options import at_least, command
+
+DETAILS = (
+    "Draws scenes, trains in two stages, scores the model on scenes it has never seen and shows its captions: minutes"
+    " on two cores. Run again with the same options, it goes on where it stopped."
+)
+
+
+def add(commands: Any) -> None:
+    """The options of `vlm demo`."""
+    parser = command(commands, run, "demo", "train a model on a small drawn world", DETAILS)
+    parser.add_argument("--out", "-o", type=Path, default=Path("demo"), metavar="DIR", help="folder (demo)")
+    parser.add_argument("--from-scratch", action="store_true", help="pretrain the start checkpoints first; longer")
+    parser.add_argument("--pretrain", action="store_true", help="only make the start checkpoints the package ships")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of data, weights and training (0)")
+    _tower(parser)
+
+
+def _tower(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoder",
+        default="siglip",
+        metavar="NAME",
+        help="the tower: siglip (the package's), siglip2_naflex (the same weights), another kind (NEW weights), or a"
+        " checkpoint (siglip)",
+    )
+    parser.add_argument(
+        "--pretrain-encoder", action="store_true", help="first pretrain a tower of that kind as the package's was"
+    )
+    parser.add_argument(
+        "--pretrain-steps", type=at_least(0), metavar="N", help="of each pretraining; 0: new weights (2000)"
+    )
+
+
+def run(options: Namespace) -> int:
+    """The demo prints its figures itself."""
+    from vlm.demo import main
+    from vlm.demo.run import Size
+
+    main(
+        options.out,
+        from_scratch=options.from_scratch,
+        pretrain=options.pretrain,
+        encoder=options.encoder,
+        pretrain_encoder=options.pretrain_encoder,
+        seed=options.seed,
+        size=Size(pretrain_steps=options.pretrain_steps),
+    )
+    return console.OK
