@@ -21,6 +21,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--pretrain", action="store_true", help="only make the start checkpoints the package ships")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of data, weights and training (0)")
     _tower(parser)
+    parser.add_argument(
+        "--prepare", type=Path, metavar="DIR", help="only write data, towers and a compare.yaml for `vlm compare`"
+    )
+    parser.add_argument(
+        "--encoders", nargs="+", metavar="KIND", help="of --prepare (siglip siglip2_naflex clip dinov2)"
+    )
 
 
 def _tower(parser: ArgumentParser) -> None:
@@ -35,12 +41,21 @@ def _tower(parser: ArgumentParser) -> None:
         "--pretrain-encoder", action="store_true", help="first pretrain a tower of that kind as the package's was"
     )
     parser.add_argument(
-        "--pretrain-steps", type=at_least(0), metavar="N", help="of each pretraining; 0: new weights (2000)"
+        "--pretrain-steps",
+        type=at_least(0),
+        metavar="N",
+        help="of each pretraining; 0: new weights (2000; with --prepare 500)",
     )
 
 
 def run(options: Namespace) -> int:
     """The demo prints its figures itself."""
+    from vlm.errors import ConfigError
+
+    if options.encoders is not None and options.prepare is None:
+        raise ConfigError("--encoders names the towers of --prepare DIR; for one demo give --encoder NAME")
+    if options.prepare is not None:
+        return _prepare(options)
     from vlm.demo import main
     from vlm.demo.run import Size
 
@@ -53,4 +68,14 @@ def run(options: Namespace) -> int:
         seed=options.seed,
         size=Size(pretrain_steps=options.pretrain_steps),
     )
+    return console.OK
+
+
+def _prepare(options: Namespace) -> int:
+    """The comparison's file on stdout."""
+    from vlm.demo.prepare import ENCODERS, prepare
+
+    console.quiet_transformers()
+    encoders = options.encoders or ENCODERS
+    print(prepare(options.prepare, encoders, seed=options.seed, steps=options.pretrain_steps))
     return console.OK

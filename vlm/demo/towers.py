@@ -239,6 +239,17 @@ def save_tower(kind: str, tower: nn.Module, folder: Path) -> None:
     save(as_transformers(kind, tower), folder, files)
 
 
+def pair(kind: str, vocabulary: int) -> tuple[SiglipModel, PlaceCaptioner]:
+    """The model that is pretrained, with new weights: a SigLIP, its tower exchanged for one of the kind."""
+    model = SiglipModel(SiglipConfig(text_config={**TEXT, "vocab_size": vocabulary}, vision_config=VISION))
+    nn.init.constant_(model.logit_scale, math.log(10.0))
+    nn.init.constant_(model.logit_bias, -10.0)
+    captioner = PlaceCaptioner(vocabulary)
+    if kind != "siglip":
+        model.vision_model = AnyTower(kind, model.vision_model.head)
+    return model, captioner
+
+
 def pretrain_tower(kind: str, folder: Path, tokenizer: Path, seed: int, steps: int) -> None:
     """Write a checkpoint in transformers' format: config.json, preprocessor_config.json, model.safetensors (float16).
 
@@ -253,12 +264,7 @@ def pretrain_tower(kind: str, folder: Path, tokenizer: Path, seed: int, steps: i
     words = Words(tokenizer)
     vocabulary = tokenizers.image_token_id(words.tokenizer) + 1  # the pieces; <loc> and <seg> come after <image>
     torch.manual_seed(seed)
-    model = SiglipModel(SiglipConfig(text_config={**TEXT, "vocab_size": vocabulary}, vision_config=VISION))
-    nn.init.constant_(model.logit_scale, math.log(10.0))
-    nn.init.constant_(model.logit_bias, -10.0)
-    captioner = PlaceCaptioner(vocabulary)
-    if kind != "siglip":
-        model.vision_model = AnyTower(kind, model.vision_model.head)
+    model, captioner = pair(kind, vocabulary)
     rng = random.Random(f"tower {seed}")
     batches = (tower_batch(rng, words, BATCH) for _ in range(steps))
     parameters = [*model.parameters(), *captioner.parameters()]
