@@ -98,8 +98,8 @@ def test_a_kind_sees_in_pretraining_what_its_transform_gives(kind: str) -> None:
         assert torch.equal(inputs[name], getattr(expected, name))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "siglip"])
-def test_the_demo_runs_with_every_kind(
+@pytest.mark.parametrize("kind", ["siglip2_naflex", "dinov3"])
+def test_the_demo_runs_with_another_tower(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlm.demo.run.MAX_NEW_TOKENS", 2)

@@ -79,7 +79,7 @@ def main(
         return start.list_files(out)
     out.mkdir(parents=True, exist_ok=True)
     tower = {} if choice == start.Choice(steps=choice.steps, from_scratch=from_scratch) else asdict(choice)
-    _claim(out, {"seed": seed, "from_scratch": from_scratch, "size": repr(size), **tower})
+    claim(out, {"seed": seed, "from_scratch": from_scratch, "size": repr(size), **tower})
     if (out / "demo.json").exists():
         facts: dict[str, Any] = json.loads((out / "demo.json").read_text(encoding="utf-8"))
         show.print_results(out, facts, Answers(out, seed, size))
@@ -106,7 +106,7 @@ def main(
     return facts
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
+def claim(out: Path, settings: dict[str, Any]) -> None:
     """Remember what this directory is for, or refuse to mix two demos in it."""
     file = out / "settings.json"
     text = json.dumps(settings, indent=1) + "\n"
