@@ -49,7 +49,9 @@ def test_every_tower_opens_from_where_the_file_says(folder: Path, config: dict[s
 
 
 def test_every_path_exists_and_the_run_is_a_run(folder: Path, config: dict[str, Any]) -> None:
-    run = settings.from_dict(RunConfig, {**config["run"], "out": "x", "model": {**config["run"]["model"], "encoder": "y"}})
+    run = settings.from_dict(
+        RunConfig, {**config["run"], "out": "x", "model": {**config["run"]["model"], "encoder": "y"}}
+    )
     assert [stage.name for stage in run.stages] == ["align", "tune"]
     paths = [run.model.decoder, run.data.train, *config["probes"].values()]
     paths += [task["data"] for task in config["tasks"].values()]
@@ -88,7 +90,9 @@ def test_going_on_keeps_towers_and_other_settings_are_refused(folder: Path, monk
 
 
 def test_naflex_alone_is_a_tower_of_its_own() -> None:
-    assert prepare.comparison(["siglip2_naflex"])["encoders"] == {"siglip2_naflex": {"encoder": "towers/siglip2_naflex"}}
+    assert prepare.comparison(["siglip2_naflex"])["encoders"] == {
+        "siglip2_naflex": {"encoder": "towers/siglip2_naflex"}
+    }
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--from-scratch", action="store_true", help="pretrain the start checkpoints first; longer")
     parser.add_argument("--pretrain", action="store_true", help="only make the start checkpoints the package ships")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of data, weights and training (0)")
+    parser.add_argument(
+        "--task",
+        choices=("scenes", "text"),
+        default="scenes",
+        help="text: read numbers on strips of every shape, at a fixed resolution and as NaFlex (scenes)",
+    )
     _tower(parser)
     parser.add_argument(
         "--prepare", type=Path, metavar="DIR", help="only write data, towers and a compare.yaml for `vlm compare`"
@@ -50,12 +56,11 @@ def _tower(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """The demo prints its figures itself."""
-    from vlm.errors import ConfigError
-
-    if options.encoders is not None and options.prepare is None:
-        raise ConfigError("--encoders names the towers of --prepare DIR; for one demo give --encoder NAME")
+    _check(options)
     if options.prepare is not None:
         return _prepare(options)
+    if options.task == "text":
+        return _read(options)
     from vlm.demo import main
     from vlm.demo.run import Size
 
@@ -68,6 +73,42 @@ def run(options: Namespace) -> int:
         seed=options.seed,
         size=Size(pretrain_steps=options.pretrain_steps),
     )
+    return console.OK
+
+
+def _check(options: Namespace) -> None:
+    """Refuse options that would change nothing."""
+    from vlm.errors import ConfigError
+
+    if options.encoders is not None and options.prepare is None:
+        raise ConfigError("--encoders names the towers of --prepare DIR; for one demo give --encoder NAME")
+    one = {
+        "--encoder": options.encoder != "siglip",
+        "--pretrain-encoder": options.pretrain_encoder,
+        "--pretrain": options.pretrain,
+        "--from-scratch": options.from_scratch,
+        "--pretrain-steps": options.pretrain_steps is not None and options.prepare is None,
+    }
+    given = [name for name, there in one.items() if there]
+    if given and (options.prepare is not None or options.task == "text"):
+        other = "--prepare" if options.prepare is not None else "--task text"
+        raise ConfigError(f"{', '.join(given)}: {other} chooses its own towers; leave it out")
+    if options.prepare is not None and options.task == "text":
+        raise ConfigError("--prepare is for --task scenes; leave one of the two out")
+    if options.pretrain_steps is not None and not (options.prepare or options.pretrain_encoder or _pretrains(options)):
+        raise ConfigError("--pretrain-steps: nothing is pretrained; add --pretrain-encoder, or leave it out")
+
+
+def _pretrains(options: Namespace) -> bool:
+    return bool(options.pretrain or options.from_scratch)
+
+
+def _read(options: Namespace) -> int:
+    """The table on stdout."""
+    from vlm.demo import reading
+
+    console.quiet_transformers()
+    reading.main(options.out, seed=options.seed)
     return console.OK
 
 

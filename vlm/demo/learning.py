@@ -73,7 +73,6 @@ def fit(
 ) -> None:
     """AdamW on one thread; the rate rises for WARMUP steps, a quarter of all at most, and falls to zero in a straight
     line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     warmup = min(WARMUP, max(1, steps // 4))

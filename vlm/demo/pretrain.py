@@ -11,6 +11,7 @@ gives the same bytes whatever the number of cores.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import random
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -85,8 +87,16 @@ def tower_jobs(kinds: Sequence[str], out: Path, tokenizer: Path, seed: int, step
 def run_jobs(jobs: Sequence[Job]) -> None:
     """Two at a time, each in a process of its own."""
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(job, *arguments) for job, arguments in jobs]:
+        for future in [pool.submit(_run, job, arguments) for job, arguments in jobs]:
             future.result()
+
+
+def _run(job: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """In its process: our log on stderr, and nothing of transformers' but errors."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    job(*arguments)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`vlm demo --task text`: read the number, with the same weights at a fixed resolution and as NaFlex.
 
-Both towers start from the package's SigLIP, train on the same pictures by the same recipe with the same seed, and give 36
-tokens for every picture. One squashes each picture to 72 x 72 pixels, the other keeps its aspect ratio.
+Both towers start from the package's SigLIP, train on the same pictures by the same recipe with the same seed, and give
+36 tokens for every picture. One squashes each picture to 72 x 72 pixels, the other keeps its aspect ratio.
 
 OUT/data       train.jsonl, test.jsonl and images/
 OUT/TOWER      the run of each tower, and what it said to the test pictures
@@ -94,7 +94,6 @@ def train_and_read(tower: str, out: Path, seed: int, steps: int) -> None:
     import vlm
     from vlm import train
 
-    logging.basicConfig(level=logging.INFO, format=f"{tower}: %(message)s")
     torch.set_num_threads(1)
     folder = out / tower
     folder.mkdir(exist_ok=True)
@@ -102,9 +101,7 @@ def train_and_read(tower: str, out: Path, seed: int, steps: int) -> None:
     model, processor = vlm.load(train.run(train.load_config(folder / "train.yaml"), resume=True))
     lines = dataset.read_lines(out / "data" / "test.jsonl")
     images = [out / "data" / line["image"] for line in lines]
-    said = vlm.generate(
-        model, processor, images, [PROMPT] * len(lines), max_new_tokens=text.DIGITS + 2, batch_size=100
-    )
+    said = vlm.generate(model, processor, images, [PROMPT] * len(lines), max_new_tokens=text.MOST + 2, batch_size=100)
     rows = [
         {**line, "prediction": words, "tokens": image_tokens(processor, image)}
         for line, words, image in zip(lines, said, images, strict=True)
@@ -119,7 +116,8 @@ def recipe(tower: str, out: Path, seed: int, steps: int) -> dict[str, Any]:
     stage = next(stage for stage in run["stages"] if stage["name"] == "tune")
     run["stages"] = [{**stage, "steps": steps}]
     run["model"] |= {**make(Choice(tower), out, seed).model, "seed": seed}
-    return {**run, "out": str(out / tower / "train"), "seed": seed, "data": {"train": str(out / "data" / "train.jsonl")}}
+    run["data"] = {"train": str(out / "data" / "train.jsonl")}
+    return {**run, "out": str(out / tower / "train"), "seed": seed}
 
 
 def image_tokens(processor: Any, path: Path) -> int:
@@ -156,9 +154,7 @@ def table(facts: dict[str, Any]) -> str:
     rows = [[shape, *(_cell(tower[shape]) for tower in (first, second))] for shape in first if shape != "tokens"]
     rows.append(["image tokens", *(f"{tower['tokens']:.1f}" for tower in (first, second))])
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(3)]
-    lines = [
-        "  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)) for row in [head, *rows]
-    ]
+    lines = ["  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     return "\n".join(["numbers read right (characters wrong)", *lines])
 
 

@@ -1,7 +1,7 @@
 """Numbers on signs and receipt lines: pictures of every shape in which a few small digits have to be read.
 
-The digits are drawn from a 5 x 7 bitmap, so they look the same on every machine. All lengths but `scale` are in pixels of
-a picture of 36 patches of 12 px, whatever its shape: the digits are as large on a long strip as on a square.
+The digits are drawn from a 5 x 7 bitmap, so they look the same on every machine. All lengths but `scale` are in pixels
+of a picture of 36 patches of 12 px, whatever its shape: the digits are as large on a long strip as on a square.
 
 Everything here is a pure function of a `random.Random`.
 """
@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 PATCH = 12
-PATCHES = 36
 GRIDS = ((2, 18), (3, 12), (4, 9), (6, 6), (9, 4), (12, 3), (18, 2))
-"""Patches as (rows, columns), from a line of 9 : 1 to a sign of 1 : 9. Each is exactly 36, so that a NaFlex tower with a
-budget of 36 has as many tokens as a tower that reads squares of 6 x 6."""
-DIGITS = 4
+"""Patches as (rows, columns), from a line of 9 : 1 to a sign of 1 : 9. Each is exactly 36, so that a NaFlex tower with
+a budget of 36 has as many tokens as a tower that reads squares of 6 x 6."""
+MOST = 3
+"""Digits of a number; each length is as likely."""
 DOT = (1.25, 1.45)
 """Side of one dot of a digit's bitmap, smallest and largest."""
 SCALE = (14, 30)
@@ -79,9 +79,10 @@ class Sign:
 def make_sign(rng: random.Random, grid: tuple[int, int]) -> Sign:
     """A random number at a random place of a strip of this shape."""
     rows, columns = grid
-    text = "".join(rng.choice("0123456789") for _ in range(DIGITS))
+    digits = rng.randint(1, MOST)
+    text = "".join(rng.choice("0123456789") for _ in range(digits))
     dot = rng.uniform(*DOT)
-    across, down = (1, DIGITS) if rows > columns else (DIGITS, 1)
+    across, down = (1, digits) if rows > columns else (digits, 1)
     wide, high = (across * (WIDTH + 1) - 1) * dot, (down * (HEIGHT + 1) - 1) * dot
     x, y = rng.uniform(1, columns * PATCH - wide - 1), rng.uniform(1, rows * PATCH - high - 1)
     ink = (rng.randint(0, 90), rng.randint(0, 90), rng.randint(0, 90))
