@@ -10,13 +10,12 @@ from PIL import Image
 import vlm
 from vlm import settings
 from vlm.cli import main as cli
-from vlm.config import kinds
 from vlm.demo import dataset, prepare, pretrain, scenes
 from vlm.demo.run import Size
 from vlm.errors import ConfigError
 from vlm.train.config import RunConfig
 
-KINDS = kinds("vlm.encoders")
+KINDS = ["clip", "dinov2", "dinov3", "siglip", "siglip2_naflex"]
 SMALL = Size(4, 2)
 
 

@@ -55,8 +55,8 @@ def test_the_same_seed_draws_the_same_and_digits_differ() -> None:
 
 
 def test_squashing_a_line_loses_what_naflex_keeps() -> None:
-    """Pixels from one digit to the next: at least 7.5 on every shape as NaFlex sees it; squashed, under 4 on the longest
-    strips (five dots and a gap), and unchanged on squares, the control."""
+    """Pixels from one digit to the next: at least 7.5 on every shape as NaFlex sees it; squashed, under 4 on the
+    longest strips (five dots and a gap), and unchanged on squares, the control."""
     for sign in SIGNS:
         longest = max(sign.grid)
         apart = float(np.subtract(sign.corner(1), sign.corner(0)).max())

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, SiglipConfig, SiglipModel
+from transformers import MODEL_MAPPING, AutoModel, SiglipConfig, SiglipModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -29,7 +30,7 @@ from vlm.config import part
 from vlm.demo import captions, scenes
 from vlm.demo.learning import MOST_THINGS, Words, fit, pad, save
 from vlm.encoders import read_config
-from vlm.transforms import ImageTransform, patchify
+from vlm.transforms import ImageTransform
 
 CONTEXT = 24
 """Text positions of the SigLIP."""
@@ -49,6 +50,8 @@ VISION: dict[str, Any] = {
 }
 GRID = scenes.IMAGE_SIZE // VISION["patch_size"]
 """Patches on a side."""
+NUMBERS = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+"""What a kind's `small` takes, in order."""
 SIZE = {**VISION, "mlp_ratio": VISION["intermediate_size"] // VISION["hidden_size"], "num_patches": GRID**2}
 """The same in the words of every kind's configuration; each has some of them."""
 PREPROCESSOR: dict[str, Any] = {
@@ -80,12 +83,16 @@ TEXT: dict[str, Any] = {
 
 
 def config(kind: str) -> PreTrainedConfig:
-    """A tower of the demo's size: the kind's `tiny()` with other numbers.
+    """A tower of the demo's size: the kind's `small(...)` where it has one, else its `tiny()` with other numbers.
 
     Raises:
-        ConfigError: no such kind.
+        ConfigError: no such kind, or its library is missing.
     """
-    values = part("vlm.encoders", kind).tiny().to_dict()
+    module = part("vlm.encoders", kind)
+    if hasattr(module, "small"):
+        made: PreTrainedConfig = module.small(*(VISION[name] for name in NUMBERS))
+        return made
+    values = module.tiny().to_dict()
     ours = {name: value for name, value in SIZE.items() if name in values}
     return read_config(kind, {**{name: value for name, value in values.items() if name not in NOTES}, **ours})
 
@@ -113,25 +120,20 @@ class AnyTower(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.head(features))
 
     def inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """What the tower reads: its own normalisation; patches where it reads patches."""
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.transform.mean, self.transform.std))
-        values = ((pixel_values + 1) / 2 - mean) / std
-        if self.transform.mode != "naflex":
-            return {"pixel_values": values}
-        patches = torch.stack([patchify(image, self.transform.patch_size) for image in values])
-        shapes = torch.full((len(patches), 2), GRID)
-        return {
-            "pixel_values": patches,
-            "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int64),
-            "spatial_shapes": shapes,
-        }
+        """What the tower reads of these pictures, by the transform that the model will have."""
+        values = ((pixel_values + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        pixels = self.transform([Image.fromarray(picture) for picture in values])
+        return {name: value for name, value in pixels._asdict().items() if isinstance(value, Tensor)}
 
 
 def as_transformers(kind: str, tower: nn.Module) -> nn.Module:
-    """The same tower as transformers' own class, which a checkpoint is read with elsewhere.
+    """The same tower as transformers' own class, which a checkpoint is read with elsewhere; where transformers has
+    none, the tower itself.
 
     A tensor of that class that the kind leaves out (DINO's mask token) becomes zero.
     """
+    if type(tower.config) not in MODEL_MAPPING:
+        return tower
     module: Any = part("vlm.encoders", kind)
 
     def name_of(name: str) -> str:
@@ -234,8 +236,11 @@ def new_tower(kind: str, folder: Path, seed: int) -> None:
 
 
 def save_tower(kind: str, tower: nn.Module, folder: Path) -> None:
-    """Write the tower alone in transformers' format (float16)."""
-    files = {"preprocessor_config.json": preprocessor_values(image_transform(kind))}
+    """Write the tower alone (float16), in transformers' format where it has one."""
+    transform = image_transform(kind)
+    # A transform of several towers has no such file; its kind's default is what is meant.
+    plain = type(transform) is ImageTransform
+    files = {"preprocessor_config.json": preprocessor_values(transform)} if plain else {}
     save(as_transformers(kind, tower), folder, files)
 
 
