@@ -58,7 +58,7 @@ def test_another_demo_in_the_same_directory_is_refused(ran: Path) -> None:
 
 
 def test_missing_start_checkpoints_say_how_to_make_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm.demo.run.ASSETS", tmp_path / "none")
+    monkeypatch.setattr("vlm.demo.start.ASSETS", tmp_path / "none")
     with pytest.raises(ConfigError, match="--pretrain"):
         demo.main(tmp_path / "out", size=SMALL)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.cli import check, console, eval_, export, import_, new, score
+from vlm.cli import check, console, demo, eval_, export, import_, new, score
 from vlm.cli.options import (
     Parser,
     Run,
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
         check.add,
         export.add,
         import_.add,
-        _demo,
+        demo.add,
         _version,
     ):
         add(commands)
@@ -151,7 +151,7 @@ def _answer(options: Namespace, images: list[str], prompt: str, batch_size: int)
     )
 
 
-# --- info, demo, version ----------------------------------------------------------------------------------------------
+# --- info, version ----------------------------------------------------------------------------------------------------
 
 
 def _info(commands: Any) -> None:
@@ -167,26 +167,6 @@ def run_info(options: Namespace) -> int:
     console.quiet_transformers()
     facts = describe(options.model)
     print(json.dumps(facts, indent=1) if options.json else table(facts))
-    return console.OK
-
-
-def _demo(commands: Any) -> None:
-    details = (
-        "Draws scenes, trains in two stages, scores the model on scenes it has never seen and shows its captions:"
-        " minutes on two cores. Run again with the same options, it goes on where it stopped."
-    )
-    parser = command(commands, run_demo, "demo", "train a model on a small drawn world", details)
-    parser.add_argument("--out", "-o", type=Path, default=Path("demo"), metavar="DIR", help="folder (demo)")
-    parser.add_argument("--from-scratch", action="store_true", help="pretrain the start checkpoints first; longer")
-    parser.add_argument("--pretrain", action="store_true", help="only make the start checkpoints the package ships")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of data, weights and training (0)")
-
-
-def run_demo(options: Namespace) -> int:
-    """`vlm demo`: prints its figures itself."""
-    from vlm.demo import main
-
-    main(options.out, from_scratch=options.from_scratch, pretrain=options.pretrain, seed=options.seed)
     return console.OK
 
 

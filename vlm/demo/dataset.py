@@ -58,7 +58,7 @@ def _write_train(folder: Path, seed: int, count: int) -> None:
         pairs += [(CAPTION_PROMPT, caption) for caption in _train_captions(rng, scene)]
         for index, (prefix, suffix) in enumerate(pairs):
             lines.append({"id": f"train-{number:05d}-{index}", "image": image, "prefix": prefix, "suffix": suffix})
-    _write_lines(folder / "train.jsonl", lines)
+    write_lines(folder / "train.jsonl", lines)
 
 
 def _train_captions(rng: random.Random, scene: scenes.Scene) -> list[str]:
@@ -82,11 +82,12 @@ def _write_test(folder: Path, seed: int, count: int) -> None:
         known = sorted(captions.captions(rng, scene))
         line = {"id": f"test-{number:04d}", "image": image, "prefix": CAPTION_PROMPT}
         described.append({**line, "suffix": known[0], "references": known})
-    _write_lines(folder / "test_questions.jsonl", asked)
-    _write_lines(folder / "test_captions.jsonl", described)
+    write_lines(folder / "test_questions.jsonl", asked)
+    write_lines(folder / "test_captions.jsonl", described)
 
 
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """The objects as a JSONL file."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 

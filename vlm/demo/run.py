@@ -14,7 +14,7 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,12 +22,11 @@ from typing import Any
 
 import yaml
 
-from vlm.demo import captions, dataset, show
+from vlm.demo import captions, dataset, show, start
 from vlm.errors import ConfigError
 
 log = logging.getLogger("vlm")
 
-ASSETS = Path(__file__).parent / "assets"
 RECIPE = Path(__file__).with_name("recipe.yaml")
 MAX_NEW_TOKENS = 56
 """The longest caption has 48 words and commas."""
@@ -52,6 +51,8 @@ def main(
     *,
     from_scratch: bool = False,
     pretrain: bool = False,
+    encoder: str = "siglip",
+    pretrain_encoder: bool = False,
     seed: int = 0,
     size: Size | None = None,
 ) -> dict[str, Any]:
@@ -61,34 +62,41 @@ def main(
         out: everything is written below it; made if missing.
         from_scratch: first make the start checkpoints in `out/start`, instead of using those of the package.
         pretrain: make only the start checkpoints (`out/siglip`, `out/gemma`) and return their sizes in bytes.
+        encoder: the tower: a kind, or a checkpoint. `siglip` and `siglip2_naflex` have the package's weights, any other
+            kind is a tower of the same size with new weights.
+        pretrain_encoder: first pretrain a tower of that kind in `out/start`, as the package's SigLIP was.
         seed: of data, weights and training; the start checkpoints of the package are those of seed 0.
 
     Raises:
-        ConfigError: `out` holds a demo with other settings.
+        ConfigError: `out` holds a demo with other settings, or there is no such tower.
         Stopped: (a SystemExit) interrupted; running it again goes on.
     """
     out, size = Path(out), size or Size()
+    choice = start.Choice(encoder, pretrain_encoder, from_scratch or pretrain, size.pretrain_steps)
+    choice.check()
     if pretrain:
-        return _pretrain(out, seed, size)
+        start.make(choice, out, seed)
+        return start.list_files(out)
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out, {"seed": seed, "from_scratch": from_scratch, "size": repr(size)})
+    tower = {} if choice == start.Choice(steps=choice.steps, from_scratch=from_scratch) else asdict(choice)
+    claim(out, {"seed": seed, "from_scratch": from_scratch, "size": repr(size), **tower})
     if (out / "demo.json").exists():
-        facts = json.loads((out / "demo.json").read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads((out / "demo.json").read_text(encoding="utf-8"))
         show.print_results(out, facts, Answers(out, seed, size))
         return facts
     with _Clock(out / "seconds.json") as clock:
-        start = out / "start" if from_scratch else ASSETS
-        if from_scratch:
-            _pretrain(start, seed, size)
+        begin = start.make(choice, out / "start", seed)
+        log.info("tower: %s", begin.text)
         log.info("drawing scenes")
         dataset.write(out / "data", seed, size.train_scenes, size.test_scenes)
-        model = _train(out, start, seed, size)
+        model = _train(out, begin, seed, size)
         answers = Answers(out, seed, size)
         answers.collect(model, out / "train" / "start")
         facts = {
             "seconds": round(clock.seconds(), 1),
             "peak_memory_gb": round(peak_memory_gb(), 2),
             **answers.scores(),
+            "encoder": begin.facts(),
             "seed": seed,
             "versions": versions(),
         }
@@ -98,7 +106,7 @@ def main(
     return facts
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
+def claim(out: Path, settings: dict[str, Any]) -> None:
     """Remember what this directory is for, or refuse to mix two demos in it."""
     file = out / "settings.json"
     text = json.dumps(settings, indent=1) + "\n"
@@ -108,27 +116,14 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         raise ConfigError(f"{out} holds a demo with other settings ({file}); give another --out, or remove it")
 
 
-def _pretrain(folder: Path, seed: int, size: Size) -> dict[str, Any]:
-    from vlm.demo.pretrain import pretrain
-
-    steps = {} if size.pretrain_steps is None else dict.fromkeys(("tower_steps", "decoder_steps"), size.pretrain_steps)
-    pretrain(folder, seed=seed, **steps)
-    made = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.glob("*/*"))}
-    for name, size_in_bytes in made.items():
-        log.info("%9d bytes  %s", size_in_bytes, folder / name)
-    return made
-
-
-def _train(out: Path, start: Path, seed: int, size: Size) -> Path:
+def _train(out: Path, begin: start.Start, seed: int, size: Size) -> Path:
     """Both stages through `vlm train`'s own entry, from a configuration that the user can read and run again."""
     from vlm import train
 
-    if not (start / "siglip").exists():
-        raise ConfigError(f"{start} holds no start checkpoints; make them with `vlm demo --pretrain --out {start}`")
-    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    recipe = read_recipe()
     recipe["out"] = str(out / "train")
     recipe["seed"] = seed
-    recipe["model"] |= {"encoder": str(start / "siglip"), "decoder": str(start / "gemma"), "seed": seed}
+    recipe["model"] |= {**begin.model, "seed": seed}
     recipe["data"]["train"] = str(out / "data" / "train.jsonl")
     file = out / "train.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -139,6 +134,12 @@ def _train(out: Path, start: Path, seed: int, size: Size) -> Path:
         shutil.copytree(out / "train" / "model", partial)
         partial.rename(out / "model")
     return out / "model"
+
+
+def read_recipe() -> dict[str, Any]:
+    """The training configuration without its paths."""
+    recipe: dict[str, Any] = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    return recipe
 
 
 class Answers:

@@ -126,6 +126,13 @@ def make_loose_thing(rng: random.Random) -> Scene:
     return Scene((Thing(**loose),), _background(rng))
 
 
+def make_labelled(rng: random.Random, pair: tuple[str, str], *, held_out: bool) -> Scene:
+    """One thing of this colour and shape: in its held-out place, or anywhere else."""
+    place = HELD_OUT[pair]
+    cell = place if held_out else rng.choice([cell for cell in range(9) if cell != place])
+    return Scene((_thing(rng, pair, divmod(cell, 3), CLEAR_RADIUS),), _background(rng))
+
+
 def _seen_pairs(rng: random.Random, cells: list[int]) -> list[tuple[str, str]]:
     """A pair for each cell, all different, none in its held-out place.
 

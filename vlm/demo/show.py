@@ -39,7 +39,13 @@ def print_results(out: Path, facts: dict[str, Any], answers: Answers) -> None:
         print(f"{100 * facts[name]:5.1f} %  {meaning}")
     print(f"{facts['cider']:7.2f}  CIDEr of the captions")
     print(f"{facts['seconds']:5.0f} s  in all, {facts['peak_memory_gb']:.1f} GB of memory at most")
+    if not facts["encoder"]["shipped"]:
+        print(tower_line(facts))
     print(f"model   {out / 'model'}\nreport  {out / 'report.html'}")
+
+
+def tower_line(facts: dict[str, Any]) -> str:
+    return f"tower   {facts['encoder']['kind']}: {facts['encoder']['weights']}"
 
 
 def half_blocks(path: Path) -> str:
@@ -67,7 +73,7 @@ def write_report(out: Path, facts: dict[str, Any], answers: Answers) -> Path:
     summary = [Score(meaning, facts[name], percent=True) for name, meaning in WHAT.items()]
     kinds = [Score(kind, value, percent=True) for kind, value in facts["vqa_accuracy_by_kind"].items()]
     sections: list[Section] = [
-        Text("What this is", [ABOUT]),
+        Text("What this is", [ABOUT, tower_line(facts)]),
         Scores(kinds, title="Answers right by kind of question"),
     ]
     galleries = [
@@ -77,7 +83,7 @@ def write_report(out: Path, facts: dict[str, Any], answers: Answers) -> Path:
     return write_page(
         out / "report.html",
         title="vlm demo",
-        subtitle="A small SigLIP, a projector and a small Gemma, trained in two stages on drawn scenes",
+        subtitle="A small vision tower, a projector and a small Gemma, trained in two stages on drawn scenes",
         stats=stats,
         summary=summary,
         curves=_curves(out),

@@ -1,0 +1,162 @@
+"""`vlm demo --task text`: read the number, with the same weights at a fixed resolution and as NaFlex.
+
+Both towers start from the package's SigLIP, train on the same pictures by the same recipe with the same seed, and give
+36 tokens for every picture. One squashes each picture to 72 x 72 pixels, the other keeps its aspect ratio.
+
+OUT/data       train.jsonl, test.jsonl and images/
+OUT/TOWER      the run of each tower, and what it said to the test pictures
+OUT/text.json  the table
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from vlm.demo import dataset, text
+from vlm.demo.run import claim, read_recipe
+from vlm.demo.start import Choice, make
+
+log = logging.getLogger("vlm")
+
+PROMPT = "ocr"
+TOWERS = ("siglip", "siglip2_naflex")
+TRAIN = 8000
+TEST = 700
+STEPS = 1200
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of everything; smaller numbers make a quick test."""
+
+    train: int = TRAIN
+    test: int = TEST
+    steps: int = STEPS
+
+
+def main(out: str | Path, *, seed: int = 0, amount: Amount | None = None) -> dict[str, Any]:
+    """Train and score both towers in `out`, or go on there, and print the table.
+
+    Returns:
+        what `out/text.json` holds: for each tower `tokens` (mean), and for each shape and `all` the shares `exact` and
+        `character_errors`.
+
+    Raises:
+        ConfigError: `out` holds a demo with other settings.
+    """
+    from vlm.demo import pretrain
+
+    out, amount = Path(out), amount or Amount()
+    out.mkdir(parents=True, exist_ok=True)
+    claim(out, {"task": "text", "seed": seed, "amount": repr(amount)})
+    log.info("drawing signs")
+    write(out / "data", seed, amount)
+    left = [tower for tower in TOWERS if not (out / tower / "said.jsonl").exists()]
+    pretrain.run_jobs([(train_and_read, (tower, out, seed, amount.steps)) for tower in left])
+    facts: dict[str, Any] = {tower: score(dataset.read_lines(out / tower / "said.jsonl")) for tower in TOWERS}
+    (out / "text.json").write_text(json.dumps({"seed": seed, **facts}, indent=1) + "\n", encoding="utf-8")
+    print(table(facts))
+    return facts
+
+
+def write(folder: Path, seed: int, amount: Amount) -> None:
+    """Draw the training and the test set, all shapes in equal parts, or leave them alone when that is done."""
+    done = folder / "complete.json"
+    if done.exists():
+        return
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", amount.train), ("test", amount.test)):
+        rng = random.Random(f"signs {name} {seed}")
+        lines = []
+        for number in range(count):
+            sign = text.make_sign(rng, text.GRIDS[number % len(text.GRIDS)])
+            image = f"images/{name}-{number:05d}.png"
+            text.draw(sign).save(folder / image)
+            line = {"id": f"{name}-{number:05d}", "image": image, "prefix": PROMPT, "suffix": sign.text}
+            lines.append(line if name == "train" else {**line, "shape": sign.shape})
+        dataset.write_lines(folder / f"{name}.jsonl", lines)
+    done.write_text(json.dumps({"seed": seed}) + "\n", encoding="utf-8")
+
+
+def train_and_read(tower: str, out: Path, seed: int, steps: int) -> None:
+    """Train one tower and write `out/TOWER/said.jsonl`. On one thread: for a process of its own."""
+    import torch
+
+    import vlm
+    from vlm import train
+
+    torch.set_num_threads(1)
+    folder = out / tower
+    folder.mkdir(exist_ok=True)
+    (folder / "train.yaml").write_text(yaml.safe_dump(recipe(tower, out, seed, steps), sort_keys=False))
+    model, processor = vlm.load(train.run(train.load_config(folder / "train.yaml"), resume=True))
+    lines = dataset.read_lines(out / "data" / "test.jsonl")
+    images = [out / "data" / line["image"] for line in lines]
+    said = vlm.generate(model, processor, images, [PROMPT] * len(lines), max_new_tokens=text.MOST + 2, batch_size=100)
+    rows = [
+        {**line, "prediction": words, "tokens": image_tokens(processor, image)}
+        for line, words, image in zip(lines, said, images, strict=True)
+    ]
+    dataset.write_lines(folder / "said.part", rows)
+    os.replace(folder / "said.part", folder / "said.jsonl")
+
+
+def recipe(tower: str, out: Path, seed: int, steps: int) -> dict[str, Any]:
+    """The demo's second stage, longer or shorter: everything trains. One recipe for both towers."""
+    run = read_recipe()
+    stage = next(stage for stage in run["stages"] if stage["name"] == "tune")
+    run["stages"] = [{**stage, "steps": steps}]
+    run["model"] |= {**make(Choice(tower), out, seed).model, "seed": seed}
+    run["data"] = {"train": str(out / "data" / "train.jsonl")}
+    return {**run, "out": str(out / tower / "train"), "seed": seed}
+
+
+def image_tokens(processor: Any, path: Path) -> int:
+    """Placeholders of the decoder's input for this picture, counted."""
+    with Image.open(path) as opened:
+        batch = processor([opened.convert("RGB")], [PROMPT])
+    return int((batch.input_ids == processor.image_token_id).sum())
+
+
+def score(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """`tokens`, and for each shape (and `all`) the share of numbers read right and of characters read wrong."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(line["shape"], []).append(line)
+    return {
+        "tokens": sum(line["tokens"] for line in lines) / len(lines),
+        **{shape: _shares(group) for shape, group in {**groups, "all": lines}.items()},
+    }
+
+
+def _shares(lines: list[dict[str, Any]]) -> dict[str, float]:
+    wrong = sum(text.distance(line["prediction"], line["suffix"]) for line in lines)
+    return {
+        "exact": round(sum(line["prediction"] == line["suffix"] for line in lines) / len(lines), 4),
+        "character_errors": round(wrong / sum(len(line["suffix"]) for line in lines), 4),
+        "pictures": len(lines),
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """Numbers read right (and characters read wrong) for each shape, in percent."""
+    first, second = (facts[tower] for tower in TOWERS)
+    head = ["width:height", "squashed to 72 x 72", "NaFlex"]
+    rows = [[shape, *(_cell(tower[shape]) for tower in (first, second))] for shape in first if shape != "tokens"]
+    rows.append(["image tokens", *(f"{tower['tokens']:.1f}" for tower in (first, second))])
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(3)]
+    lines = ["  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    return "\n".join(["numbers read right (characters wrong)", *lines])
+
+
+def _cell(shares: dict[str, float]) -> str:
+    return f"{100 * shares['exact']:5.1f} % ({100 * shares['character_errors']:5.1f} %)"
