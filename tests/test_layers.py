@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports from lower layers and from its own, and never in a circle.
 LAYERS = (
-    ("errors", "settings", "images", "config", "masks", "loss", "resize", "transforms"),
+    ("errors", "settings", "images", "config", "masks", "loss", "resize", "transforms", "fusion"),
     ("data", "piece_model", "tokenizer", "prompts", "processor", "encoders", "projectors"),
-    ("model", "beam", "generation", "build", "checkpoints", "presets", "info", "siglip"),
+    ("model", "beam", "generation", "towers", "build", "checkpoints", "presets", "info", "siglip"),
     ("eval", "train", "check"),
     ("demo", "cli", "__main__"),
 )

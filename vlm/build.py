@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +13,24 @@ import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.checkpoints import big_vision, big_vision_configs
 from vlm.checkpoints.configs import NOTES, check_numbers, guarded, own_config, paligemma_config
-from vlm.checkpoints.files import locate, read_json
+from vlm.checkpoints.files import locate
 from vlm.checkpoints.parts import load_decoder, load_tower
-from vlm.checkpoints.preprocessing import checked_image_settings, open_tokenizer, resample_name
-from vlm.config import VLMConfig, decoder_config, kinds, part
-from vlm.encoders import choose_layers, model_types, read_config
-from vlm.errors import ConfigError, nearest
+from vlm.checkpoints.preprocessing import open_tokenizer
+from vlm.config import VLMConfig, decoder_config, part
+from vlm.errors import ConfigError
 from vlm.model import DECODERS, VLM
 from vlm.processor import Processor
 from vlm.projectors import init_weights
 from vlm.tokenizer import Tokenizer, add_image_tokens, from_sentencepiece, image_token_id
-from vlm.transforms import ImageTransform
-
-logger = logging.getLogger(__name__)
+from vlm.towers import Choice, choose, config_file, located
 
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, as in PaliGemma's Hugging Face checkpoints."""
 
 
 def new(
-    encoder: str | Path | PreTrainedConfig,
+    encoder: str | Path | PreTrainedConfig | dict[str, Any] | list[Any],
     projector: str | dict[str, Any] = "linear",
     decoder: str | Path | PreTrainedConfig | dict[str, Any] = "",
     tokenizer: Any = None,
@@ -45,6 +39,7 @@ def new(
     image_size: int | None = None,
     image: dict[str, Any] | None = None,
     layer: int | list[int] = -1,
+    fuse: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> tuple[VLM, Processor]:
     """Assemble a model.
@@ -67,6 +62,7 @@ def new(
             "bicubic"}`.
         layer: of the tower, whose output is the features: -1 the last with the final norm, -2 the one before it without
             a norm, or a list, concatenated along the channels (`vlm.encoders.choose_layers`).
+        fuse: of several towers whose grids differ: `{"grid": [rows, columns], "resample": "bilinear"}`.
         seed: of the new weights. Each part has its own stream, so swapping one part leaves the others' weights as they
             were.
 
@@ -77,9 +73,8 @@ def new(
         ConfigError: parts that do not fit, or settings that are unknown.
         CheckpointError: a checkpoint that cannot be opened, or with missing, unexpected or mis-shaped tensors.
     """
-    encoder, decoder = _located(encoder), _located(decoder)
-    kind, vision_config = _vision(encoder, encoder_kind, image_size)
-    vision_config = choose_layers(kind, vision_config, layer)
+    decoder = located(decoder)
+    choice = choose(encoder, encoder_kind=encoder_kind, image_size=image_size, image=image, layer=layer, fuse=fuse)
     text_config = _text(decoder)
     tokenizer = _tokenizer(tokenizer, decoder)
     old_rows = text_config.vocab_size
@@ -87,10 +82,9 @@ def new(
     text_config.vocab_size = _rows_for(tokenizer, old_rows)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text_config, name, getattr(tokenizer, name))
-    transform = _transform(kind, vision_config, encoder, image or {})
     config = VLMConfig(
-        encoder=kind,
-        vision_config=vision_config,
+        encoder=choice.kind,
+        vision_config=choice.config,
         projector_config={"kind": projector} if isinstance(projector, str) else projector,
         text_config=text_config,
         image_token_id=image_token_id(tokenizer),
@@ -98,11 +92,7 @@ def new(
     with torch.random.fork_rng():  # the weights drawn here are all replaced below, each part from its own stream
         model = VLM(config)
     inner = model.model
-    if isinstance(encoder, Path):
-        load_tower(inner.vision_tower, encoder, resize_positions=image_size is not None)
-    else:
-        tower = part("vlm.encoders", kind).Encoder
-        _load_fresh(inner.vision_tower, "encoder", lambda: tower._from_config(vision_config), seed)
+    _fill_towers(inner.vision_tower, choice, seed)
     _seeded(seed, "projector", lambda: init_weights(inner.multi_modal_projector))
     if isinstance(decoder, Path):
         _seeded(seed, "vocabulary", lambda: load_decoder(inner.language_model, decoder, old_rows))
@@ -111,112 +101,18 @@ def new(
             inner.language_model, "decoder", lambda: DECODERS[text_config.model_type]._from_config(text_config), seed
         )
     model.tie_weights()
-    return model.eval(), Processor(tokenizer, transform, config.projector_config)
+    return model.eval(), Processor(tokenizer, choice.transform, config.projector_config)
 
 
 def stored_rows(decoder: str | Path | PreTrainedConfig | dict[str, Any]) -> int:
     """Vocabulary rows that a decoder brings along."""
-    return int(_text(_located(decoder)).vocab_size)
+    return int(_text(located(decoder)).vocab_size)
 
 
 def _rows_for(tokenizer: Tokenizer, rows: int) -> int:
     """The decoder's vocabulary: as it is where it holds every token (padding and unused rows stay), else larger."""
     needed = max(tokenizer.get_vocab().values()) + 1
     return rows if needed <= rows else -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def _located(source: Any) -> Any:
-    """The folder or `.npz` file of a checkpoint; a configuration stays what it is."""
-    if not isinstance(source, str | Path) or not str(source):
-        return source
-    return Path(source) if Path(source).suffix == ".npz" else locate(source)
-
-
-def _vision(encoder: Any, kind: str | None, image_size: int | None) -> tuple[str, PreTrainedConfig]:
-    if kind is not None and ":" in kind:
-        part("vlm.encoders", kind)  # refused with the way to make it known
-    source, config = _own_vision(encoder, kind)
-    for name, value in getattr(part("vlm.encoders", source), "FIXED", {}).items():
-        setattr(config, name, value)
-    config.dtype = None
-    name = type(encoder).__name__ if isinstance(encoder, PreTrainedConfig) else str(encoder)
-    if kind not in (None, source):
-        config = _naflex_from_fixed(config, source, str(kind), name)
-    _set_image_size(config, kind or source, image_size)
-    return kind or source, config
-
-
-def _own_vision(encoder: Any, own: str | None) -> tuple[str, PreTrainedConfig]:
-    """(encoder kind, a configuration of its own) as the encoder says it."""
-    if isinstance(encoder, PreTrainedConfig):
-        kind = model_types(own).get(encoder.model_type)
-        if kind is None:
-            raise ConfigError(f"no encoder takes a {type(encoder).__name__}; known: {', '.join(kinds('vlm.encoders'))}")
-        if type(encoder) is part("vlm.encoders", kind).Config and not hasattr(
-            part("vlm.encoders", kind), "read_config"
-        ):
-            return kind, copy.deepcopy(encoder)
-        return kind, read_config(kind, {key: value for key, value in encoder.to_dict().items() if key not in NOTES})
-    if encoder.suffix == ".npz":
-        with big_vision.open_npz(encoder) as arrays:
-            config = big_vision_configs.vision_config(big_vision.headers(arrays, str(encoder))[0], origin=str(encoder))
-        return model_types()[config.model_type], config
-    values = _config_file(encoder)
-    if values.get("model_type") == "paligemma":
-        return "siglip", paligemma_config(values, f"{encoder}/config.json").vision_config
-    if values.get("model_type") == VLMConfig.model_type:
-        raise ConfigError(
-            f"{encoder}: is a whole model; write its tower first: vlm export {encoder} --to tower --out DIR"
-        )
-    known = model_types(own)
-    source = known.get(str(values.get("model_type")))
-    if source is None:
-        raise ConfigError(
-            f"{encoder}: model_type is {values.get('model_type')!r}, expected a SigLIP checkpoint or another vision"
-            f" tower: {', '.join(known)}"
-        )
-    vision = values.get("vision_config", values)
-    check_numbers(vision, f"{encoder}: vision_config")
-    settings = {key: value for key, value in vision.items() if key not in (*NOTES, "model_type")}
-    return source, guarded(lambda: read_config(source, settings), f"{encoder}: vision_config")
-
-
-def _naflex_from_fixed(full: PreTrainedConfig, source: str, kind: str, name: str) -> PreTrainedConfig:
-    if (source, kind) != ("siglip", "siglip2_naflex"):
-        raise ConfigError(
-            f"{name} is a {source!r} tower and cannot be read as {kind!r}; only siglip -> siglip2_naflex is possible"
-        )
-    values = {key: value for key, value in full.to_dict().items() if key not in (*NOTES, "model_type", "image_size")}
-    positions = (full.image_size // full.patch_size) ** 2
-    config: PreTrainedConfig = part("vlm.encoders", kind).Config(**{**values, "num_patches": positions})
-    return config
-
-
-def _set_image_size(config: PreTrainedConfig, kind: str, image_size: int | None) -> None:
-    if not hasattr(config, "image_size"):
-        if image_size is not None:
-            raise ConfigError(
-                f"image_size={image_size}: a {kind} tower takes images of any size; set its budget,"
-                f' image={{"max_num_patches": {max(1, image_size // config.patch_size) ** 2}}}'
-            )
-        return
-    patch = config.patch_size
-    if image_size is not None:
-        if not isinstance(image_size, int) or image_size < patch:
-            raise ConfigError(f"image_size is {image_size!r}, expected a whole number from {patch}, a patch, upwards")
-        config.image_size = image_size
-    unseen = config.image_size % patch
-    if unseen:
-        lower = config.image_size - unseen
-        logger.warning(
-            "image_size %d is no multiple of the patch size %d: the last %d pixels of each side are never seen;"
-            " %d or %d uses every pixel",
-            config.image_size,
-            patch,
-            unseen,
-            lower,
-            lower + patch,
-        )
 
 
 def _text(decoder: Any) -> PreTrainedConfig:
@@ -233,7 +129,7 @@ def _text(decoder: Any) -> PreTrainedConfig:
 def _stored_text(folder: Path) -> PreTrainedConfig:
     """The configuration of a Gemma checkpoint, or of the decoder in a model of this library or in a PaliGemma (whose
     Gemma 2 has no sliding window)."""
-    values, where = _config_file(folder), f"{folder}/config.json"
+    values, where = config_file(folder), f"{folder}/config.json"
     whole = {"paligemma": paligemma_config, VLMConfig.model_type: own_config}.get(str(values.get("model_type")))
     if whole is not None:
         return whole(values, where).text_config
@@ -242,14 +138,6 @@ def _stored_text(folder: Path) -> PreTrainedConfig:
     settings = {key: value for key, value in values.items() if key not in NOTES}
     config: PreTrainedConfig = guarded(lambda: decoder_config(settings), where)
     return config
-
-
-def _config_file(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{folder}: no config.json; give a checkpoint directory or a hub id such as google/siglip-base-patch16-224"
-        )
-    return read_json(folder / "config.json")
 
 
 def _tokenizer(tokenizer: Any, decoder: Any) -> Tokenizer:
@@ -262,64 +150,16 @@ def _tokenizer(tokenizer: Any, decoder: Any) -> Tokenizer:
     return from_sentencepiece(tokenizer) if Path(tokenizer).is_file() else open_tokenizer(locate(tokenizer))
 
 
-def _transform(kind: str, config: PreTrainedConfig, encoder: Any, settings: dict[str, Any]) -> ImageTransform:
-    known = [field.name for field in fields(ImageTransform)]
-    for key, value in settings.items():
-        if key not in known:
-            raise ConfigError(f"unknown image setting {key!r}{nearest(key, known)}; known: {', '.join(known)}")
-        own = getattr(config, key, value) if key in ("image_size", "patch_size") else value
-        if own != value:
-            advice = f"use image_size={value}, which resamples the tower" if key == "image_size" else "leave it out"
-            raise ConfigError(f"image setting {key} is {value!r}, the tower has {own}; {advice}")
-    if "max_num_patches" in settings and hasattr(config, "image_size"):
-        raise ConfigError(
-            f"max_num_patches is a budget of NaFlex towers; this one reads squares of {config.image_size} px: use"
-            f" image_size, or read it as encoder_kind='siglip2_naflex'"
-        )
-    recorded = recorded_transform(encoder, getattr(config, "image_size", None)) if isinstance(encoder, Path) else {}
-    if not hasattr(config, "image_size"):
-        # NaFlex resizes in float with its own filter; a FixRes checkpoint's resize does not apply.
-        recorded = {key: value for key, value in recorded.items() if key not in ("resample", "rounding", *_SQUARE)}
-    elif "mode" in settings:
-        recorded = {key: value for key, value in recorded.items() if key not in _SQUARE}
-    transform: ImageTransform = part("vlm.encoders", kind).transform(config, **{**recorded, **settings})
-    return transform
-
-
-_SQUARE = ("mode", "resize_shortest")
-"""How an image becomes a square."""
-
-
-def recorded_transform(path: Path, image_size: int | None = None) -> dict[str, Any]:
-    """Normalisation, filter and way to a square that a tower's checkpoint records (empty when it records none). A
-    big_vision `.npz` means big_vision's own resize, which rounds down.
-
-    Args:
-        image_size: the tower's; a recorded centre crop keeps its proportion at another size.
-    """
-    if path.suffix == ".npz":
-        return {"resample": "bilinear", "rounding": "down"}
-    values = checked_image_settings(path, crop=True) or {}
-    result: dict[str, Any] = {}
-    if "resample" in values:
-        result["resample"] = resample_name(values["resample"], path)
-    for key, name in (("image_mean", "mean"), ("image_std", "std")):
-        if key in values:
-            result[name] = values[key]
-    if "max_num_patches" in values:
-        result["max_num_patches"] = values["max_num_patches"]
-    return {**result, **(_recorded_square(values, image_size) if image_size else {})}
-
-
-def _recorded_square(values: dict[str, Any], image_size: int) -> dict[str, Any]:
-    size, crop = values.get("size"), values.get("crop_size")
-    side = crop.get("height") if isinstance(crop, dict) else crop
-    shortest = size.get("shortest_edge") if isinstance(size, dict) else size
-    if values.get("do_center_crop") and isinstance(side, int) and isinstance(shortest, int) and side > 0:
-        return {"mode": "crop", "resize_shortest": max(image_size, round(image_size * shortest / side))}
-    if isinstance(size, dict) and "height" in size and not values.get("do_center_crop"):
-        return {"mode": "squash"}
-    return {}
+def _fill_towers(tower: Any, choice: Choice, seed: int) -> None:
+    """The weights of each tower: its checkpoint's, or new ones from a stream of its own."""
+    towers = [tower] if len(choice.members) == 1 else list(tower.members)
+    for number, (module, member) in enumerate(zip(towers, choice.members, strict=True)):
+        if isinstance(member.source, Path):
+            load_tower(module, member.source, resize_positions=member.resized)
+            continue
+        name = "encoder" if len(towers) == 1 else f"encoder {number}"
+        build, config = part("vlm.encoders", member.kind).Encoder._from_config, member.config
+        _load_fresh(module, name, lambda: build(config), seed)  # noqa: B023
 
 
 def _load_fresh(module: nn.Module, name: str, build: Callable[[], nn.Module], seed: int) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from vlm.checkpoints import load
+from vlm.config import part
+from vlm.encoders import square_tokens
 from vlm.model import VLM
 from vlm.processor import Processor
 
@@ -24,9 +26,10 @@ def describe(model: str | Path | tuple[VLM, Processor]) -> dict[str, Any]:
         model: a model directory, a hub id, or (model, processor).
 
     Returns:
-        JSON values: `parts` (kind, parameters, bytes of each), `parameters`, `bytes`, `dtype`, `image_tokens` (most per
-            image), `image_tokens_square` (of a large square image), `image` (in words), `effective_resolution` and
-            `flops` of tower, projector and prefill for that square image: 2 per multiply-add, matrix products only.
+        JSON values: `parts` (kind, parameters, bytes of each, members of a fused tower), `parameters`, `bytes`,
+            `dtype`, `image_tokens` (most per image), `image_tokens_square` (of a large square image), `image` (in
+            words), `effective_resolution` and `flops` of tower, projector and prefill for that square image: 2 per
+            multiply-add, matrix products only.
     """
     net, processor = load(model) if isinstance(model, str | Path) else model
     config = net.config
@@ -45,6 +48,9 @@ def describe(model: str | Path | tuple[VLM, Processor]) -> dict[str, Any]:
         }
         for name, module in net.parts().items()
     }
+    members = [kind for kind, _ in getattr(config.vision_config, "towers", ())]
+    if members:
+        parts["encoder"]["members"] = members
     return {
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts.values()),
@@ -74,8 +80,7 @@ def flops(model: VLM, grid: tuple[int, int]) -> dict[str, int]:
     patches = grid[0] * grid[1]
     sequence = projector.num_tokens(grid) + PROMPT_TOKENS
     heads = text.num_attention_heads * text.head_dim
-    tower = 2 * patches * matrix_weights(model.model.vision_tower)
-    tower += 4 * patches**2 * vision.hidden_size * vision.num_hidden_layers
+    tower = tower_flops(model.config.encoder, vision, model.model.vision_tower, patches)
     decoder = 2 * sequence * matrix_weights(model.model.language_model.layers)
     decoder += 4 * sequence**2 * heads * text.num_hidden_layers
     return {
@@ -83,6 +88,22 @@ def flops(model: VLM, grid: tuple[int, int]) -> dict[str, int]:
         "projector": projector.flops(grid),
         "prefill": decoder + 2 * text.vocab_size * text.hidden_size,
     }
+
+
+def tower_flops(kind: str, config: Any, tower: nn.Module, patches: int) -> int:
+    """Of a tower over an image of so many patches. Class and register tokens are not counted."""
+    module = part("vlm.encoders", kind)
+    if hasattr(module, "flops"):
+        counted: int = module.flops(config)
+        return counted
+    if hasattr(config, "towers"):
+        members: Any = tower.members
+        return sum(
+            tower_flops(kind, own, member, square_tokens(own, own.image_size))
+            for (kind, own), member in zip(config.towers, members, strict=True)
+        )
+    products = 2 * patches * matrix_weights(tower)
+    return products + 4 * patches**2 * int(config.hidden_size) * int(config.num_hidden_layers)
 
 
 def matrix_weights(module: nn.Module) -> int:
@@ -93,8 +114,9 @@ def matrix_weights(module: nn.Module) -> int:
 def table(facts: dict[str, Any]) -> str:
     """The facts as aligned text."""
     rows = [("part", "kind", "parameters", "size")]
-    for name, part in facts["parts"].items():
-        rows.append((name, part["kind"], f"{part['parameters']:,}", megabytes(part["bytes"])))
+    for name, own in facts["parts"].items():
+        kind = own["kind"] + (f" ({' + '.join(own['members'])})" if "members" in own else "")
+        rows.append((name, kind, f"{own['parameters']:,}", megabytes(own["bytes"])))
     rows.append(("total", "", f"{facts['parameters']:,}", megabytes(facts["bytes"])))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [

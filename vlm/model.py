@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 
 from vlm import loss, masks, projectors
 from vlm.config import VLMConfig, part
-from vlm.encoders import EncoderOutput, feature_width
+from vlm.encoders import EncoderOutput, feature_width, square_grid
 from vlm.errors import ConfigError, DataError
 from vlm.processor import Processor
 
@@ -382,9 +382,7 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
     def _image_token_counts(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **_: Any) -> Tensor:
         """int64[M], the decoder tokens that each image will give."""
         if spatial_shapes is None:
-            vision = self.config.vision_config
-            rows = vision.image_size // vision.patch_size
-            spatial_shapes = torch.full((pixel_values.shape[0], 2), rows)
+            spatial_shapes = torch.tensor([square_grid(self.config.vision_config)] * pixel_values.shape[0])
         num_tokens: Any = self.model.multi_modal_projector.num_tokens
         return torch.tensor([num_tokens((rows, columns)) for rows, columns in spatial_shapes.tolist()])
 

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from vlm import projectors
 from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
+from vlm.fusion import open_transform
 from vlm.images import load_image
 from vlm.loss import IGNORE
 from vlm.masks import position_ids
@@ -44,7 +45,8 @@ class Batch:
         position_ids: int64[B, S], count real tokens only.
         labels: int64[B, S], the token itself where it is supervised, -100 elsewhere; None when generating.
         sequence_ids: int64[B, S], which packed sample a token belongs to; None when nothing is packed.
-        pixel_values: float32[M, 3, H, W], or float32[M, N, P*P*3] for NaFlex; None without images.
+        pixel_values: float32[M, 3, H, W], or float32[M, N, P*P*3] for NaFlex, or float32[M, N] for a fused tower (its
+            members' squares one after the other, `vlm.fusion`); None without images.
         pixel_attention_mask: int64[M, N], NaFlex only.
         spatial_shapes: int64[M, 2], (rows, columns), NaFlex only.
         ids: names of the samples, for messages; not passed to the model.
@@ -112,7 +114,7 @@ class Processor:
         projector: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(image_transform, dict):
-            image_transform = ImageTransform.from_dict(image_transform)
+            image_transform = open_transform(image_transform)
         self.tokenizer = tokenizer
         self.image_transform = image_transform
         self.projector = DEFAULT_PROJECTOR if projector is None else projector

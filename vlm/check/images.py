@@ -13,6 +13,8 @@ from vlm.check.report import Finding
 from vlm.check.subject import PIXELS, Subject, Tensors, evaluating, picture, text_logits
 from vlm.config import part
 from vlm.errors import DataError
+from vlm.fusion import unpack
+from vlm.transforms import ImageTransform
 
 SIZES = ((1, 1), (1, 64), (64, 1), (7, 300), (300, 7), (200, 100), (97, 113))
 """(width, height): down to one pixel, up to a ratio of 1:64."""
@@ -71,31 +73,55 @@ def pixel_range(subject: Subject) -> Finding:
     (`transform` in the encoder's file)."""
     config = subject.model.config
     own = part("vlm.encoders", config.encoder).transform(config.vision_config)
+    problem = _size_problem(subject)
+    if problem and hasattr(config.vision_config, "towers"):  # they cannot be told apart
+        return Finding(measured=math.nan, limit=OFF_RANGE, detail="off the tower's range", problem=problem)
+    found = [
+        (*_range_of(subject, number, wanted, has), wanted, has)
+        for number, (wanted, has) in enumerate(zip(_each(own), _each(subject.processor.image_transform), strict=True))
+    ]
+    measured, detail, wanted, has = max(found, key=lambda entry: math.inf if math.isnan(entry[0]) else entry[0])
+    if not measured <= OFF_RANGE:
+        expected = f"mean {wanted.mean} std {wanted.std}"
+        problem = f"the {config.encoder} tower expects {expected}, the processor has mean {has.mean} std {has.std}"
+    return Finding(measured=measured, limit=OFF_RANGE, detail=f"off the tower's range; {detail}", problem=problem)
+
+
+def _each(transform: ImageTransform) -> tuple[ImageTransform, ...]:
+    """The transforms of a fused tower's members, or the one there is."""
+    return getattr(transform, "members", None) or (transform,)
+
+
+def _range_of(subject: Subject, number: int, own: ImageTransform, has: ImageTransform) -> tuple[float, str]:
+    """How far the pixels of one member (or of the tower) miss its range, and where they lie."""
     low = torch.tensor([(0 - mean) / std for mean, std in zip(own.mean, own.std, strict=True)])
     high = torch.tensor([(1 - mean) / std for mean, std in zip(own.mean, own.std, strict=True)])
-    black, white = (_colours(subject, Image.new("RGB", (60, 45), (level,) * 3)) for level in (0, 255))
-    photos = torch.cat([_colours(subject, picture(seed, size)) for seed, size in enumerate(((60, 45), (20, 90)))])
+    black, white = (_colours(subject, Image.new("RGB", (60, 45), (level,) * 3), number) for level in (0, 255))
+    pictures = [picture(seed, size) for seed, size in enumerate(((60, 45), (20, 90)))]
+    photos = torch.cat([_colours(subject, image, number) for image in pictures])
     flat = torch.cat([(black - low).abs().flatten(), (white - high).abs().flatten()]).max()
     outside = torch.maximum(low - photos, photos - high).max() / (high - low).min()
     # The photo's allowance is wider; it is brought to the scale of the other limit.
     excess = max(0.0, float(outside)) * OFF_RANGE / OVERSHOOT if torch.isfinite(outside) else math.nan
-    measured = float(torch.tensor([float(flat), excess]).max())
-    mean, std = subject.processor.image_transform.mean, subject.processor.image_transform.std
     detail = f"black and white land at {_span(black)} and {_span(white)}, photos in {_span(photos)}"
-    problem = _size_problem(subject)
-    if not measured <= OFF_RANGE:
-        wanted = f"mean {own.mean} std {own.std}"
-        problem = f"the {config.encoder} tower expects {wanted}, the processor has mean {mean} std {std}"
-    return Finding(measured=measured, limit=OFF_RANGE, detail=f"off the tower's range; {detail}", problem=problem)
+    return float(torch.tensor([float(flat), excess]).max()), detail
 
 
-def _colours(subject: Subject, image: Image.Image) -> Tensor:
-    """float32[K, 3]: an image's pixel values as the processor gives them, padding patches left out."""
+def _colours(subject: Subject, image: Image.Image, number: int) -> Tensor:
+    """float32[K, 3]: an image's pixel values as the processor gives them (to member `number` of a fused tower), padding
+    patches left out."""
     batch = subject.processor([image], ["caption en"])
     pixels: Any = batch.pixel_values
-    if batch.pixel_attention_mask is None:
-        return pixels.permute(0, 2, 3, 1).reshape(-1, 3)
-    return pixels[batch.pixel_attention_mask.bool()].reshape(-1, 3)
+    if batch.pixel_attention_mask is not None:
+        return pixels[batch.pixel_attention_mask.bool()].reshape(-1, 3)
+    if pixels.ndim == 2:
+        pixels = unpack(pixels, _sides(subject))[number]
+    return pixels.permute(0, 2, 3, 1).reshape(-1, 3)
+
+
+def _sides(subject: Subject) -> list[int]:
+    """Sides of the images that the members of a fused tower read."""
+    return [int(config.image_size) for _, config in subject.model.config.vision_config.towers]
 
 
 def _size_problem(subject: Subject) -> str:
@@ -106,6 +132,8 @@ def _size_problem(subject: Subject) -> str:
     got = tuple(batch.pixel_values.shape[1:])
     if batch.spatial_shapes is not None:
         wanted: tuple[int, ...] = (got[0], 3 * vision.patch_size**2)
+    elif hasattr(vision, "towers"):
+        wanted = (sum(3 * side**2 for side in _sides(subject)),)
     else:
         wanted = (3, vision.image_size, vision.image_size)
     return "" if got == wanted else f"pixels have the shape {got}, the tower reads {wanted}"

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from vlm.config import VLMConfig, decoder_config, part
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError, ConfigError, VLMError
 
 # Far above any published model; a wrong number must not ask for terabytes or build layers for hours.
 BOUNDS = {
@@ -147,6 +147,10 @@ def own_config(values: Mapping[str, Any], where: str) -> VLMConfig:
             raise CheckpointError(
                 f"{where}: {key}.dtype is {values[key]['dtype']!r}, expected a name such as 'float32'"
             )
+    members = values["vision_config"].get("members")
+    for number, member in enumerate(members if isinstance(members, list) else ()):
+        if isinstance(member, dict):  # what else there may be is refused by the configuration itself
+            check_numbers(member.get("config"), f"{where}: vision_config.members[{number}].config")
     check_text(values["text_config"], f"{where}: text_config")
     projector = values.get("projector_config") or {}
     for key, value in projector.items() if isinstance(projector, dict) else ():
@@ -230,14 +234,14 @@ def _dtype_name(value: Any) -> Any:
     return value
 
 
-def guarded(build: Any, where: str) -> Any:
-    """Run a configuration's constructor; what it refuses becomes a CheckpointError that names the file."""
+def guarded(build: Any, where: str, wrong: type[VLMError] = CheckpointError) -> Any:
+    """Run a configuration's constructor; what it refuses becomes a CheckpointError (or `wrong`) that names the file."""
     try:
         return build()
     except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise wrong(f"{where}: {error}") from error
     except FOREIGN as error:
-        raise CheckpointError(
+        raise wrong(
             f"{where}: not a usable configuration ({type(error).__name__}: {' '.join(str(error).split())[:300]}); copy"
             f" the file again"
         ) from error

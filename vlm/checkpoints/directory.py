@@ -272,19 +272,42 @@ def check_pair(path: str, config: VLMConfig, processor: Processor) -> None:
             f"{path}: the tokenizer has id {highest}, the embedding only {config.text_config.vocab_size} rows; use"
             f" the tokenizer that belongs to the model"
         )
-    vision, transform = config.vision_config, processor.image_transform
-    for name in ("patch_size", "image_size"):
-        wanted, got = getattr(vision, name, None), getattr(transform, name)
-        if wanted is not None and got is not None and wanted != got:
-            raise CheckpointError(
-                f"{path}: the tower has {name} {wanted}, the processor's image_transform {got}; they must be equal"
-            )
+    transform = processor.image_transform
+    _check_sizes(path, config.vision_config, transform)
+    _check_members(path, config.vision_config, transform)
     if (transform.mode == "naflex") != (config.encoder == "siglip2_naflex"):
         raise CheckpointError(f"{path}: image mode {transform.mode!r} does not fit encoder {config.encoder!r}")
     if full_settings(processor.projector) != full_settings(config.projector_config):
         raise CheckpointError(
             f"{path}: the model's projector is {config.projector_config}, the processor counts image tokens for"
             f" {processor.projector}; make it with Processor(tokenizer, image_transform, model.config.projector_config)"
+        )
+
+
+def _check_sizes(path: str, vision: Any, transform: ImageTransform) -> None:
+    for name in ("patch_size", "image_size"):
+        wanted, got = getattr(vision, name, None), getattr(transform, name)
+        if wanted is not None and got is not None and wanted != got:
+            raise CheckpointError(
+                f"{path}: the tower has {name} {wanted}, the processor's image_transform {got}; they must be equal"
+            )
+
+
+def _check_members(path: str, vision: Any, transform: ImageTransform) -> None:
+    """A fused tower's members, one by one, and the grid of the features."""
+    towers = [config for _, config in getattr(vision, "towers", ())]
+    members = getattr(transform, "members", ())
+    if len(towers) != len(members):
+        raise CheckpointError(
+            f"{path}: the tower has {len(towers)} fused members, the processor's image_transform {len(members)}; they"
+            f" must be equal"
+        )
+    for tower, member in zip(towers, members, strict=True):
+        _check_sizes(path, tower, member)
+    if towers and tuple(vision.grid) != transform.grid(0, 0):
+        raise CheckpointError(
+            f"{path}: the tower has the grid {tuple(vision.grid)}, the processor's image_transform"
+            f" {transform.grid(0, 0)}; they must be equal"
         )
 
 

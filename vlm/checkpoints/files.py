@@ -111,9 +111,9 @@ class Weights:
             the directory or disagrees with the shards, or more than one set of weights.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str = SINGLE) -> None:
         self.folder = folder
-        files, listed = weight_files(folder)
+        files, listed = weight_files(folder) if single == SINGLE else ([folder / single], None)
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
             for name, info in read_header(file).items():

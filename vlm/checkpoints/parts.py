@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlm.checkpoints import big_vision
 from vlm.checkpoints.big_vision_names import rules
-from vlm.checkpoints.files import Weights, locate
+from vlm.checkpoints.files import SINGLE, Weights, locate
 from vlm.checkpoints.loader import Source, check_fit, expected_shapes, finite
 from vlm.checkpoints.names import TOWER
 from vlm.errors import CheckpointError
@@ -52,19 +52,27 @@ def load_tower(
             source = big_vision.array_source(arrays, kept, dtypes, found, str(path))
             _fill_tower(tower, module, part_of(source, (TOWER,), drop), resize_positions, allow_nonfinite)
         return
-    source = part_of(directory_source(path), module.PREFIXES, drop, _renaming(module))
+    weights = directory_source(path, getattr(module, "WEIGHTS", SINGLE))
+    source = part_of(weights, module.PREFIXES, drop, _renaming(module))
     _fill_tower(tower, module, source, resize_positions, allow_nonfinite)
 
 
 def _left_out(module: Any, config: Any) -> str:
     """Names that the tower does not have: those of the encoder's file, and what lies above its feature layers."""
     patterns = [module.LEFT_OUT]
+    patterns += [rf"{re.escape(name)}(\.|$)" for name in getattr(config, "unused", None) or ()]
     if getattr(config, "feature_layers", None):
         used = "|".join(map(str, range(config.num_hidden_layers)))
-        patterns.append(rf"{re.escape(module.BLOCKS)}(?!({used})\.)\d+\.")
+        patterns += [rf"{re.escape(blocks)}(?!({used})\.)\d+\." for blocks in _names(module, "BLOCKS")]
         if not config.feature_norm:
-            patterns.append(re.escape(module.NORM))
+            patterns += [re.escape(norm) for norm in _names(module, "NORM")]
     return "|".join(patterns)
+
+
+def _names(module: Any, constant: str) -> tuple[str, ...]:
+    """An encoder's constant that is a name or several."""
+    value = getattr(module, constant, ())
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _renaming(module: Any) -> Callable[[str], str]:
@@ -88,15 +96,10 @@ def _fill_tower(tower: nn.Module, module: Any, source: Source, resize_positions:
         if len(shape) == 4 and wanted.get(name) == (shape[0], shape[1] * shape[2] * shape[3]):
             # A convolution over whole patches is a linear layer on (y, x, channel) patches.
             source = _changed(source, name, wanted[name], lambda kernel: kernel.permute(0, 2, 3, 1).flatten(1))
-    positions = getattr(module, "POSITIONS", None)
-    if (
-        resize_positions
-        and positions is not None
-        and positions in source.shapes
-        and source.shapes[positions][-1:] == wanted[positions][-1:]
-    ):
-        config = tower.config
-        source = _changed(source, positions, wanted[positions], lambda table: module.resample(table, config))
+    config = tower.config
+    for positions in _names(module, "POSITIONS") if resize_positions else ():
+        if positions in wanted and source.shapes.get(positions, ())[-1:] == wanted[positions][-1:]:
+            source = _changed(source, positions, wanted[positions], lambda table: module.resample(table, config))
     fill(tower, source, allow_nonfinite=allow_nonfinite)
 
 
@@ -119,9 +122,13 @@ def load_decoder(decoder: nn.Module, path: str | Path, old_rows: int, *, allow_n
     fill(decoder, source, allow_nonfinite=allow_nonfinite)
 
 
-def directory_source(path: str | Path) -> Source:
-    """All tensors of a Hugging Face directory or hub repository, by the names in its files."""
-    weights = Weights(locate(path))
+def directory_source(path: str | Path, single: str = SINGLE) -> Source:
+    """All tensors of a Hugging Face directory or hub repository, by the names in its files.
+
+    Args:
+        single: name of the file with the weights, where there is no index.
+    """
+    weights = Weights(locate(path), single)
     return Source(
         str(path),
         {name: info.shape for name, info in weights.tensors.items()},

@@ -13,14 +13,17 @@ DETAILS = (
     "Tower and decoder keep their weights bit for bit; the projector and the rows of new tokens are drawn. The model is"
     " float32 and ready for `vlm train`."
 )
-SETTABLE = ("image", "projector")
+SETTABLE = ("image", "projector", "fuse")
 
 
 def add(commands: Any) -> None:
     """Register the command."""
     parser = command(commands, run, "new", "build a model from a vision tower and a decoder", DETAILS)
     parser.add_argument(
-        "--encoder", required=True, metavar="A", help="SigLIP, CLIP or DINO tower: directory, hub id or .npz"
+        "--encoder",
+        required=True,
+        metavar="A",
+        help="vision tower: directory, hub id or .npz; A+B fuses two, A@378+B@432 at their own sizes",
     )
     parser.add_argument(
         "--decoder", required=True, metavar="B", help="Gemma 1, 2 or 3, alone or in a PaliGemma: directory or hub id"
@@ -66,7 +69,7 @@ def add(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="image and projector settings: --set image.resample=bicubic projector.depth=3",
+        help="image, projector and fuse settings: --set image.resample=bicubic projector.depth=3 fuse.grid=[16,16]",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -94,6 +97,7 @@ def run(options: Namespace) -> int:
         image_size=options.image_size,
         image=changed["image"],
         layer=options.layer,
+        fuse=changed["fuse"] or None,
         seed=options.seed,
     )
     with published(options.out) as folder:
@@ -124,7 +128,8 @@ def settings_of(overrides: list[str]) -> dict[str, dict[str, Any]]:
         part, dot, key = name.strip().partition(".")
         if not (equals and dot and key) or part not in SETTABLE:
             raise ConfigError(
-                f"--set {override}: expected image.NAME=VALUE or projector.NAME=VALUE, such as image.resample=bicubic"
+                f"--set {override}: expected image.NAME=VALUE, projector.NAME=VALUE or fuse.NAME=VALUE, such as"
+                f" image.resample=bicubic"
             )
         result[part][key] = parse_yaml(value, where=f"--set {override}")
     return result

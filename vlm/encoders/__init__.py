@@ -17,9 +17,15 @@ and, where it applies,
     read_config  `read_config(values) -> Config`: from a checkpoint's settings, where `Config(**values)` is not enough
     RENAMES      (regular expression, replacement) pairs: names of tensors in files, and in other versions of
                  transformers, to one spelling
-    POSITIONS    name of the learned position table, and `resample(table, config) -> Tensor`: it at another image size
+    POSITIONS    name (or names) of the learned position table, and `resample(table, config) -> Tensor`: it at another
+                 image size
     FIXED        settings that the tower always has, whatever a checkpoint says
-    BLOCKS, NORM how names of blocks and of the final norm start: needed for a choice of feature layers
+    BLOCKS, NORM how names of blocks and of the final norm start (a string or several): needed for a choice of feature
+                 layers
+    choose_layers `choose_layers(config, layer) -> Config`, where a choice of feature layers is made in another way
+    recognise    `recognise(values) -> dict | None`: the settings in a configuration file of another library, or None
+                 when it is not of its kind. CONFIG_FILE is its name, if not config.json, WEIGHTS that of the weights
+    flops        `flops(config) -> int`: of one image, where counting matrix weights per patch is wrong
 
 and nothing else is needed: `VLMConfig(encoder="my_file")` and `vlm.new` find it.
 """
@@ -33,6 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.config import OWN_ENCODERS, kinds, part
@@ -105,6 +112,14 @@ def square_tokens(config: Any, image_size: int) -> int:
     return int(image_size // config.patch_size) ** 2
 
 
+def square_grid(config: Any) -> tuple[int, int]:
+    """(rows, columns) of the features of a tower that reads squares."""
+    if getattr(config, "grid", None) is not None:
+        return int(config.grid[0]), int(config.grid[1])
+    rows = int(config.image_size // config.patch_size)
+    return rows, rows
+
+
 def check_square(config: Any, pixel_values: Tensor, kind: str) -> None:
     """Refuse images of another size than the tower's.
 
@@ -125,10 +140,105 @@ def square_output(config: Any, features: Tensor) -> EncoderOutput:
     return EncoderOutput(features, None, torch.full((features.shape[0], 2), rows, device=features.device))
 
 
+def missing_extra(library: str, extra: str, error: Exception) -> ConfigError:
+    """What to say where a tower needs a library that is not there."""
+    return ConfigError(
+        f"this tower needs {library}, which cannot be imported ({error}): pip install 'vlm-backbone[{extra}]'"
+    )
+
+
+def count_flops(tower: Any, config: PreTrainedConfig) -> int:
+    """Floating-point operations of one image, counted while the tower runs on nothing (meta tensors): 2 per
+    multiply-add of matrix products, convolutions and attention.
+
+    Args:
+        tower: the `Encoder` class.
+    """
+    side: Any = getattr(config, "image_size", None)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tower(config).eval()(torch.empty(1, 3, side, side))
+    return int(counter.get_total_flops())
+
+
+# --- towers of other libraries --------------------------------------------------------------------------------------
+
+
+def unused_names(module: nn.Module) -> list[str]:
+    """After a backward pass: the modules none of whose parameters has a gradient, outermost first, and single
+    parameters without one."""
+    found: list[str] = []
+    for name, child in module.named_modules():
+        parameters = list(child.parameters())
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and parameters and not inside and all(parameter.grad is None for parameter in parameters):
+            found.append(name)
+    alone = [name for name, parameter in module.named_parameters() if parameter.grad is None]
+    return found + [name for name in alone if not any(name.startswith(f"{outer}.") for outer in found)]
+
+
+def without(module: nn.Module, names: Iterable[str]) -> None:
+    """Take modules and parameters out that no feature goes through, and the counters of batch norms, which are integers
+    among the weights and used with momentum None only."""
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        setattr(owner, leaf, None if leaf in owner._parameters else nn.Identity())
+    for child in module.modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            child.num_batches_tracked = None
+
+
+def row_order(features: Tensor, layout: str, prefix: int) -> Tensor:
+    """Features of a library as float[M, P, E].
+
+    Args:
+        features: float[M, prefix + P, E] (`NLC`), float[M, E, R, C] (`NCHW`) or float[M, R, C, E] (`NHWC`).
+        prefix: class and register tokens before the patches.
+    """
+    if layout == "NLC":
+        return features[:, prefix:]
+    return features.flatten(1, 2) if layout == "NHWC" else features.flatten(2).transpose(1, 2)
+
+
+def check_whole_cells(config: Any, name: str) -> None:
+    """Refuse an image size at which a ConvNet has another number of cells than `image_size // patch_size`."""
+    rows, cell = config.image_size // config.patch_size, config.patch_size
+    if config.layout != "NLC" and rows * cell != config.image_size:
+        raise ConfigError(
+            f"image_size is {config.image_size}, but a cell of {name} is {cell} px; take {rows * cell} or"
+            f" {(rows + 1) * cell}"
+        )
+
+
+def plain(value: Any) -> bool:
+    """Whether a setting holds plain values only."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(plain(item) for item in value)
+    return isinstance(value, str | int | float | bool | None)
+
+
 # --- feature layers -------------------------------------------------------------------------------------------------
 
 
 def choose_layers(kind: str, config: PreTrainedConfig, layer: int | list[int]) -> PreTrainedConfig:
+    """The configuration of a tower whose features are the outputs of these blocks (`choose_blocks`), or the tower's own
+    way of choosing.
+
+    Raises:
+        ConfigError: a tower without this choice, or a layer that it does not have.
+    """
+    if layer in (-1, [-1]):
+        return config
+    module = part("vlm.encoders", kind)
+    if hasattr(module, "choose_layers"):
+        chosen: PreTrainedConfig = module.choose_layers(config, layer)
+        return chosen
+    return choose_blocks(kind, config, layer)
+
+
+def choose_blocks(kind: str, config: PreTrainedConfig, layer: int | list[int]) -> PreTrainedConfig:
     """The configuration of a tower whose features are the outputs of these blocks.
 
     -1 is the last block followed by the final norm, -2 the one before it without a norm, and so on. A list is
@@ -139,13 +249,11 @@ def choose_layers(kind: str, config: PreTrainedConfig, layer: int | list[int]) -
     Raises:
         ConfigError: a tower without this choice, or a layer that it does not have.
     """
-    if layer in (-1, [-1]):
-        return config
     if not hasattr(part("vlm.encoders", kind), "BLOCKS"):
         raise ConfigError(f"layer={layer}: a {kind} tower gives its last layer only; leave it out")
     asked = layer if isinstance(layer, list) else [layer]
     values = config.to_dict()
-    if "feature_layers" in values:
+    if values.get("feature_layers"):
         raise ConfigError(
             f"layer={layer}: this tower has its choice of layers, {values['feature_layers']}; leave it out"
         )

@@ -27,12 +27,15 @@ class ModelConfig:
 
     path: Path | None = None
     """A model directory, as written by `vlm.save` or by an earlier run."""
-    encoder: str | dict[str, Any] | None = None
-    """A SigLIP checkpoint, or a transformers vision configuration (`model_type` and its settings) for new weights."""
+    encoder: str | dict[str, Any] | list[Any] | None = None
+    """A checkpoint, or a vision configuration (`model_type` and its settings) for new weights; `A+B`, or a list of
+    these, fuses towers."""
     encoder_kind: str | None = None
     """Read a SigLIP checkpoint as another kind, such as siglip2_naflex."""
     image_size: int | None = None
     """Side of the square images in pixels; another one than the tower's resamples its position table."""
+    fuse: dict[str, Any] = field(default_factory=dict)
+    """For fused towers whose grids differ: `{grid: [rows, columns], resample: bilinear}`."""
     projector: str | dict[str, Any] = "linear"
     decoder: str | dict[str, Any] | None = None
     """A Gemma checkpoint, or a transformers text configuration for new weights."""
@@ -52,7 +55,7 @@ class ModelConfig:
             raise ConfigError("model: give either `path`, or `encoder` and `decoder`")
         if self.path is None and (self.encoder is None or self.decoder is None):
             raise ConfigError("model: a new model needs both `encoder` and `decoder`")
-        for name in ("encoder_kind", "image_size", "tokenizer", "image"):
+        for name in ("encoder_kind", "image_size", "fuse", "tokenizer", "image"):
             if self.path is not None and getattr(self, name):
                 raise ConfigError(
                     f"model: `{name}` is for a new model and would not change the one at `path`; leave it out, or build"

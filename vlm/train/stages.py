@@ -20,6 +20,7 @@ from vlm import settings
 from vlm.build import new
 from vlm.checkpoints import load, save
 from vlm.data import Example, read_jsonl
+from vlm.encoders import model_types
 from vlm.errors import ConfigError, DataError
 from vlm.model import VLM
 from vlm.processor import Processor
@@ -149,14 +150,23 @@ def make_model(config: ModelConfig) -> tuple[VLM, Processor]:
 
 def _new_model(config: ModelConfig) -> tuple[VLM, Processor]:
     options: dict[str, Any] = {"encoder_kind": config.encoder_kind, "image": config.image or None, "seed": config.seed}
-    options["image_size"] = config.image_size
+    options |= {"image_size": config.image_size, "fuse": config.fuse or None}
+    encoders = config.encoder if isinstance(config.encoder, list) else [config.encoder]
+    towers = [_tower(encoder) for encoder in encoders]
     return new(
-        _part(config.encoder, "encoder"),
+        towers if isinstance(config.encoder, list) else towers[0],
         config.projector,
         _part(config.decoder, "decoder"),
         config.tokenizer,
         **options,
     )
+
+
+def _tower(value: Any) -> Any:
+    """A checkpoint's name, or keys and values: of one of our encoders' configurations, else of transformers'."""
+    if isinstance(value, dict) and value.get("model_type") in model_types():
+        return value
+    return _part(value, "encoder")
 
 
 def _part(value: str | dict[str, Any] | None, name: str) -> Any:
