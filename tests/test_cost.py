@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from coretools import loud, picture
 from torch.nn import functional as F
 
-import vlm
+import vlm.generation
 from vlm.errors import ConfigError, DataError
 from vlm.eval import cost
 from vlm.images import image_size, load_image
@@ -66,7 +68,7 @@ def test_fused_attention_is_counted() -> None:
     query = torch.randn(2, 4, 5, 8)
     for heads in (4, 2):
         key = torch.randn(2, heads, 7, 8)
-        found, _ = cost.counted(lambda key=key: F.scaled_dot_product_attention(query, key, key, enable_gqa=True))
+        found, _ = cost.counted(functools.partial(F.scaled_dot_product_attention, query, key, key, enable_gqa=True))
         assert found == 8960
 
 
@@ -89,7 +91,7 @@ def test_image_tokens(tmp_path: Path) -> None:
     model, naflex = loud("siglip2_naflex", "gemma")
     path = tmp_path / "a.png"
     picture(2, (300, 20)).save(path)
-    images = [picture(0), picture(1, (90, 20)), path]
+    images: list[Any] = [picture(0), picture(1, (90, 20)), path]
     counted = [int((naflex([image], [""]).input_ids == naflex.image_token_id).sum()) for image in images]
     assert len(set(counted)) > 1
     assert cost.image_tokens(naflex, images) == {
@@ -121,9 +123,13 @@ def test_speed_does_all_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = loud("siglip", "gemma")
     lengths: list[tuple[int, ...]] = []
     original = vlm.generation.generate_ids
-    monkeypatch.setattr(
-        vlm.generation, "generate_ids", lambda *args: lengths.append(tuple((o := original(*args)).shape)) or o
-    )
+
+    def watched(*args: Any) -> torch.Tensor:
+        output = original(*args)
+        lengths.append(tuple(output.shape))
+        return output
+
+    monkeypatch.setattr(vlm.generation, "generate_ids", watched)
     model.train()
     images = [picture(i) for i in range(3)]
     found = cost.inference_speed(

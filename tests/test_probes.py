@@ -99,7 +99,7 @@ def test_a_tower_that_diverged_is_refused() -> None:
 
 def test_labelled_files_list_all_their_problems(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "a.png")
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"image": "a.png", "label": "cat"},
         {"image": "../a.png", "label": "cat"},
         {"image": "b.png", "label": "cat"},

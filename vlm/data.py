@@ -15,6 +15,7 @@ Other keys are left alone, unless they look like a misspelt one of these. Probes
 """
 
 import difflib
+import functools
 import json
 import os
 import re
@@ -108,7 +109,7 @@ def read_jsonl(
     """
     unknown = set(require) - {"suffix", "references", "answers"}
     assert not unknown, unknown
-    return _read(path, image_root, skip_bad, lambda *line: _example(*line, require))
+    return _read(path, image_root, skip_bad, functools.partial(_example, require=require))
 
 
 def read_labelled(path: str | Path, image_root: str | Path | None = None) -> list[Labelled]:

@@ -263,10 +263,10 @@ def fit(vectors: Tensor, labels: Tensor, num_classes: int, l2: float, *, start: 
     def loss() -> Tensor:
         solver.zero_grad()
         value = F.cross_entropy(values @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
     with torch.enable_grad():
-        solver.step(loss)  # type: ignore[arg-type]
+        solver.step(loss)
     steps = int(solver.state[weight]["n_iter"])
     return Fit(mean, scale, weight.detach(), bias.detach(), steps, steps < MAX_ITERATIONS)
