@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 import json
@@ -20,10 +21,12 @@ from test_train_processes import run_on_two
 from traintools import COLORS, config, difference, stop_after, tune
 
 import vlm
+import vlm.generation
 import vlm.train
 from vlm.budget import cut, padding
 from vlm.data import read_jsonl
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, ImageError
+from vlm.eval import items
 from vlm.images import image_size
 from vlm.presets import tiny
 from vlm.settings import from_dict
@@ -232,3 +235,80 @@ def test_long_examples_are_counted(naflex: Path, tmp_path: Path, caplog: pytest.
 def test_refused_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict(StageConfig, stage(**changes))
+
+
+# --- answers
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the batches that are generated for."""
+    shapes: list[tuple[int, ...]] = []
+    original = vlm.generation.generate_ids
+
+    def generate_ids(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(batch.input_ids.shape))
+        return original(model, batch, *args, **kwargs)
+
+    monkeypatch.setattr(vlm.generation, "generate_ids", generate_ids)
+    return shapes
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_answers_do_not_depend_on_the_budget(beams: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, processor = loud("siglip2_naflex", "gemma")
+    sizes = [(14 * (1 + i % 4), 14 * (1 + i // 3)) for i in range(9)]
+    images: list[Any] = [picture(i, size) for i, size in enumerate(sizes)]
+    images[3] = tmp_path / "3.png"
+    picture(3, sizes[3]).save(images[3])
+    images[4] = [images[4], images[0]]
+    prompts = ["caption en" if i % 2 else "a" for i in range(9)]
+    alone = [
+        vlm.generate(model, processor, [image], [prompt], max_new_tokens=4, num_beams=beams)[0]
+        for image, prompt in zip(images, prompts, strict=True)
+    ]
+    assert len(set(alone)) > 4
+    shapes = watched(monkeypatch)
+    budget = 100
+    assert (
+        vlm.generate(model, processor, images, prompts, max_new_tokens=4, num_beams=beams, batch_tokens=budget) == alone
+    )
+    assert sum(rows for rows, _ in shapes) == 9 and 1 < len(shapes) < 9
+    assert all(rows * longest * beams <= budget or rows == 1 for rows, longest in shapes)
+    assert [longest for _, longest in shapes] == sorted((longest for _, longest in shapes), reverse=True)
+
+
+def test_images_of_one_size_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is padded although the sizes alternate."""
+    model, processor = loud("siglip2_naflex", "gemma")
+    processor = copy.copy(processor)
+    processor.image_transform = replace(processor.image_transform, naflex="native")
+    images = [picture(i, (56, 56) if i % 2 else (14, 28)) for i in range(8)]
+    lengths = processor.lengths([[image.size] for image in images], [""] * 8)
+    assert len(set(lengths)) == 2
+    shapes = watched(monkeypatch)
+    vlm.generate(model, processor, images, [""] * 8, max_new_tokens=1, batch_tokens=4 * max(lengths))
+    assert shapes[0] == (4, max(lengths)) and padding(lengths, cut(lengths, 4 * max(lengths))).share == 0
+
+
+def test_an_image_that_cannot_be_measured_is_named(tmp_path: Path) -> None:
+    model, processor = loud("siglip2_naflex", "gemma")
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match="sample 'x'.*a.png"):
+        vlm.generate(model, processor, [tmp_path / "a.png"], ["a"], ids=["x"], batch_tokens=100)
+    with pytest.raises(ConfigError, match="batch_tokens is 0"):
+        vlm.generate(model, processor, [picture(0)], ["a"], batch_tokens=0)
+
+
+# --- evaluation
+
+
+def test_the_plan_of_an_evaluation_goes_by_length() -> None:
+    _, processor = loud("siglip2_naflex", "gemma")
+    examples, _ = read_jsonl(mixed())
+    sizes = [items.image_sizes(example) for example in examples]
+    assert sizes == [[Image.open(example.image).size] for example in examples]  # type: ignore[arg-type]
+    lengths = processor.lengths(sizes, [example.prefix for example in examples])
+    assert items.plan(examples, 4, lengths=lengths, batch_tokens=90) == cut(lengths, 90)
+    assert items.plan(examples, 4) == items.plan(examples, 4, lengths=lengths)
+    broken = replace(examples[0], image=Path(__file__))
+    assert items.image_sizes(broken) == []
