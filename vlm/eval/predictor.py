@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -66,6 +66,17 @@ class Predictor(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A predictor that knows how long an item is, so that batches can be formed by a budget of tokens."""
+
+    def lengths(
+        self, image_sizes: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[str], *, ids: Sequence[str]
+    ) -> list[int]:
+        """Image and prompt tokens of each item, from the (width, height) of its images."""
+        ...
+
+
 class ModelPredictor:
     """A `vlm` model with its processor, through `vlm.generate`.
 
@@ -95,6 +106,11 @@ class ModelPredictor:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "images": self.processor.image_transform.describe(),
         }
+
+    def lengths(
+        self, image_sizes: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[str], *, ids: Sequence[str]
+    ) -> list[int]:
+        return self.processor.lengths(image_sizes, prompts, ids=ids)
 
     def predict(
         self, images: Sequence[Pictures], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
