@@ -18,7 +18,7 @@ LAYERS = (
     ("data", "piece_model", "tokenizer", "prompts", "processor", "encoders", "projectors"),
     ("model", "beam", "generation", "build", "checkpoints", "presets", "info", "siglip"),
     ("eval", "train", "check"),
-    ("demo", "cli", "__main__"),
+    ("demo", "compare", "cli", "__main__"),
 )
 # What each layer may take from outside the standard library, beyond what the layers below may.
 THIRD_PARTY: tuple[set[str], ...] = (
@@ -50,7 +50,7 @@ FORBIDDEN = [
     ("vlm.images", "torch"),
 ]
 # Only these may import a module whose name they compute; each looks it up in a list of our own names first.
-DYNAMIC_IMPORTS = {"vlm", "vlm.config", "vlm.encoders", "vlm.projectors", "vlm.eval", "vlm.train"}
+DYNAMIC_IMPORTS = {"vlm", "vlm.config", "vlm.encoders", "vlm.projectors", "vlm.eval", "vlm.train", "vlm.compare"}
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def test_nothing_can_run_code_from_a_checkpoint() -> None:
 
 
 def test_light_modules_do_not_load_torch() -> None:
-    light = "cli.commands", "train", "train.config", "eval", "eval.metrics", "demo", "data", "images"
+    light = "cli.commands", "train", "train.config", "eval", "eval.metrics", "demo", "data", "images", "compare", "compare.config"
     heavy = ("torch", "transformers", "lightning", "matplotlib")
     code = f"import sys, {', '.join('vlm.' + name for name in light)}; print([n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

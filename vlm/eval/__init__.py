@@ -14,6 +14,8 @@ _HOMES = {
     "write_report": "report",
     "breakdown": "report",
     "Curve": "charts",
+    "Dot": "charts",
+    "Scatter": "charts",
     "Curves": "report",
     "Figure": "report",
     "Gallery": "report",
@@ -32,6 +34,8 @@ __all__ = list(_HOMES)
 if TYPE_CHECKING:
     from . import metrics as metrics
     from .charts import Curve as Curve
+    from .charts import Dot as Dot
+    from .charts import Scatter as Scatter
     from .harness import evaluate as evaluate
     from .predictor import Predictor as Predictor
     from .report import Curves as Curves

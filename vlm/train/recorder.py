@@ -4,8 +4,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 
 from vlm.errors import VLMError
+from vlm.eval.cost import peak_memory_bytes
 from vlm.train import checkpoint, optim, parts
 from vlm.train.data import MicroBatch
 from vlm.train.failures import Failures
@@ -32,6 +34,7 @@ class Recorder(pl.Callback):
     def __init__(self, main: bool, finished: list[str]) -> None:
         self.main, self.finished = main, finished
         self._metrics: MetricsFile | None = None
+        self._device: torch.device | None = None
 
     def begin(
         self,
@@ -61,7 +64,12 @@ class Recorder(pl.Callback):
         """Called after the last step, when the frozen parts were compared."""
         if self.main:
             path = self.stage.folder / "manifest.json"
-            extra = {"stage": self.stage.config.name, "frozen_before": self.frozen, "frozen_after": frozen}
+            extra = {
+                "stage": self.stage.config.name,
+                "frozen_before": self.frozen,
+                "frozen_after": frozen,
+                "peak_memory_bytes": None if self._device is None else peak_memory_bytes(self._device),
+            }
             parts.write_manifest(path, self.rows, **extra)
         self.close()
 
@@ -76,6 +84,7 @@ class Recorder(pl.Callback):
     # --- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._device = pl_module.device
         if self._scaler is not None:
             trainer.precision_plugin.load_state_dict(self._scaler)
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from vlm import settings
-from vlm.build import new
+from vlm.build import new, tower
 from vlm.checkpoints import load, save
 from vlm.data import Example, read_jsonl
 from vlm.errors import ConfigError, DataError
@@ -31,6 +32,7 @@ from vlm.train.quiet import quiet_transformers
 from vlm.train.recorder import Recorder
 from vlm.train.signals import StopSignal
 from vlm.train.stage import Stage, make_stage, train_stage
+from vlm.transforms import ImageTransform
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +156,16 @@ def _new_model(config: ModelConfig) -> tuple[VLM, Processor]:
         _part(config.decoder, "decoder"),
         config.tokenizer,
         **options,
+    )
+
+
+def make_tower(config: ModelConfig) -> tuple[str, PreTrainedConfig, ImageTransform]:
+    """Kind, configuration and image transform of the tower that `make_model` would make. Raises `VLMError`."""
+    return tower(
+        _part(config.encoder, "encoder"),
+        encoder_kind=config.encoder_kind,
+        image_size=config.image_size,
+        image=config.image or None,
     )
 
 
