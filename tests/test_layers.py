@@ -18,7 +18,7 @@ LAYERS = (
     ("data", "piece_model", "tokenizer", "prompts", "processor", "encoders", "projectors"),
     ("model", "beam", "generation", "towers", "build", "checkpoints", "presets", "info", "siglip"),
     ("eval", "train", "check"),
-    ("demo", "cli", "__main__"),
+    ("demo", "compare", "cli", "__main__"),
 )
 # What each layer may take from outside the standard library, beyond what the layers below may.
 THIRD_PARTY: tuple[set[str], ...] = (
@@ -58,6 +58,7 @@ DYNAMIC_IMPORTS = {
     "vlm.eval",
     "vlm.eval.tasks.loaders",
     "vlm.train",
+    "vlm.compare",
 }
 
 
@@ -214,6 +215,7 @@ def test_nothing_can_run_code_from_a_checkpoint() -> None:
 
 def test_light_modules_do_not_load_torch() -> None:
     light = "cli.commands", "train", "train.config", "eval", "eval.metrics", "eval.tasks", "demo", "data", "images"
+    light += "compare", "compare.config"
     heavy = ("torch", "transformers", "lightning", "matplotlib")
     code = f"import sys, {', '.join('vlm.' + name for name in light)}; print([n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.cli import check, console, demo, eval_, export, import_, new, score
+from vlm.cli import check, compare, console, demo, eval_, export, import_, new, score
 from vlm.cli.options import (
     Parser,
     Run,
@@ -45,6 +45,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
         _train,
         eval_.add,
         score.add,
+        compare.add,
         _caption,
         _ask,
         _info,

@@ -17,6 +17,8 @@ _HOMES = {
     "write_report": "report",
     "breakdown": "report",
     "Curve": "charts",
+    "Dot": "charts",
+    "Scatter": "charts",
     "Curves": "report",
     "Figure": "report",
     "Gallery": "report",
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from . import metrics as metrics
     from . import tasks as tasks
     from .charts import Curve as Curve
+    from .charts import Dot as Dot
+    from .charts import Scatter as Scatter
     from .harness import evaluate as evaluate
     from .job import Options as Options
     from .predictor import Predictor as Predictor

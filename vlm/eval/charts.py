@@ -1,4 +1,5 @@
-"""Line charts as inline SVG: no picture files, sharp at any size, colours from the page (light or dark)."""
+"""Line charts and scatter plots as inline SVG: no picture files, sharp at any size, colours from the page (light or
+dark)."""
 
 from __future__ import annotations
 
@@ -37,6 +38,33 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Dot:
+    """A named point of a scatter plot, with a whisker from `low` to `high` where they are given."""
+
+    name: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A chart of named points, such as quality against cost.
+
+    Attributes:
+        title: heading above the chart.
+        dots: one per name; those of one x are set side by side, so that all whiskers are seen.
+        x_label, y_label: axis names; say the unit.
+    """
+
+    title: str
+    dots: Sequence[Dot]
+    x_label: str = ""
+    y_label: str = ""
+
+
+@dataclass(frozen=True)
 class _Axis:
     """One axis: data range, pixel range, ticks as (value, text)."""
 
@@ -71,6 +99,60 @@ def draw(curve: Curve) -> str:
             ]
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(curve.title)}">{"".join(parts)}</svg>'
     return svg + _legend(list(lines))
+
+
+def draw_scatter(scatter: Scatter) -> str:
+    """The chart as a self-contained `<svg>` element followed by its legend."""
+    if not scatter.dots:
+        return '<p class="empty">no points to draw</p>'
+    heights = [y for dot in scatter.dots for y in (dot.y, dot.low, dot.high) if y is not None]
+    # A little room at both ends, so that no point sits on the frame.
+    xs = [dot.x for dot in scatter.dots]
+    room = (max(xs) - min(xs)) * 0.06
+    x_axis = _axis([min(xs) - room, max(xs) + room], _LEFT, _WIDTH - _RIGHT)
+    y_axis = _axis(heights, _HEIGHT - _BOTTOM, _TOP)
+    parts = [_grid(x_axis, y_axis, Curve(scatter.title, {}, scatter.x_label, scatter.y_label))]
+    for index, (dot, x) in enumerate(zip(scatter.dots, _side_by_side([x_axis.at(x) for x in xs]), strict=True)):
+        if dot.low is not None and dot.high is not None:
+            top, bottom = y_axis.at(dot.high), y_axis.at(dot.low)
+            line = f"M{x - 4:.1f},{top:.1f}h8M{x:.1f},{top:.1f}V{bottom:.1f}M{x - 4:.1f},{bottom:.1f}h8"
+            parts.append(f'<path d="{line}" stroke="{_colour(index)}" stroke-width="1.5" fill="none"/>')
+        parts.append(_symbol(index, x, y_axis.at(dot.y)))
+    label = escape(scatter.title)
+    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    keys = (
+        f'<span><svg class="key" viewBox="0 0 14 14">{_symbol(index, 7, 7)}</svg>{escape(dot.name)}</span>'
+        for index, dot in enumerate(scatter.dots)
+    )
+    return svg + f'<div class="legend">{"".join(keys)}</div>'
+
+
+def _side_by_side(places: Sequence[float], gap: float = 12) -> list[float]:
+    """Pixels moved apart where several are closer than `gap`, each group around its middle."""
+    moved, order = list(places), sorted(range(len(places)), key=lambda i: places[i])
+    group: list[int] = []
+    for index in [*order, -1]:
+        if group and (index < 0 or places[index] - places[group[-1]] >= gap):
+            middle = sum(places[i] for i in group) / len(group)
+            for rank, member in enumerate(group):
+                moved[member] = middle + gap * (rank - (len(group) - 1) / 2) if len(group) > 1 else places[member]
+            group = []
+        group.append(index)
+    return moved
+
+
+def _colour(index: int) -> str:
+    return f"var(--line-{index % NUM_COLOURS})"
+
+
+def _symbol(index: int, x: float, y: float) -> str:
+    """A filled mark; when the colours are used up, the next shape."""
+    shape, fill = index // NUM_COLOURS % 3, f'fill="{_colour(index)}"'
+    if shape == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" {fill}/>'
+    if shape == 1:
+        return f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" {fill}/>'
+    return f'<path d="M{x:.1f},{y - 6.5:.1f}l6.5,6.5l-6.5,6.5l-6.5,-6.5z" {fill}/>'
 
 
 def _legend(names: Sequence[str]) -> str:

@@ -62,6 +62,7 @@ svg text { fill: var(--soft); font-size: 13px; font-family: inherit; }
 svg .grid { stroke: var(--rule); } svg .mark { stroke: var(--soft); stroke-dasharray: 4 4; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; font-size: .85rem; color: var(--soft); margin-top: .4rem; }
 .legend i { display: inline-block; width: 14px; height: 3px; margin-right: .45em; vertical-align: middle; }
+.legend .key { display: inline-block; width: 14px; height: 14px; margin-right: .35em; vertical-align: -2px; }
 .filters { display: flex; flex-wrap: wrap; gap: .5rem; margin: .2rem 0 1rem; align-items: center; }
 .filters button, .filters select {
   font: inherit; font-size: .88rem; color: var(--ink); background: var(--card); border: 1px solid var(--rule);
@@ -80,6 +81,10 @@ svg .grid { stroke: var(--rule); } svg .mark { stroke: var(--soft); stroke-dasha
 .card .said { font-weight: 600; } .card .said.none { color: var(--soft); font-style: italic; font-weight: 400; }
 .card .gold { font-size: .88rem; color: var(--soft); } .card .gold bdi { color: var(--ink); }
 .card .prompt, .card .said, .card .gold { overflow-wrap: anywhere; white-space: pre-wrap; }
+.card .answer { display: flex; justify-content: space-between; gap: .8rem; font-size: .88rem; line-height: 1.4; }
+.card .answer .by { color: var(--soft); white-space: nowrap; } .card .answer .none { color: var(--soft); }
+.card .answer span:last-child { text-align: right; overflow-wrap: anywhere; }
+.card .answer .yes { color: var(--right); } .card .answer .no { color: var(--wrong); }
 .card .foot {
   display: flex; justify-content: space-between; gap: .5rem; margin-top: auto; padding-top: .35rem; font-size: .78rem;
   color: var(--soft);

@@ -24,7 +24,7 @@ from PIL import Image
 from vlm.errors import ImageError
 from vlm.images import load_image
 
-from .charts import Curve, draw
+from .charts import Curve, Scatter, draw, draw_scatter
 from .page import page, text
 
 ImageLike = str | Path | bytes | Image.Image
@@ -94,6 +94,7 @@ class GalleryItem:
         kind: group for the filter menu, such as the kind of question.
         note: a further line, such as what another model said.
         pick: why the item is shown, such as best, worst or random; a filter where cards have several.
+        answers: what several models said, as (model, text, right or wrong or None); instead of `prediction`.
     """
 
     image: ImageLike | None
@@ -106,6 +107,7 @@ class GalleryItem:
     kind: str = ""
     note: str = ""
     pick: str = ""
+    answers: Sequence[tuple[str, str, bool | None]] = ()
 
 
 # --- Sections -------------------------------------------------------------------------------------------------------
@@ -193,9 +195,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Curves:
-    """Panels with line charts (`Curve`) and pictures (`Figure`, or just an image)."""
+    """Panels with charts (`Curve`, `Scatter`) and pictures (`Figure`, or just an image)."""
 
-    items: Sequence[Curve | Figure | ImageLike]
+    items: Sequence[Curve | Scatter | Figure | ImageLike]
     title: str = "Curves"
     note: str = ""
 
@@ -204,7 +206,9 @@ class Curves:
         return _heading(self.title, self.note) + f'<div class="panels">{panels}</div>'
 
     @staticmethod
-    def _panel(item: Curve | Figure | ImageLike) -> str:
+    def _panel(item: Curve | Scatter | Figure | ImageLike) -> str:
+        if isinstance(item, Scatter):
+            return f"<h3>{text(item.title)}</h3>{draw_scatter(item)}"
         if isinstance(item, Curve):
             return f"<h3>{text(item.title)}</h3>{draw(item)}"
         figure = item if isinstance(item, Figure) else Figure(item)
@@ -359,9 +363,7 @@ def _mark(item: GalleryItem) -> str:
 
 
 def _card(item: GalleryItem) -> str:
-    said = f'<div class="said"><bdi>{text(item.prediction)}</bdi></div>'
-    if not item.prediction.strip():
-        said = '<div class="said none">(empty)</div>'
+    said = "".join(_answer(*answer) for answer in item.answers) or _said(item.prediction)
     gold = " · ".join(f"<bdi>{text(reference)}</bdi>" for reference in dict.fromkeys(item.references))
     gold = f'<div class="gold">expected: {gold}</div>' if gold else ""
     note = f'<div class="gold">{text(item.note)}</div>' if item.note else ""
@@ -371,6 +373,18 @@ def _card(item: GalleryItem) -> str:
         f'<div class="prompt"><bdi>{text(item.prompt)}</bdi></div>{said}{gold}{note}'
         f'<div class="foot"><code>{text(item.id)}</code>{_badge(item)}</div></div></article>'
     )
+
+
+def _said(prediction: str) -> str:
+    if not prediction.strip():
+        return '<div class="said none">(empty)</div>'
+    return f'<div class="said"><bdi>{text(prediction)}</bdi></div>'
+
+
+def _answer(name: str, said: str, right: bool | None) -> str:
+    mark = {None: "", True: '<b class="yes">✓</b>', False: '<b class="no">✗</b>'}[right]
+    shown = f"<bdi>{text(said)}</bdi>" if said.strip() else '<span class="none">(empty)</span>'
+    return f'<div class="answer"><span class="by">{text(name)}</span><span>{mark} {shown}</span></div>'
 
 
 def _badge(item: GalleryItem) -> str:

@@ -141,17 +141,17 @@ def write_manifest(path: Path, rows: list[Row], **extra: Any) -> None:
 
 
 def frozen_digests(model: nn.Module, stage: StageConfig) -> dict[str, str]:
-    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers of each frozen part."""
-    digests = {}
-    for part, module in parts_of(model).items():
-        if part in stage.train:
-            continue
-        digest = hashlib.sha256()
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-        digests[part] = digest.hexdigest()
-    return digests
+    """The digest of each frozen part."""
+    return {part: digest(module) for part, module in parts_of(model).items() if part not in stage.train}
+
+
+def digest(module: nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers."""
+    total = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def trained_tensors(model: nn.Module, stage: StageConfig) -> dict[str, torch.Tensor]:

@@ -56,7 +56,11 @@ class Mixture:
     def example(self, position: int) -> int:
         """Index of the example at a position of the endless line, counted through the files one after the other."""
         epoch, place = divmod(position, self.epoch_length)
-        return int(_epoch_order(self, epoch)[place])
+        return int(self.order(epoch)[place])
+
+    def order(self, epoch: int) -> np.ndarray:
+        """int64[epoch_length]: the examples of one epoch in the order they are seen."""
+        return _epoch_order(self, epoch)
 
     def epoch(self, position: int) -> int:
         return position // self.epoch_length

@@ -4,8 +4,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 
 from vlm.errors import VLMError
+from vlm.eval.cost import peak_memory_bytes
 from vlm.train import checkpoint, metrics, optim, parts
 from vlm.train.data import MicroBatch
 from vlm.train.evaluate import Evaluator
@@ -34,6 +36,7 @@ class Recorder(pl.Callback):
         self.main, self.finished = main, finished
         self._metrics: MetricsFile | None = None
         self._evaluations: MetricsFile | None = None
+        self._device: torch.device | None = None
 
     def begin(
         self,
@@ -72,7 +75,12 @@ class Recorder(pl.Callback):
             log.warning("stage %s: %d examples were longer than batch_tokens in this process", name, count)
         if self.main:
             path = self.stage.folder / "manifest.json"
-            extra = {"stage": self.stage.config.name, "frozen_before": self.frozen, "frozen_after": frozen}
+            extra = {
+                "stage": self.stage.config.name,
+                "frozen_before": self.frozen,
+                "frozen_after": frozen,
+                "peak_memory_bytes": None if self._device is None else peak_memory_bytes(self._device),
+            }
             parts.write_manifest(path, self.rows, **extra)
         self.close()
 
@@ -90,6 +98,7 @@ class Recorder(pl.Callback):
     # --- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._device = pl_module.device
         if self._scaler is not None:
             trainer.precision_plugin.load_state_dict(self._scaler)
 

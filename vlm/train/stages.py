@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from vlm import settings
-from vlm.build import new
+from vlm.build import new, tower
 from vlm.checkpoints import load, save
 from vlm.data import Example, read_jsonl
 from vlm.encoders import model_types
@@ -33,6 +34,7 @@ from vlm.train.quiet import quiet_transformers
 from vlm.train.recorder import Recorder
 from vlm.train.signals import StopSignal
 from vlm.train.stage import Stage, make_stage, train_stage
+from vlm.transforms import ImageTransform
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +169,16 @@ def _tower(value: Any) -> Any:
     if isinstance(value, dict) and value.get("model_type") in model_types():
         return value
     return _part(value, "encoder")
+
+
+def make_tower(config: ModelConfig) -> tuple[str, PreTrainedConfig, ImageTransform]:
+    """Kind, configuration and image transform of the tower that `make_model` would make. Raises `VLMError`."""
+    return tower(
+        _tower(config.encoder),
+        encoder_kind=config.encoder_kind,
+        image_size=config.image_size,
+        image=config.image or None,
+    )
 
 
 def _part(value: str | dict[str, Any] | None, name: str) -> Any:

@@ -1,0 +1,181 @@
+"""A comparison from start to end: plan, run what is not there yet, summarise, report."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.compare import match, page, table
+from vlm.compare.config import CompareConfig, make_arms, run_config
+from vlm.compare.match import How, Matched
+from vlm.compare.processes import Server, run_all, slots, visible_gpus
+from vlm.compare.runs import Spec, claim, make_specs
+from vlm.compare.summary import summarise
+from vlm.data import Example, read_jsonl, read_labelled
+from vlm.errors import ConfigError, DataError, TrainingError
+from vlm.eval import items
+from vlm.eval.metrics import registry
+from vlm.eval.store import write_json
+from vlm.train.stages import read_sources
+
+log = logging.getLogger(__name__)
+
+RESULT, CSV, REPORT = "comparison.json", "comparison.csv", "report.html"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run."""
+
+    arms: list[Matched]
+    seeds: list[int]
+    how: How
+    tasks: dict[str, list[Example]]
+
+
+def plan(
+    config: CompareConfig,
+    *,
+    encoders: Sequence[str] = (),
+    projectors: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    how: How = "tokens",
+) -> Plan:
+    """Choose and match the arms, and read all data once, so that what must be refused is refused before the first run.
+
+    Raises `VLMError`.
+    """
+    arms = make_arms(config, encoders, projectors)
+    chosen = list(dict.fromkeys(seeds or config.seeds))
+    for arm in arms:
+        run_config(config, arm, chosen[0], Path("out"))
+    for name, task in config.tasks.items():
+        try:
+            registry.expand(task.metrics)
+        except ConfigError as error:
+            raise ConfigError(f"tasks.{name}: {error}") from error
+    read_sources(run_config(config, arms[0], chosen[0], Path("out")), skip_bad=False)
+    tasks = {name: _read_task(config, name) for name in config.tasks}
+    if config.probes is not None:
+        for path in (config.probes.train, config.probes.test):
+            read_labelled(path, config.probes.image_root)
+    sizes = match.sizes_of([example.image for example in next(iter(tasks.values()))])
+    if not sizes:
+        raise DataError(f"{next(iter(config.tasks.values())).data}: none of the images can be opened")
+    return Plan(match.match(arms, how, sizes, config.tokens), chosen, how, tasks)
+
+
+def compare(
+    config: CompareConfig,
+    out: str | Path,
+    *,
+    encoders: Sequence[str] = (),
+    projectors: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    how: How = "tokens",
+    jobs: int | None = None,
+    encoder_class: str | None = None,
+    server: Server | None = None,
+) -> dict[str, Any]:
+    """Run the comparison in `out`, or go on with it, and return what `comparison.json` holds.
+
+    Finished runs are never run again; a run that was interrupted goes on after its newest checkpoint; one that failed
+    is tried again. A run that fails takes no other with it: it is listed under `failed`.
+
+    Args:
+        encoders, projectors: names of the configuration, or checkpoints and projector kinds; none: all that it has.
+        seeds: of data order and new weights; none: those of the configuration.
+        how: what is made equal between towers, as far as possible: `tokens`, `resolution` or `none`.
+        jobs: runs at once; None: one per GPU, or one.
+        encoder_class: an encoder of the user's own, made known in every process.
+        server: one that starts the runs' processes, for several comparisons in one program; None starts one.
+
+    Raises:
+        VLMError: what a person can mend; nothing was run then, or no run came to its end.
+        Stopped: (a SystemExit) a signal came; the runs saved and left.
+    """
+    folder = Path(out)
+    made = plan(config, encoders=encoders, projectors=projectors, seeds=seeds, how=how)
+    log.info("%s", match.table(made.arms, how))
+    with _locked(folder):
+        specs = make_specs(config, [item.arm for item in made.arms], made.seeds, folder, encoder_class)
+        for spec in specs:
+            claim(spec)
+        accelerator = specs[0].run.accelerator
+        failed = run_all(specs, slots(jobs, visible_gpus(accelerator)), _tell, server)
+        if not any(spec.finished for spec in specs):
+            raise TrainingError(
+                "no run came to its end: " + "; ".join(f"{name}: {why}" for name, why in failed.items())
+            )
+        return _write(folder, config, made, specs, failed)
+
+
+def _tell(spec: Spec) -> None:
+    """The figures of a run that has just ended, in a line."""
+    told = [
+        f"{task} {metric} {found['value']:.4f}"
+        for task, facts in spec.measurements()["tasks"].items()
+        for metric, found in facts["metrics"].items()
+    ]
+    log.info("  %s", ", ".join(told))
+
+
+def _write(
+    folder: Path, config: CompareConfig, made: Plan, specs: Sequence[Spec], failed: dict[str, str]
+) -> dict[str, Any]:
+    groups = {
+        task: {example.id: items.image_name(example) for example in examples} for task, examples in made.tasks.items()
+    }
+    asked = {
+        "match": made.how,
+        "seeds": made.seeds,
+        "arms": [item.arm.name for item in made.arms],
+        "tokens": config.tokens,
+        "tasks": {name: str(task.data) for name, task in config.tasks.items()},
+    }
+    result = summarise(specs, made.arms, groups, failed, asked)
+    write_json(folder / RESULT, result)
+    finished = [spec for spec in specs if spec.finished]
+    _replace(folder / CSV, table.as_csv([spec.measurements() for spec in finished]))
+    page.write(folder / REPORT, result, finished, made.tasks)
+    return result
+
+
+def _read_task(config: CompareConfig, name: str) -> list[Example]:
+    task = config.tasks[name]
+    examples = read_jsonl(task.data, image_root=task.image_root, require=())[0][: task.limit]
+    items.check(examples)
+    return examples
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second comparison out of the same folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot write there: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ConfigError(
+            f"{folder}: another comparison is running in this folder; wait for it, or use another"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)

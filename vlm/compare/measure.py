@@ -1,0 +1,304 @@
+"""What is measured of a trained run: quality, costs, the tower by itself before and after, and what was held fixed.
+
+In this order, because the memory of a process only grows: inference first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm.checkpoints import load
+from vlm.compare import fixed
+from vlm.compare.config import ProbeConfig, TaskConfig
+from vlm.compare.runs import MEASUREMENTS, Spec
+from vlm.data import Example, Labelled, read_jsonl
+from vlm.errors import CheckpointError, DataError
+from vlm.eval import results
+from vlm.eval.cost import count_parameters, flops_per_image, image_tokens, inference_speed
+from vlm.eval.harness import evaluate
+from vlm.eval.probes import ProbeResult, probe, read_labelled, why_no_zero_shot, zero_shot
+from vlm.eval.store import write_json
+from vlm.model import VLM
+from vlm.processor import Processor
+from vlm.train import metrics, parts
+from vlm.train.config import RunConfig
+from vlm.train.quiet import quiet_transformers
+from vlm.train.stages import data_digest, read_sources
+
+log = logging.getLogger(__name__)
+
+TOKEN_IMAGES = 500
+"""Images whose tokens are counted."""
+SPEED_REPEATS = 3
+
+
+def measure(spec: Spec) -> None:
+    """Measure a finished training run and write `measurements.json`. Raises `VLMError`."""
+    run = spec.run
+    device = "cuda" if run.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    tasks = {name: read_task(task) for name, task in spec.tasks.items()}
+    with quiet_transformers():
+        model, processor = load(run.out / "model", device=device)
+        facts = {
+            "arm": spec.arm,
+            "encoder": spec.encoder,
+            "projector": spec.projector,
+            "seed": spec.seed,
+            "images": processor.image_transform.describe(),
+            "encoder_kind": model.config.encoder,
+            **costs(model, processor, spec, tasks),
+            "training": training_facts(run),
+            "tasks": {name: score(model, processor, spec, name) for name in tasks},
+            "probes": None if spec.probes is None else probes(model, processor, spec, spec.probes, device),
+            "fixed": fixed_facts(spec),
+            "conditions": conditions(device),
+        }
+    write_json(spec.folder / MEASUREMENTS, facts)
+    if not spec.keep_checkpoints:
+        for stage in run.stages:
+            shutil.rmtree(run.out / stage.name / "checkpoints", ignore_errors=True)
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+def read_task(task: TaskConfig) -> list[Example]:
+    """The items of a task. Raises `DataError`."""
+    return read_jsonl(task.data, image_root=task.image_root, require=())[0][: task.limit]
+
+
+def costs(model: VLM, processor: Processor, spec: Spec, tasks: dict[str, list[Example]]) -> dict[str, Any]:
+    """Speed and memory of inference, image tokens, parameters and floating-point operations.
+
+    Speed is measured on the first images of the first task, in batches of its size, with as many new tokens as it
+    allows, so that towers do the same work whatever they say.
+    """
+    task = next(iter(spec.tasks.values()))
+    items = list({str(example.image): example for example in next(iter(tasks.values()))}.values())
+    shown = items[: spec.speed_images]
+    prompts = [example.prefix for example in shown]
+    speed = inference_speed(
+        model,
+        processor,
+        [example.image for example in shown],
+        prompts,
+        batch_size=min(task.batch_size, len(shown)),
+        max_new_tokens=task.max_new_tokens,
+        repeats=SPEED_REPEATS,
+    )
+    every = {str(example.image): example.image for examples in tasks.values() for example in examples}
+    trained = sorted({part for stage in spec.run.stages for part in stage.train})
+    return {
+        "inference": {**speed, "batch_size": min(task.batch_size, len(shown)), "new_tokens": task.max_new_tokens},
+        "image_tokens": image_tokens(processor, list(every.values())[:TOKEN_IMAGES]),
+        "parameters": {**count_parameters(model, trained), "trained_parts": trained},
+        "flops": flops_per_image(model, processor, shown[0].image, prompts[0]),
+    }
+
+
+def training_facts(run: RunConfig) -> dict[str, Any]:
+    """Speed and memory of training, from what the run recorded.
+
+    Images per second of a stage: the median over its steps, without the first tenth, of the rate over the last ten
+    seconds; of the run: all images by all seconds at these rates. Peak memory: the largest of the stages.
+    """
+    rows = metrics.read(run.out / "metrics.csv")
+    stages = []
+    for stage in run.stages:
+        own = [row for row in rows if row["stage"] == stage.name]
+        rates = [float(row["examples_per_s"]) for row in own[len(own) // 10 :]]
+        manifest = json.loads((run.out / stage.name / "manifest.json").read_text(encoding="utf-8"))
+        stages.append(
+            {
+                "name": stage.name,
+                "steps": len(own),
+                "images": len(own) * stage.batch_size,
+                "images_per_second": statistics.median(rates),
+                "peak_memory_bytes": manifest.get("peak_memory_bytes"),
+                "final_loss": statistics.fmean(float(row["loss"]) for row in own[-max(1, len(own) // 20) :]),
+            }
+        )
+    images = sum(stage["images"] for stage in stages)
+    seconds = sum(stage["images"] / stage["images_per_second"] for stage in stages)
+    peaks = [stage["peak_memory_bytes"] for stage in stages if stage["peak_memory_bytes"] is not None]
+    failures = run.out / "failures.jsonl"
+    return {
+        "images": images,
+        "seconds": seconds,
+        "images_per_second": images / seconds,
+        "peak_memory_bytes": max(peaks) if peaks else None,
+        "failed_images": len(failures.read_text().splitlines()) if failures.exists() else 0,
+        "stages": stages,
+    }
+
+
+# --- quality ----------------------------------------------------------------------------------------------------------
+
+
+def score(model: VLM, processor: Processor, spec: Spec, name: str) -> dict[str, Any]:
+    """One task, evaluated as `vlm eval` does; goes on where it stopped."""
+    task = spec.tasks[name]
+    outcome = evaluate(
+        (model, processor),
+        task.data,
+        task.metrics,
+        spec.folder / "eval" / name,
+        batch_size=task.batch_size,
+        max_new_tokens=task.max_new_tokens,
+        num_beams=task.num_beams,
+        limit=task.limit,
+        image_root=task.image_root,
+        report=False,
+        progress=False,
+    )
+    return {
+        "metrics": outcome["metrics"],
+        "num_items": outcome["num_items"],
+        "skipped": outcome["skipped"],
+        "data_sha256": outcome["data"]["sha256"],
+    }
+
+
+def probes(model: VLM, processor: Processor, spec: Spec, config: ProbeConfig, device: str) -> dict[str, Any]:
+    """The tower alone, as the run began and as it ended."""
+    train = read_labelled(config.train, config.image_root)
+    test = read_labelled(config.test, config.image_root)
+    data = labelled_digest([*train, *test])
+    after = _probed(model, processor, spec, config, (train, test), device)
+    start, start_processor = load(spec.run.out / "start", device=device)
+    key = hashlib.sha256(
+        json.dumps(
+            [
+                parts.digest(start.parts()["encoder"]),
+                start_processor.image_transform.to_dict(),
+                asdict(config),
+                data,
+                _text_tower(spec),
+            ],
+            default=str,
+        ).encode()
+    ).hexdigest()
+    # The same tower begins the runs of all seeds and projectors.
+    kept = spec.folder.parents[2] / "probes" / f"{key[:32]}.json"
+    if kept.is_file():
+        before = json.loads(kept.read_text(encoding="utf-8"))
+    else:
+        before = _probed(start, start_processor, spec, config, (train, test), device)
+        kept.parent.mkdir(exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(before), encoding="utf-8")
+        partial.replace(kept)
+    return {"data_sha256": data, "before": before, "after": after}
+
+
+def _probed(
+    model: VLM,
+    processor: Processor,
+    spec: Spec,
+    config: ProbeConfig,
+    data: tuple[Sequence[Labelled], Sequence[Labelled]],
+    device: str,
+) -> dict[str, Any]:
+    """Name of the probe -> accuracy and what it rests on."""
+    tower, transform = model.model.vision_tower, processor.image_transform
+    train, test = data
+    found = probe(tower, transform, train, test, batch_size=config.batch_size, k=config.k, device=device)
+    told = {name: _told(result) for name, result in found.items()}
+    source = _text_tower(spec)
+    if source is None:
+        return told
+    try:
+        reason = why_no_zero_shot(source, tower)
+        classes = sorted({item.label for item in train})
+        if reason is None:
+            result = zero_shot(
+                source, tower, transform, test, classes, config.templates, batch_size=config.batch_size, device=device
+            )
+            return told if result is None else {**told, "zero_shot": _told(result)}
+    except CheckpointError as error:
+        reason = str(error)
+    log.info("no zero-shot accuracy: %s", reason)
+    return told
+
+
+def _text_tower(spec: Spec) -> str | None:
+    """Where the tower came from, if that may hold a text tower too."""
+    return spec.run.model.encoder if isinstance(spec.run.model.encoder, str) else None
+
+
+def _told(result: ProbeResult) -> dict[str, Any]:
+    return {
+        "accuracy": result.accuracy,
+        "num_train": result.num_train,
+        "num_test": result.num_test,
+        "num_classes": result.num_classes,
+        "settings": result.settings,
+    }
+
+
+def labelled_digest(items: Sequence[Labelled]) -> str:
+    """sha256 over ids, labels and image names."""
+    digest = hashlib.sha256()
+    for item in items:
+        name = item.image.name if isinstance(item.image, Path) else "image in memory"
+        digest.update(json.dumps([item.id, item.label, name]).encode())
+    return digest.hexdigest()
+
+
+# --- what was held fixed ----------------------------------------------------------------------------------------------
+
+
+def fixed_facts(spec: Spec) -> dict[str, Any]:
+    """Digests of what this run really used; see `vlm.compare.fixed`.
+
+    Raises `DataError`: the training data is not what the run was trained on any more.
+    """
+    run = spec.run
+    recorded = json.loads((run.out / "model" / "training.json").read_text(encoding="utf-8"))["data_sha256"]
+    examples, counts, _ = read_sources(run, skip_bad=False)
+    if data_digest(examples) != recorded:
+        raise DataError(
+            f"the training data changed after {spec.name} was trained; delete {spec.folder} to run it again"
+        )
+    start, processor = load(run.out / "start")
+    own = start.parts()
+    shapes = [[name, list(tensor.shape)] for name, tensor in own["projector"].named_parameters()]
+    return {
+        "data": recorded,
+        "order": fixed.order_digest(run, counts),
+        "seen": fixed.seen_digest(run.out),
+        "settings": fixed.shared_settings(run.out),
+        "tokenizer": hash_tokenizer(processor),
+        "decoder": parts.digest(own["decoder"]),
+        "projector": parts.digest(own["projector"]),
+        "projector_shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+        "encoder": parts.digest(own["encoder"]),
+    }
+
+
+def hash_tokenizer(processor: Processor) -> str:
+    """sha256 over the tokenizer's whole definition."""
+    definition: Any = processor.tokenizer.backend_tokenizer.to_str()
+    return hashlib.sha256(definition.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def conditions(device: str) -> dict[str, Any]:
+    """Machine and libraries: what speeds and memory depend on."""
+    return {
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "libraries": results.versions(),
+    }
