@@ -104,22 +104,6 @@ def new(
     return model.eval(), Processor(tokenizer, choice.transform, config.projector_config)
 
 
-def tower(
-    encoder: str | Path | PreTrainedConfig,
-    *,
-    encoder_kind: str | None = None,
-    image_size: int | None = None,
-    image: dict[str, Any] | None = None,
-) -> tuple[str, PreTrainedConfig, ImageTransform]:
-    """What `new` would make of an encoder: its kind, its configuration and its image transform; weights are not read.
-
-    Raises `ConfigError` and `CheckpointError` as `new` does.
-    """
-    encoder = _located(encoder)
-    kind, config = _vision(encoder, encoder_kind, image_size)
-    return kind, config, _transform(kind, config, encoder, image or {})
-
-
 def stored_rows(decoder: str | Path | PreTrainedConfig | dict[str, Any]) -> int:
     """Vocabulary rows that a decoder brings along."""
     return int(_text(located(decoder)).vocab_size)

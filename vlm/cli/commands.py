@@ -17,7 +17,6 @@ from vlm.cli.options import (
     Run,
     add_generation,
     add_model,
-    at_least,
     check_device,
     command,
     unless_auto,

@@ -158,7 +158,8 @@ class _Tower:
 
     @staticmethod
     def _make(arm: Arm) -> tuple[str, Any, ImageTransform]:
-        return make_tower(from_dict(ModelConfig, arm.model, where=f"model of {arm.name}"))
+        choice = make_tower(from_dict(ModelConfig, arm.model, where=f"model of {arm.name}"))
+        return choice.kind, choice.config, choice.transform
 
     def _mean(self, transform: ImageTransform) -> float:
         total = sum(n * self.count(transform.grid(*size)) for size, n in self.sizes.items())

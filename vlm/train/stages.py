@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig
 
 from vlm import settings
-from vlm.build import new, tower
+from vlm.build import new
 from vlm.checkpoints import load, save
 from vlm.data import Example, read_jsonl
 from vlm.encoders import model_types
 from vlm.errors import ConfigError, DataError
 from vlm.model import VLM
 from vlm.processor import Processor
+from vlm.towers import Choice, choose
 from vlm.train import checkpoint, metrics
 from vlm.train.config import ModelConfig, RunConfig
 from vlm.train.data import check_lengths
@@ -34,7 +34,6 @@ from vlm.train.quiet import quiet_transformers
 from vlm.train.recorder import Recorder
 from vlm.train.signals import StopSignal
 from vlm.train.stage import Stage, make_stage, train_stage
-from vlm.transforms import ImageTransform
 
 log = logging.getLogger(__name__)
 
@@ -151,17 +150,28 @@ def make_model(config: ModelConfig) -> tuple[VLM, Processor]:
 
 
 def _new_model(config: ModelConfig) -> tuple[VLM, Processor]:
-    options: dict[str, Any] = {"encoder_kind": config.encoder_kind, "image": config.image or None, "seed": config.seed}
-    options |= {"image_size": config.image_size, "fuse": config.fuse or None}
-    encoders = config.encoder if isinstance(config.encoder, list) else [config.encoder]
-    towers = [_tower(encoder) for encoder in encoders]
+    decoder = _part(config.decoder, "decoder")
     return new(
-        towers if isinstance(config.encoder, list) else towers[0],
-        config.projector,
-        _part(config.decoder, "decoder"),
-        config.tokenizer,
-        **options,
+        _towers(config), config.projector, decoder, config.tokenizer, seed=config.seed, **_tower_settings(config)
     )
+
+
+def make_tower(config: ModelConfig) -> Choice:
+    """The tower (or towers) that `make_model` would make; no weight is read. Raises `VLMError`."""
+    return choose(_towers(config), **_tower_settings(config))
+
+
+def _towers(config: ModelConfig) -> Any:
+    return [_tower(one) for one in config.encoder] if isinstance(config.encoder, list) else _tower(config.encoder)
+
+
+def _tower_settings(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "encoder_kind": config.encoder_kind,
+        "image_size": config.image_size,
+        "image": config.image or None,
+        "fuse": config.fuse or None,
+    }
 
 
 def _tower(value: Any) -> Any:
@@ -169,16 +179,6 @@ def _tower(value: Any) -> Any:
     if isinstance(value, dict) and value.get("model_type") in model_types():
         return value
     return _part(value, "encoder")
-
-
-def make_tower(config: ModelConfig) -> tuple[str, PreTrainedConfig, ImageTransform]:
-    """Kind, configuration and image transform of the tower that `make_model` would make. Raises `VLMError`."""
-    return tower(
-        _tower(config.encoder),
-        encoder_kind=config.encoder_kind,
-        image_size=config.image_size,
-        image=config.image or None,
-    )
 
 
 def _part(value: str | dict[str, Any] | None, name: str) -> Any:
