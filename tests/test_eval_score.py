@@ -303,6 +303,9 @@ def test_broken_references(write: Any) -> None:
     coco["annotations"].append({"image_id": 3, "caption": "a dog"})
     with pytest.raises(DataError, match="image '3' is not among the images"):
         gold_files.read_gold(write("g.json", coco))
+    coco["images"].append({"id": 1})
+    with pytest.raises(DataError, match="1 ids occur more than once: '1'"):
+        gold_files.read_gold(write("g.json", coco))
     with pytest.raises(DataError, match=r"'1': 'answer' should be a whole number from 0 to 1, got 2"):
         gold_files.read_gold(write("g.json", {"1": {"choices": ["a", "b"], "answer": 2}}))
     with pytest.raises(ConfigError, match=r"unknown format 'coko' \(did you mean 'coco'\?\)"):

@@ -105,10 +105,9 @@ def _facts(source: Row, *names: str) -> dict[str, Any]:
 
 def _coco(document: Document) -> Pairs:
     whole = _whole(document)
-    captions: dict[str, list[str]] = (
-        {image.id("id"): [] for image in whole.rows("images")} if ("images" in whole.values) else {}
-    )
-    strict = bool(captions)
+    strict = "images" in whole.values
+    images = whole.rows("images") if strict else []
+    captions: dict[str, list[str]] = once(((image.id("id"), []) for image in images), whole.where) if strict else {}
     for annotation in whole.rows("annotations"):
         key = annotation.id("image_id")
         if strict and key not in captions:
