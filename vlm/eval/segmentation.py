@@ -171,8 +171,8 @@ def mean_mask_iou(predictions: Mapping[str, str], gold: Mapping[str, np.ndarray]
             scores[key] = mask_iou(segment.box, mask, gold[key])
     rule = (
         "PaliGemma's transfers on RefCOCO segmentation: mean IoU of the mask decoded from sixteen <seg> tokens, "
-        "resized into the box of four <loc> tokens, with the gold mask; an answer that is no complete segment scores 0 and is "
-        "counted (num_invalid)"
+        "resized into the box of four <loc> tokens, with the gold mask; an answer that is no complete segment scores "
+        "0 and is counted (num_invalid)"
     )
     details: dict[str, float] = {"num_invalid": len(segments) - len(valid)}
     return mean_result("refcoco_miou_paligemma", scores, rule, details=details)

@@ -4,7 +4,7 @@ A box is four tokens `<locY0><locX0><locY1><locX1>` with numbers 0000 to 1023; b
 decodes t / 1023, v being the share of the height or width. (The demos of the model card divide by 1024.)
 
 Scores of masks are not here: sixteen `<seg>` tokens become a mask only through the decoder of the VQ-VAE that made them
-(`vae-oid.npz`), so `refcoco_paligemma` gives the box accuracies that PaliGemma reports beside its mean mask IoU.
+(`vlm.eval.segmentation`, given its weights). `refcoco_paligemma` gives the box accuracies of the same evaluator.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def refcoco_paligemma(predictions: Predictions, references: References, info: In
     rule = (
         "PaliGemma's transfers on RefCOCO segmentation, boxes only: the prediction must start with four <loc> and "
         "sixteen <seg> tokens and the box have an area, else it is invalid and a miss; 1 for a box IoU >= 0.5; the "
-        "mean mask IoU of the same evaluator needs its mask decoder (vae-oid.npz) and is not computed"
+        "mean mask IoU of the same evaluator needs its mask decoder (vae-oid.npz) and is not part of this"
     )
     read: Callable[[str], Box | None] = lambda text: _to_box(_FOUR_AND_MASK.match(text))  # noqa: E731
     return _score("refcoco_paligemma", rule, read, predictions, references, info)
