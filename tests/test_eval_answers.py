@@ -390,8 +390,10 @@ def test_the_right_choice() -> None:
     assert one("multiple_choice", "b", "whatever", choices=ANIMALS, answer_index=1).value == 1
     with pytest.raises(DataError, match="gold answer 'cow' of item 'q' is none of its choices: dog, cat"):
         one("multiple_choice", "b", "cow", choices=ANIMALS)
-    with pytest.raises(DataError, match="'cat' is twice among the choices"):
-        one("multiple_choice", "b", "cat", choices=["cat", "cat"])
+    for texts in (["B", "B"], ["B", "A"]):
+        with pytest.raises(DataError, match="gold answer 'B' of item 'q' fits several choices; give 'answer_index'"):
+            one("multiple_choice", "b", "B", choices=texts)
+    assert one("multiple_choice", "b", "B", choices=["A", "B"]).value == 1
     with pytest.raises(DataError, match="'answer_index' of item 'q' is 4, and it has 4 choices"):
         one("multiple_choice", "b", "cat", choices=ANIMALS, answer_index=4)
     with pytest.raises(DataError, match="1 of 1 items have no 'choices': 'q'"):

@@ -109,10 +109,10 @@ def _plain(text: str) -> str:
 def right_choice(name: str, key: str, references: References, info: Info) -> int:
     """Index of the right choice of an item: `answer_index`, else from the gold text.
 
-    The gold text is the choice's text, its letter, or "The answer is B.", tried in this order.
+    The gold text is the choice's text, its letter, or "The answer is B.".
 
     Raises:
-        DataError: the choices are no list of texts, or the gold text names none of them.
+        DataError: the choices are no list of texts, or the gold text names none or several of them.
     """
     choices = _choices(name, key, info)
     index: Any = info[key].get("answer_index")
@@ -121,13 +121,13 @@ def right_choice(name: str, key: str, references: References, info: Info) -> int
             raise DataError(f"{name}: 'answer_index' of item {key!r} is {index!r}, and it has {len(choices)} choices")
         return int(index)
     gold = only_reference(name, key, references)
-    if gold in choices:
-        if choices.count(gold) > 1:
-            raise DataError(f"{name}: {gold!r} is twice among the choices of item {key!r}; give 'answer_index'")
-        return choices.index(gold)
     letters = LETTERS[: len(choices)]
-    if len(gold) == 1 and gold in letters:
-        return letters.index(gold)
+    meant = {place for place, choice in enumerate(choices) if choice == gold}
+    meant |= {letters.index(gold)} if len(gold) == 1 and gold in letters else set()
+    if len(meant) > 1:
+        raise DataError(f"{name}: the gold answer {gold!r} of item {key!r} fits several choices; give 'answer_index'")
+    if meant:
+        return meant.pop()
     match = re.fullmatch(r"The answer is ([A-Z])\.", gold)
     if match and match[1] in letters:
         return letters.index(match[1])
