@@ -232,6 +232,10 @@ def test_our_own_lines_and_one_file_for_both_sides(write: Any) -> None:
     assert score(single, single, "multiple_choice")[0] == {"multiple_choice": 1}
     bare = write("bare.jsonl", [{"image": "x.png", "prefix": "q", "suffix": text} for text in "ab"], lines=True)
     assert score(write("lines.json", {"1": "a", "2": "x"}), bare, "exact_match")[0] == {"exact_match": 0.5}
+    line = {"image": "x.png", "prefix": "q", "suffix": "a"}
+    assert list(gold_files.read_gold(write("line.jsonl", [line], lines=True))[0]) == ["1"]
+    looks = {"id": 5, "image": "x.png", "question": "?", "answers": ["like", "VizWiz"]}
+    assert gold_files.read_gold(write("looks.json", [looks]))[1] == "jsonl"
     fallback = write("a.jsonl", [{"id": 1, "answers": TEN, "suffix": "ignored"}], lines=True)
     assert score(write("p.json", {"1": "cat"}), fallback, "okvqa")[0] == {"okvqa": pytest.approx(0.9)}
 

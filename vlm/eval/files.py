@@ -169,7 +169,7 @@ def open_document(path: str | Path) -> Document:
         value = rows(value, name)
     if not value:
         raise DataError(f"{name}: holds no item")
-    return Document(name, None, value) if isinstance(value, list) else Document(name, Row(value, name), [])
+    return Document(name, None, value) if isinstance(value, list) else Document(name, Row(value, name, 1), [])
 
 
 def _decode(path: str | Path, name: str) -> str:

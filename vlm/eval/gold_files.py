@@ -230,10 +230,6 @@ def _mapping(document: Document) -> Pairs:
 # --- Formats ----------------------------------------------------------------------------------------------------------
 
 
-def _top(*keys: str) -> Callable[[Document], bool]:
-    return lambda document: document.object is not None and document.keys.issuperset(keys)
-
-
 def _inside(key: str, *keys: str) -> Callable[[Document], bool]:
     """The object's list `key` holds objects with these keys."""
 
@@ -246,8 +242,8 @@ def _inside(key: str, *keys: str) -> Callable[[Document], bool]:
 
 
 def _each(*keys: str) -> Callable[[Document], bool]:
-    """Every record has these keys (a single JSONL line is a record)."""
-    return lambda document: document.keys.issuperset(keys)
+    """The first record has these keys (a single JSONL line is a record), and not `id`, which only our own lines have."""
+    return lambda document: document.keys.issuperset(keys) and "id" not in document.keys
 
 
 def _is_jsonl(document: Document) -> bool:

@@ -44,6 +44,11 @@ def _to_box(match: re.Match[str] | None, width: float = 1.0, height: float = 1.0
     return x0 * width, y0 * height, x1 * width, y1 * height
 
 
+def _segment_to_box(text: str) -> Box | None:
+    """The box of a text that starts with a whole segment, four `<loc>` and sixteen `<seg>` tokens."""
+    return _to_box(_FOUR_AND_MASK.match(text))
+
+
 def box_to_loc(box: Sequence[float], width: float = 1.0, height: float = 1.0) -> str:
     """The four tokens of a box x0, y0, x1, y1: round(share * 1023), clipped to 0..1023."""
     x0, y0, x1, y1 = box
@@ -153,5 +158,4 @@ def refcoco_paligemma(predictions: Predictions, references: References, info: In
         "sixteen <seg> tokens and the box have an area, else it is invalid and a miss; 1 for a box IoU >= 0.5; the "
         "mean mask IoU of the same evaluator needs its mask decoder (vae-oid.npz) and is not part of this"
     )
-    read: Callable[[str], Box | None] = lambda text: _to_box(_FOUR_AND_MASK.match(text))  # noqa: E731
-    return _score("refcoco_paligemma", rule, read, predictions, references, info)
+    return _score("refcoco_paligemma", rule, _segment_to_box, predictions, references, info)

@@ -145,10 +145,18 @@ def _choices(name: str, key: str, info: Info) -> list[str]:
 # --- Registered metrics -----------------------------------------------------------------------------------------------
 
 
+Reading = Callable[[str, Sequence[str]], int]
+
+
+def _counting(read: Callable[[str, int], int]) -> Reading:
+    """A reading that only asks how many choices there are."""
+    return lambda prediction, choices: read(prediction, len(choices))
+
+
 def _score(
     name: str,
     rule: str,
-    read: Callable[[str, Sequence[str]], int],
+    read: Reading,
     predictions: Predictions,
     references: References,
     info: Info,
@@ -183,8 +191,7 @@ def _score(
 def scienceqa(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right choices under `science_qa`. Raises DataError as `right_choice`."""
     rule = f"ScienceQA official: the prediction holds exactly one 'The answer is X.'{_UNREAD}"
-    read: Callable[[str, Sequence[str]], int] = lambda text, choices: science_qa(text, len(choices))  # noqa: E731
-    return _score("scienceqa", rule, read, predictions, references, info, guesses=True)
+    return _score("scienceqa", rule, _counting(science_qa), predictions, references, info, guesses=True)
 
 
 @register(
@@ -200,8 +207,7 @@ def scienceqa_llava(predictions: Predictions, references: References, info: Info
     rule = (
         "ScienceQA as LLaVA scores it: a letter alone, 'B. ...' or one 'The answer is B.'; what cannot be read is wrong"
     )
-    read: Callable[[str, Sequence[str]], int] = lambda text, choices: science_qa_llava(text, len(choices))  # noqa: E731
-    return _score("scienceqa_llava", rule, read, predictions, references, info, guesses=False)
+    return _score("scienceqa_llava", rule, _counting(science_qa_llava), predictions, references, info, guesses=False)
 
 
 @register(
@@ -219,8 +225,9 @@ def scienceqa_paligemma(predictions: Predictions, references: References, info: 
         "with a true full stop; what cannot be read is wrong (the official script looks anywhere, wants one match, "
         "and guesses where it finds none)"
     )
-    read: Callable[[str, Sequence[str]], int] = lambda text, choices: science_qa_big_vision(text, len(choices))  # noqa: E731
-    return _score("scienceqa_paligemma", rule, read, predictions, references, info, guesses=False)
+    return _score(
+        "scienceqa_paligemma", rule, _counting(science_qa_big_vision), predictions, references, info, guesses=False
+    )
 
 
 @register(
