@@ -299,6 +299,8 @@ def test_pope_never_divides_by_zero() -> None:
     assert pope.scores(["no", "no"], ["yes", "no"]) == nothing
     result = metrics.compute("pope_f1", {"a": "no", "b": "no"}, {"a": ("yes",), "b": ("no",)})
     assert (result.value, result.interval) == (0, (0, 0))
+    empty = metrics.compute("pope", {"a": " ", "b": ""}, {"a": ("yes",), "b": ("no",)})
+    assert (empty.value, empty.details["num_empty"], empty.details["yes_ratio"]) == (0.5, 2, 1)
     all_no = metrics.compute("pope", {"a": "no", "b": "yes"}, {"a": ("no",), "b": ("no",)})
     assert all_no.details["recall"] == 0 and all_no.details["f1"] == 0
     with pytest.raises(DataError, match="pope needs the labels yes and no; 1 of 1 are others, 'a': 'maybe' first"):

@@ -242,7 +242,7 @@ def _inside(key: str, *keys: str) -> Callable[[Document], bool]:
 
 
 def _each(*keys: str) -> Callable[[Document], bool]:
-    """The first record has these keys (a single JSONL line is a record), and not `id`, which only our own lines have."""
+    """The first record has these keys (a single JSONL line is one), and not `id`, which only our own lines have."""
     return lambda document: document.keys.issuperset(keys) and "id" not in document.keys
 
 
