@@ -19,13 +19,13 @@ from .result import MetricResult, bootstrap, groups, mean_result
 _NO = frozenset({"No", "not", "no"})
 _READING = (
     "POPE official: an answer is 'no' if No, not or no is a word of the text before the first full stop (commas "
-    "deleted, split at blanks), else 'yes', an empty answer included (num_empty counts them); positive class yes; precision, recall and F1 are "
-    "0 where the official script divides by zero"
+    "deleted, split at blanks), else 'yes', an empty answer included (num_empty counts them); positive class yes; "
+    "precision, recall and F1 are 0 where the official script divides by zero"
 )
 
 
 def answer(prediction: str) -> str:
-    """ "yes" or "no", as the official script reads a prediction."""
+    """How the official script reads a prediction, yes or no: "It is not there." -> "no", "NO" -> "yes"."""
     words = prediction.split(".")[0].replace(",", "").split(" ")
     return "yes" if _NO.isdisjoint(words) else "no"
 
