@@ -1,4 +1,4 @@
-"""The VQA-family metrics against golden values of the official scorers, and of those that PaliGemma's metrics follow."""
+"""The VQA-family metrics against golden values: the official scorers', and those that PaliGemma's metrics follow."""
 
 import json
 from collections.abc import Callable
