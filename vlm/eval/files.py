@@ -23,6 +23,8 @@ class Row:
 
     values: Mapping[str, Any]
     where: str
+    line: int = 0
+    """The line in a JSONL file, from 1; 0 elsewhere."""
 
     def text(self, key: str) -> str:
         return text(self._get(key), f"{self.where}: {key!r}")
@@ -167,7 +169,7 @@ def open_document(path: str | Path) -> Document:
         value = rows(value, name)
     if not value:
         raise DataError(f"{name}: holds no item")
-    return Document(name, None, value) if isinstance(value, list) else Document(name, Row(value, name), [])
+    return Document(name, None, value) if isinstance(value, list) else Document(name, Row(value, name, 1), [])
 
 
 def _decode(path: str | Path, name: str) -> str:
@@ -194,7 +196,7 @@ def _lines(content: str, name: str) -> Iterator[Row]:
             raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}; is the line cut off?") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: {error}") from error
-        yield row(value, where)
+        yield Row(row(value, where).values, where, number)
 
 
 def _loads(content: str) -> Any:

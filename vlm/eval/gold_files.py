@@ -105,10 +105,9 @@ def _facts(source: Row, *names: str) -> dict[str, Any]:
 
 def _coco(document: Document) -> Pairs:
     whole = _whole(document)
-    captions: dict[str, list[str]] = (
-        {image.id("id"): [] for image in whole.rows("images")} if ("images" in whole.values) else {}
-    )
-    strict = bool(captions)
+    strict = "images" in whole.values
+    images = whole.rows("images") if strict else []
+    captions: dict[str, list[str]] = once(((image.id("id"), []) for image in images), whole.where) if strict else {}
     for annotation in whole.rows("annotations"):
         key = annotation.id("image_id")
         if strict and key not in captions:
@@ -206,7 +205,10 @@ def _nlvr2(document: Document) -> Pairs:
 
 
 def _jsonl(document: Document) -> Pairs:
-    """Our own annotations, and `items.jsonl` of `vlm eval`: further keys, and those of `info`, are facts."""
+    """Our own annotations, and `items.jsonl` of `vlm eval`: further keys, and those of `info`, are facts.
+
+    Without `id` the line number is the id, as everywhere in this package.
+    """
     known = {"id", "references", "answers", "suffix", "info", "prediction", "prefix", "image", "scores"}
     for row in _records(document):
         suffix = (row.text("suffix"),) if row.values.get("suffix") is not None else ()
@@ -215,7 +217,8 @@ def _jsonl(document: Document) -> Pairs:
         info = {key: value for key, value in row.values.items() if key not in known}
         if row.values.get("info") is not None:
             info |= row.row("info").values
-        yield row.id("id"), Gold(references or (() if answers else suffix), answers, info)
+        key = str(row.line) if row.line and "id" not in row.values else row.id("id")
+        yield key, Gold(references or (() if answers else suffix), answers, info)
 
 
 def _mapping(document: Document) -> Pairs:
@@ -225,10 +228,6 @@ def _mapping(document: Document) -> Pairs:
 
 
 # --- Formats ----------------------------------------------------------------------------------------------------------
-
-
-def _top(*keys: str) -> Callable[[Document], bool]:
-    return lambda document: document.object is not None and document.keys.issuperset(keys)
 
 
 def _inside(key: str, *keys: str) -> Callable[[Document], bool]:
@@ -243,8 +242,14 @@ def _inside(key: str, *keys: str) -> Callable[[Document], bool]:
 
 
 def _each(*keys: str) -> Callable[[Document], bool]:
-    """Every record has these keys (a single JSONL line is a record)."""
-    return lambda document: document.keys.issuperset(keys)
+    """The first record has these keys (a single JSONL line is one), and not `id`, which only our own lines have."""
+    return lambda document: document.keys.issuperset(keys) and "id" not in document.keys
+
+
+def _is_jsonl(document: Document) -> bool:
+    return "id" in document.keys or (
+        "prefix" in document.keys and bool({"suffix", "answers", "references"} & document.keys)
+    )
 
 
 def _by_id(*keys: str) -> Callable[[Document], bool]:
@@ -304,6 +309,6 @@ FORMATS = {
         'ScienceQA problems.json: {id: {"choices", "answer"}}', _by_id("choices", "answer"), _science_qa
     ),
     "gqa": Format('GQA questions: {id: {"question", "answer"}}', _by_id("question", "answer"), _gqa),
-    "jsonl": Format('JSONL or list of {"id", and "references", "answers" or "suffix"}', _each("id"), _jsonl),
+    "jsonl": Format('JSONL or list of {"id", and "references", "answers" or "suffix"}', _is_jsonl, _jsonl),
     "mapping": Format("{id: text or list of texts}", _is_mapping, _mapping),
 }

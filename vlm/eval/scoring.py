@@ -132,7 +132,8 @@ def _compute(metric: Metric, said: Mapping[str, str], gold: Mapping[str, Gold], 
     kept = {key: item for key, item in gold.items() if item.scored(metric.reads)}
     reasons = [item.left_out for item in gold.values() if not item.scored(metric.reads)]
     notes += [
-        f"{metric.name}: {reasons.count(why)} of {len(gold)} items are {why} and not scored" for why in set(reasons)
+        f"{metric.name}: {reasons.count(why)} of {len(gold)} items are {why} and not scored"
+        for why in dict.fromkeys(reasons)
     ]
     missing = [key for key in kept if key not in said]
     if missing:
