@@ -235,6 +235,11 @@ def test_infovqa(root: Root) -> None:
     [example] = load("infovqa", root)
     assert example.prefix == "answer en Which?" and example.info == {"question_type": "single span"}
     gold_scores_all("infovqa", [example])
+    row["answers"] = ["red, blue", "red, blue, red", "one"]
+    root.json("infovqa/infographicsVQA_val_v1.0_withQT.json", {"data": [row]})
+    [example] = load("infovqa", root, "val_any_order")
+    three = ("red, blue, red", "red, red, blue", "blue, red, red")
+    assert set(example.answers) == {"red, blue", "blue, red", *three, "one"} and len(example.answers) == 6
 
 
 def test_chartqa(root: Root) -> None:
