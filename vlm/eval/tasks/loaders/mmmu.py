@@ -5,7 +5,7 @@ as text), `answer` (a letter), `question_type` (multiple-choice or open), `image
 (huggingface.co/datasets/lmms-lab/MMMU, all subjects in one; MMMU/MMMU has the same columns per subject). Open questions
 are left out.
 
-The images are written once, as they are, into the folder `images`: decoded, all of them together take gigabytes.
+The images are written once, as they are, into the folder `images`.
 
 Files: `data`, the folder with the parquet files, and the folder `images`. Options: `pattern` of the files' names.
 """
@@ -14,32 +14,18 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from vlm.errors import ConfigError, DataError
+from vlm.errors import DataError
 
 from ..source import Folder, Item, Source
-from . import choices
+from . import _parquet, choices
 
 _IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.path("data")
-    files = sorted(str(path) for path in folder.glob(source.options["pattern"]))
-    if not files:
-        raise DataError(f"{source.missing('data')} (no {source.options['pattern']} in it)")
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise ConfigError(
-            f"task {source.task!r} reads parquet files with the datasets library: pip install 'vlm-backbone[datasets]'"
-        ) from error
-    table = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows")
-    for name in _IMAGES:
-        table = table.cast_column(name, datasets.Image(decode=False))
-    yield from items(table, source.images(), str(folder))
+    yield from items(_parquet.rows(source, _IMAGES), source.images(), source.files["data"].path)
 
 
 def items(rows: Iterable[Mapping[str, Any]], images: Folder, where: str) -> Iterator[Item]:
@@ -53,18 +39,12 @@ def items(rows: Iterable[Mapping[str, Any]], images: Folder, where: str) -> Iter
             row["question"],
             _options(row["options"], here),
             row["answer"],
-            tuple(_written(row[name]["bytes"], images / f"{row['id']}-{name}") for name in _IMAGES if row[name]),
+            tuple(
+                _parquet.written(row[name]["bytes"], images / f"{row['id']}-{name}") for name in _IMAGES if row[name]
+            ),
             {"subject": row["id"].split("_", 1)[1].rsplit("_", 1)[0], "subfield": row["subfield"]},
             here,
         )
-
-
-def _written(data: bytes, path: Path) -> Path:
-    """The file with these bytes, made if it is not there; its format is known by its content."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return path
 
 
 def _options(text: str, where: str) -> tuple[str, ...]:
