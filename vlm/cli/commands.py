@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.cli import check, console, export, import_, new
+from vlm.cli import check, console, export, import_, new, score
 from vlm.cli.options import (
     Parser,
     Run,
@@ -40,7 +40,20 @@ def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
         formatter_class=RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for add in (new.add, _train, _eval, _caption, _ask, _info, check.add, export.add, import_.add, _demo, _version):
+    for add in (
+        new.add,
+        _train,
+        _eval,
+        _caption,
+        _ask,
+        _info,
+        check.add,
+        score.add,
+        export.add,
+        import_.add,
+        _demo,
+        _version,
+    ):
         add(commands)
     options = parser.parse_args(argv)
     if "run" not in options:

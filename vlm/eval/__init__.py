@@ -11,6 +11,7 @@ _HOMES = {
     "evaluate": "harness",
     "Predictor": "predictor",
     "table": "results",
+    "score_files": "scoring",
     "write_report": "report",
     "breakdown": "report",
     "Curve": "charts",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .report import breakdown as breakdown
     from .report import write_report as write_report
     from .results import table as table
+    from .scoring import score_files as score_files
 
 
 def __getattr__(name: str) -> Any:
