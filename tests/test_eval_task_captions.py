@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tasktools import Root, load
 
+from vlm.errors import DataError
 from vlm.eval import tasks
 
 
@@ -115,3 +116,17 @@ def test_xm3600(root: Root) -> None:
     [thai] = load("xm3600", root, "th")
     assert (thai.id, thai.prefix, thai.references) == ("0001eeaf4aed83f9_th", "caption th", ("th one", "th two"))
     assert len(load("xm3600", root)) == 35
+
+
+def test_screen2words(root: Root) -> None:
+    root.text("screen2words/screen_summaries.csv", 'screenId,summary\n7,a login page\n8,other\n7,"sign in, please"\n')
+    root.text("screen2words/split/test_screens.txt", "7\n")
+    root.images("rico/combined/7.jpg")
+    [example] = load("screen2words", root)
+    assert (example.id, example.references) == ("7", ("a login page", "sign in, please"))
+    root.text("screen2words/split/test_screens.txt", "7\n9\n")
+    with pytest.raises(DataError, match="screen_summaries.csv: no summary of screen 9"):
+        load("screen2words", root)
+    root.text("screen2words/screen_summaries.csv", "screen,text\n")
+    with pytest.raises(DataError, match="expected the columns screenId and summary, got screen, text"):
+        load("screen2words", root)

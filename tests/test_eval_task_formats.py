@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import types
@@ -17,9 +18,9 @@ from tasktools import Root, gold_scores_all, load, values
 from vlm.errors import ConfigError, DataError
 from vlm.eval import tasks
 from vlm.eval.tasks import Task, loaders
-from vlm.eval.tasks.loaders import mmmu
+from vlm.eval.tasks.loaders import countbenchqa, mmmu
 from vlm.eval.tasks.loaders.refcoco import box_text
-from vlm.eval.tasks.source import Folder
+from vlm.eval.tasks.source import Folder, Row
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_multiple_choice_of_ones_own(root: Root) -> None:
     assert task.groups([example], "subject") == {"1": "zoology"}
     for wrong, message in (
         ({"answer": "C"}, "the answer 'C' is not the letter of one of 2 options"),
-        ({"images": []}, "at least one image"),
+        ({"images": []}, "no image; every item needs at least one"),
     ):
         with pytest.raises(DataError, match=f"mine/questions.jsonl, line 1: .*{message}"):
             choices_task(root, [{**row, **wrong}]).load(root.path)
@@ -214,6 +215,8 @@ def test_mmmu_reads_parquet_through_datasets(root: Root, monkeypatch: pytest.Mon
     calls: list[Any] = []
 
     class Table(list):
+        column_names = list(MMMU_ROW)
+
         def cast_column(self, name: str, feature: Any) -> Table:
             calls.append((name, feature))
             return self
@@ -229,6 +232,27 @@ def test_mmmu_reads_parquet_through_datasets(root: Root, monkeypatch: pytest.Mon
     assert calls[:2] == [("parquet", ["validation-00000-of-00001.parquet"]), ("image_1", "decode False")]
     assert example.more_images == (root.path / "mmmu/images/validation_Art_Theory_3-image_2",)
     gold_scores_all("mmmu", [example])
+
+
+def png(mode: str) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.new(mode, (4, 4)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_countbenchqa_leaves_out_what_the_reference_leaves_out(tmp_path: Path) -> None:
+    rows = [
+        {"image": image, "number": 3 + index} for index, image in enumerate((png("RGB"), None, png("L"), png("RGB")))
+    ]
+    questions = [Row({"question": f"How many {index}?"}, "questions") for index in range(4)]
+    found = list(countbenchqa.items(rows, questions, Folder(tmp_path), "here"))
+    assert [(item.id, item.answers, item.fields["question"]) for item in found] == [
+        ("0", ("3",), "How many 0?"),
+        ("3", ("6",), "How many 3?"),
+    ]
+    assert found[0].images == (tmp_path / "0",) and Image.open(tmp_path / "0").size == (4, 4)
+    with pytest.raises(DataError, match="here: 4 rows, but there are 3 questions"):
+        list(countbenchqa.items(rows, questions[:3], Folder(tmp_path), "here"))
 
 
 def test_every_format_is_that_of_a_task() -> None:

@@ -101,6 +101,24 @@ def test_gqa(root: Root) -> None:
     gold_scores_all("gqa", examples)
 
 
+def test_xgqa(root: Root) -> None:
+    tasks_of = tasks.get("xgqa").split()
+    row = {"imageId": "n161313", "question": "Ist es rot?", "answer": "yes", "isBalanced": True}
+    for role, file in tasks_of.files.items():
+        if role != "images":
+            root.json(file.path, {"201307251": row, "201640614": row})
+    root.images("gqa/images/n161313.jpg")
+    german = load("xgqa", root, "de")
+    assert [(ex.id, ex.prefix, dict(ex.info)) for ex in german][0] == (
+        "201307251_de",
+        "answer en Ist es rot?",
+        {"language": "de"},
+    )
+    everything = load("xgqa", root)
+    assert len(everything) == 14 and "201307251_en" not in {ex.id for ex in everything}
+    gold_scores_all("xgqa", everything)
+
+
 def textvqa_file(root: Root) -> None:
     row = {"question": "what brand?", "image_id": "003a8ae2", "question_id": 34602, "answers": ["nokia"] * 10}
     content = {"data": [row, {**row, "question_id": 34603}], "dataset_type": "val"}
@@ -235,6 +253,11 @@ def test_infovqa(root: Root) -> None:
     [example] = load("infovqa", root)
     assert example.prefix == "answer en Which?" and example.info == {"question_type": "single span"}
     gold_scores_all("infovqa", [example])
+    row["answers"] = ["red, blue", "red, blue, red", "one"]
+    root.json("infovqa/infographicsVQA_val_v1.0_withQT.json", {"data": [row]})
+    [example] = load("infovqa", root, "val_any_order")
+    three = ("red, blue, red", "red, red, blue", "blue, red, red")
+    assert set(example.answers) == {"red, blue", "blue, red", *three, "one"} and len(example.answers) == 6
 
 
 def test_chartqa(root: Root) -> None:

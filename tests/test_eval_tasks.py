@@ -43,6 +43,7 @@ def test_the_promised_tasks_are_there() -> None:
     promised = (
         "cococap nocaps textcaps flickr30k coco35l xm3600 vqav2 okvqa aokvqa_da aokvqa_mc gqa textvqa stvqa ocrvqa"
         " docvqa infovqa chartqa vizwiz ai2d scienceqa tallyqa pope nlvr2 refcoco refcocoplus refcocog mmmu easy_vqa"
+        " xgqa screen2words countbenchqa"
     )
     assert set(promised.split()) <= set(ALL)
 
@@ -56,9 +57,10 @@ def test_each_task_is_complete(name: str) -> None:
         assert metric.name in registry.names()
     for split in task.splits.values():
         assert split.files
+        made = ("ai2d/lettered", "mmmu/images", "countbenchqa/images")  # by the loaders
         for file in split.files.values():
             assert not Path(file.path).is_absolute() and ".." not in Path(file.path).parts
-            assert file.url.startswith(("http://", "https://")) or file.path in ("ai2d/lettered", "mmmu/images")  # made
+            assert file.url.startswith(("http://", "https://")) or file.path in made
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -309,6 +311,19 @@ def test_a_name_in_an_official_file_does_not_lead_out_of_the_folder(tmp_path: Pa
     path.write_text(path.read_text().replace("0.jpg", name))
     with pytest.raises(DataError, match=f"image '{name}' does not lie below .*nocaps/validation"):
         tasks.get("nocaps").load(tmp_path)
+
+
+def test_an_option_that_a_loader_needs_is_named(tmp_path: Path) -> None:
+    files = {"captions": File(path="c.json"), "images": File(path="i")}
+    task = task_of(tmp_path, format="karpathy", splits={"data": Split(files=files)}, prompt="caption en")
+    with pytest.raises(ConfigError, match="task 'mine', split 'data': the loader needs the option 'split'; .* none"):
+        task.load(tmp_path)
+
+
+def test_a_role_that_a_loader_needs_is_named(tmp_path: Path) -> None:
+    task = task_of(tmp_path, format="vqa", splits={"data": Split(files={"data": File(path="x")})})
+    with pytest.raises(DataError, match="the loader needs a file called 'annotations', the task names 'data'"):
+        task.load(tmp_path)
 
 
 # --- Candidates and groups --------------------------------------------------------------------------------------------

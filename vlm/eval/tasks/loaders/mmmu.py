@@ -5,7 +5,7 @@ as text), `answer` (a letter), `question_type` (multiple-choice or open), `image
 (huggingface.co/datasets/lmms-lab/MMMU, all subjects in one; MMMU/MMMU has the same columns per subject). Open questions
 are left out.
 
-The images are written once, as they are, into the folder `images`: decoded, all of them together take gigabytes.
+The images are written once, as they are, into the folder `images`.
 
 Files: `data`, the folder with the parquet files, and the folder `images`. Options: `pattern` of the files' names.
 """
@@ -14,61 +14,42 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from vlm.errors import ConfigError, DataError
+from vlm.errors import DataError
 
-from ..source import Folder, Item, Source
-from . import choices
+from ..source import Folder, Item, Row, Source
+from . import _parquet, choices
 
 _IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.path("data")
-    files = sorted(str(path) for path in folder.glob(source.options["pattern"]))
-    if not files:
-        raise DataError(f"{source.missing('data')} (no {source.options['pattern']} in it)")
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise ConfigError(
-            f"task {source.task!r} reads parquet files with the datasets library: pip install 'vlm-backbone[datasets]'"
-        ) from error
-    table = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows")
-    for name in _IMAGES:
-        table = table.cast_column(name, datasets.Image(decode=False))
-    yield from items(table, source.images(), str(folder))
+    yield from items(_parquet.rows(source, _IMAGES), source.images(), source.files["data"].path)
 
 
 def items(rows: Iterable[Mapping[str, Any]], images: Folder, where: str) -> Iterator[Item]:
-    """The multiple-choice questions among rows with MMMU's columns (images as `{"bytes": ...}`)."""
-    for number, row in enumerate(rows):
-        if row["question_type"] != "multiple-choice":
+    """The multiple-choice questions among rows with MMMU's columns (images as `{"bytes": ...}` or None)."""
+    for number, values in enumerate(rows):
+        row = Row(values, where, "row", number)
+        if row.text("question_type") != "multiple-choice":
             continue
-        here = f"{where}, row {number}"
+        key = row.text("id")
+        given = {name: row.values[name] for name in _IMAGES if row.values.get(name)}
         yield choices.item(
-            row["id"],
-            row["question"],
-            _options(row["options"], here),
-            row["answer"],
-            tuple(_written(row[name]["bytes"], images / f"{row['id']}-{name}") for name in _IMAGES if row[name]),
-            {"subject": row["id"].split("_", 1)[1].rsplit("_", 1)[0], "subfield": row["subfield"]},
-            here,
+            key,
+            row.text("question"),
+            _options(row),
+            row.text("answer"),
+            tuple(_parquet.written(image["bytes"], images / f"{key}-{name}") for name, image in given.items()),
+            {"subject": key.split("_", 1)[-1].rsplit("_", 1)[0], "subfield": row.text("subfield")},
+            row.where,
         )
 
 
-def _written(data: bytes, path: Path) -> Path:
-    """The file with these bytes, made if it is not there; its format is known by its content."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return path
-
-
-def _options(text: str, where: str) -> tuple[str, ...]:
+def _options(row: Row) -> tuple[str, ...]:
+    text = row.text("options")
     try:
         return tuple(map(str, ast.literal_eval(text)))
     except (SyntaxError, ValueError, TypeError) as error:
-        raise DataError(f"{where}: 'options' should be a list written as text, got {text!r}") from error
+        raise DataError(f"{row.where}: 'options' should be a list written as text, got {text!r}") from error
