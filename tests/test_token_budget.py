@@ -32,6 +32,7 @@ from vlm.presets import tiny
 from vlm.settings import from_dict
 from vlm.train import StageConfig
 from vlm.train.data import MicroBatches
+from vlm.train.failures import explain
 from vlm.train.plan import Key, Mixture
 
 BUDGET = 70
@@ -312,3 +313,9 @@ def test_the_plan_of_an_evaluation_goes_by_length() -> None:
     assert items.plan(examples, 4) == items.plan(examples, 4, lengths=lengths)
     broken = replace(examples[0], image=Path(__file__))
     assert items.image_sizes(broken) == []
+
+
+def test_what_to_do_when_memory_runs_out() -> None:
+    for changes, advice in ({}, "raise `accumulate` (now 1)"), ({"batch_tokens": 9}, "lower batch_tokens (now 9)"):
+        error = explain(RuntimeError("CUDA out of memory"), from_dict(StageConfig, stage(**changes)))
+        assert error is not None and advice in str(error)

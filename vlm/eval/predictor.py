@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
@@ -51,17 +51,6 @@ class Predictor(Protocol):
         ...
 
 
-@runtime_checkable
-class CountsTokens(Protocol):
-    """A predictor that knows how long an item is, so that batches can be formed by a budget of tokens."""
-
-    def lengths(
-        self, image_sizes: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[str], *, ids: Sequence[str]
-    ) -> list[int]:
-        """Image and prompt tokens of each item, from the (width, height) of its images."""
-        ...
-
-
 class ModelPredictor:
     """A `vlm` model with its processor, through `vlm.generate`.
 
@@ -91,6 +80,7 @@ class ModelPredictor:
     def lengths(
         self, image_sizes: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[str], *, ids: Sequence[str]
     ) -> list[int]:
+        """Image and prompt tokens of each item, from the (width, height) of its images."""
         return self.processor.lengths(image_sizes, prompts, ids=ids)
 
     def predict(
