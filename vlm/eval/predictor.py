@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL import Image
 
@@ -66,17 +66,6 @@ class Predictor(Protocol):
         ...
 
 
-@runtime_checkable
-class CountsTokens(Protocol):
-    """A predictor that knows how long an item is, so that batches can be formed by a budget of tokens."""
-
-    def lengths(
-        self, image_sizes: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[str], *, ids: Sequence[str]
-    ) -> list[int]:
-        """Image and prompt tokens of each item, from the (width, height) of its images."""
-        ...
-
-
 class ModelPredictor:
     """A `vlm` model with its processor, through `vlm.generate`.
 
@@ -110,6 +99,7 @@ class ModelPredictor:
     def lengths(
         self, image_sizes: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[str], *, ids: Sequence[str]
     ) -> list[int]:
+        """Image and prompt tokens of each item, from the (width, height) of its images."""
         return self.processor.lengths(image_sizes, prompts, ids=ids)
 
     def predict(
