@@ -138,7 +138,7 @@ def _metric(name: str, left: Side, right: Side) -> dict[str, Any]:
     change = (scores[1] - scores[0]) * (1 if ours["higher_is_better"] else -1)
     statistic, resamples, method = _statistic(name, left, right, scores)
     difference = theirs["value"] - ours["value"]
-    interval, p = _bootstrap(statistic, _strata(left), resamples) if statistic else (None, None)
+    interval, p = _bootstrap(statistic, _strata(left), resamples)
     return {
         "a": ours["value"],
         "b": theirs["value"],
@@ -165,33 +165,18 @@ def _strata(side: Side) -> list[np.ndarray]:
     return [np.array(positions) for positions in groups.values()]
 
 
-def _statistic(name: str, left: Side, right: Side, scores: Sequence[np.ndarray]) -> tuple[_Statistic | None, int, str]:
-    """How a resample's difference is computed, how many resamples, and the method in words."""
-    strata = _strata(left)
-    weights = np.zeros(len(left.items))
-    for positions in strata:
-        weights[positions] = 1 / (len(strata) * len(positions))
+def _statistic(name: str, left: Side, right: Side, scores: Sequence[np.ndarray]) -> tuple[_Statistic, int, str]:
+    """How a resample's difference is computed in one group, how many resamples, and the method in words."""
     values = [side.results["metrics"][name]["value"] for side in (left, right)]
-    if all(
-        abs(weights @ score - value) <= 1e-9 * max(1.0, abs(value)) for score, value in zip(scores, values, strict=True)
-    ):
+    means = [np.mean([score[positions].mean() for positions in _strata(left)]) for score in scores]
+    if all(abs(mean - value) <= 1e-9 * max(1.0, abs(value)) for mean, value in zip(means, values, strict=True)):
         change = scores[1] - scores[0]
         fixed = "; document frequencies stay those of all items, an approximation" if name.startswith("cider") else ""
-        return (
-            lambda draws: change[draws] @ weights[_order(strata)],
-            NUM_RESAMPLES,
-            f"paired bootstrap over items{fixed}",
-        )
-    if len(strata) > 1:
-        return None, 0, "no interval: neither a mean over items nor over one group"
+        return lambda draws: change[draws].mean(axis=1), NUM_RESAMPLES, f"paired bootstrap over items{fixed}"
     if name.startswith("bleu_"):
         return _bleu(name, left, right), NUM_RESAMPLES, "paired bootstrap over items, corpus score of every resample"
     resamples = max(200, min(NUM_RESAMPLES, _WORK // len(left.items)))
     return _recomputed(name, left, right), resamples, "paired bootstrap over items, every resample scored anew"
-
-
-def _order(strata: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(strata)
 
 
 def _bleu(name: str, left: Side, right: Side) -> _Statistic:
@@ -247,7 +232,7 @@ def _bootstrap(
     for start in range(0, resamples, at_once):
         rows = min(at_once, resamples - start)
         drawn = [positions[rng.integers(0, len(positions), (rows, len(positions)))] for positions in strata]
-        values.append(statistic(np.concatenate(drawn, axis=1)))
+        values.append(np.mean([statistic(draws) for draws in drawn], axis=0))
     differences = np.concatenate(values)
     low, high = np.percentile(differences, [2.5, 97.5])
     tail = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
