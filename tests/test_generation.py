@@ -117,13 +117,13 @@ def test_cached_logits_equal_uncached(case: Case, kind: str) -> None:
     text = model.config.text_config
     cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=length + 16)
     with torch.no_grad():
-        step = model(**batch, past_key_values=cache).logits[:, -1]
+        step = model(**batch, cache=cache).logits[:, -1]
         for _ in range(16):
             whole = logits(model, batch)[:, -1]
             assert (step - whole).abs().max() < 1e-4
             batch = extend(batch, whole.argmax(-1))
             last = {name: batch[name][:, -1:] for name in ("input_ids", "token_type_ids", "position_ids")}
-            step = model(**last, attention_mask=batch["attention_mask"], past_key_values=cache).logits[:, -1]
+            step = model(**last, attention_mask=batch["attention_mask"], cache=cache).logits[:, -1]
 
 
 @each_case
@@ -136,12 +136,12 @@ def test_several_suffix_tokens_after_a_cache(case: Case) -> None:
         longer = extend(longer, torch.full((3,), token))
     cache = DynamicCache(config=model.config.text_config)
     with torch.no_grad():
-        model(**batch, past_key_values=cache)
+        model(**batch, cache=cache)
         got = model(
             input_ids=longer["input_ids"][:, -9:],
             token_type_ids=longer["token_type_ids"][:, -9:],
             attention_mask=longer["attention_mask"],
-            past_key_values=cache,
+            cache=cache,
         ).logits
     assert (got - logits(model, longer)[:, -9:]).abs().max() < 1e-4
 
@@ -150,21 +150,21 @@ def test_cache_misuse_is_refused() -> None:
     model, _ = loud("siglip", "gemma")
     batch = lay_out(model, PROMPTS, "left")
     cache = DynamicCache(config=model.config.text_config)
-    model(**batch, past_key_values=cache)
+    model(**batch, cache=cache)
     text = torch.full((3, 2), 20)
     with pytest.raises(DataError, match="prefix tokens after a filled cache"):
         model(
             input_ids=text,
             token_type_ids=torch.zeros_like(text),
             attention_mask=torch.ones(3, batch["input_ids"].shape[1] + 2),
-            past_key_values=cache,
+            cache=cache,
         )
     with pytest.raises(DataError, match="cache holds 15 more"):
         model(
             input_ids=text,
             token_type_ids=torch.ones_like(text),
             attention_mask=torch.ones_like(text),
-            past_key_values=cache,
+            cache=cache,
         )
 
 

@@ -87,7 +87,7 @@ def beam_search(
         raise GenerationError(f"num_beams={num_beams} needs more tokens than the {choices} there are; use fewer beams")
     cache = DynamicCache(config=model.config.text_config)
     attention_mask = batch.attention_mask
-    logits = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(**batch, cache=cache, use_cache=True, logits_to_keep=1).logits
     beams = Beams.start(len(batch), max_new_tokens, pad, logits.device)
     for left in reversed(range(max_new_tokens)):
         log_probs = logits[:, -1].float().log_softmax(-1).unflatten(0, beams.scores.shape)
@@ -99,9 +99,7 @@ def beam_search(
         attention_mask = _one_more(attention_mask, len(parents) * num_beams)
         # Embedded here: a generated token is text, also where it has the id of the image placeholder.
         embedded = model.get_input_embeddings()(beams.tokens[:, :, -1].flatten()[:, None])
-        logits = model(
-            inputs_embeds=embedded, attention_mask=attention_mask, past_key_values=cache, use_cache=True
-        ).logits
+        logits = model(inputs_embeds=embedded, attention_mask=attention_mask, cache=cache, use_cache=True).logits
     longest = int((beams.best == eos).int().argmax(1).max()) + 1
     return beams.best[:, :longest], beams.best_scores
 

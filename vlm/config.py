@@ -93,7 +93,7 @@ class VLMConfig(PreTrainedConfig):
 
     model_type = "vlm"
     sub_configs = {"text_config": PreTrainedConfig, "vision_config": PreTrainedConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     encoder: str = "siglip"
     vision_config: Any = None

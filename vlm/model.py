@@ -8,7 +8,7 @@ classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from vlm import loss, masks, projectors
@@ -39,6 +40,8 @@ DECODERS: dict[str, type[PreTrainedModel]] = {
 }
 """Decoder classes by transformers' `model_type`."""
 NAFLEX_INPUTS = ("pixel_attention_mask", "spatial_shapes")
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+"""What transformers calls the decoder's cache in arguments and outputs: `cache` from 5.24 on."""
 
 
 @dataclass
@@ -51,7 +54,7 @@ class VLMOutput(ModelOutput):
             micro-batches and ranks.
         loss_weight: float32[], what `loss_sum` is divided by: supervised tokens, or examples.
         logits: float[B, S, V] without labels (or the last `logits_to_keep` positions), None with labels.
-        past_key_values: the decoder's cache.
+        cache: the decoder's cache; called `past_key_values` before transformers 5.24, as in its own outputs.
         hidden_states, attentions: of the decoder, when asked for.
         image_hidden_states: float[T, D], the image tokens that entered the decoder, in placeholder order.
     """
@@ -60,7 +63,10 @@ class VLMOutput(ModelOutput):
     loss_sum: Tensor | None = None
     loss_weight: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Any = None
+    if CACHE == "cache":
+        cache: Any = None
+    else:
+        past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
@@ -85,7 +91,7 @@ class VLMPreTrainedModel(PreTrainedModel):
         "Dinov2Layer",
         "DINOv3ViTLayer",
     ]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
@@ -163,7 +169,7 @@ class VLMModel(VLMPreTrainedModel):
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
         sequence_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -171,17 +177,15 @@ class VLMModel(VLMPreTrainedModel):
         if isinstance(attention_mask, dict):
             layer_masks: Any = attention_mask
         else:
-            layer_masks = decoder_masks(
-                self.config, inputs_embeds, attention_mask, token_type_ids, sequence_ids, past_key_values
-            )
+            layer_masks = decoder_masks(self.config, inputs_embeds, attention_mask, token_type_ids, sequence_ids, cache)
         if set(layer_masks) == {"full_attention"} and not getattr(self.config.text_config, "layer_types", None):
             layer_masks = layer_masks["full_attention"]
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=layer_masks,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -228,6 +232,7 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -241,13 +246,15 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         Args:
             reduction: of the loss, `token` or `example` (see `vlm.loss`).
             encoded: tower features computed before, instead of `pixel_values`.
-            past_key_values, inputs_embeds, use_cache, logits_to_keep: as for any transformers decoder.
+            cache: of the decoder; `past_key_values` is its name before transformers 5.24, and the same.
+            inputs_embeds, use_cache, logits_to_keep: as for any transformers decoder.
 
         Raises:
             DataError: placeholders and image tokens differ in number; labels without token_type_ids; no supervised
                 token.
         """
         self._check_inputs(labels, token_type_ids, inputs_embeds, input_ids)
+        cache = past_key_values if cache is None else cache
         image_tokens = None
         if inputs_embeds is None:
             assert input_ids is not None
@@ -255,7 +262,7 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
                 encoded = self.encode(pixel_values, pixel_attention_mask, spatial_shapes)
             inputs_embeds, image_tokens = self.model.embed(input_ids, encoded)
         if attention_mask is None:
-            attention_mask = no_padding(inputs_embeds, past_key_values)
+            attention_mask = no_padding(inputs_embeds, cache)
         if position_ids is None and not isinstance(attention_mask, dict):
             # The end of the row: with a filled cache the attention mask covers the cached tokens too.
             position_ids = masks.position_ids(attention_mask, sequence_ids)[:, -inputs_embeds.shape[1] :]
@@ -265,12 +272,12 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
             token_type_ids,
             position_ids,
             sequence_ids=sequence_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=False if labels is not None else use_cache,
             **kwargs,
         )
         result = VLMOutput(
-            past_key_values=out.past_key_values,
+            **{CACHE: out.get(CACHE)},
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             image_hidden_states=image_tokens,
@@ -343,14 +350,16 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         config: VLMConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Any,
+        cache: Any = None,
+        past_key_values: Any = None,
         token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Masks ahead of a compiled step with a static cache (called by generate())."""
+        cache = past_key_values if cache is None else cache
         if attention_mask is None:
-            attention_mask = no_padding(inputs_embeds, past_key_values)
-        return decoder_masks(config, inputs_embeds, attention_mask, token_type_ids, None, past_key_values)
+            attention_mask = no_padding(inputs_embeds, cache)
+        return decoder_masks(config, inputs_embeds, attention_mask, token_type_ids, None, cache)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
@@ -416,7 +425,7 @@ def decoder_masks(
     attention_mask: Tensor,
     token_type_ids: Tensor | None,
     sequence_ids: Tensor | None,
-    past_key_values: Any,
+    cache: Any,
 ) -> dict[str, Tensor]:
     """The additive mask of each layer type that the decoder has: `full_attention` and, for Gemma 2 and 3,
     `sliding_attention`.
@@ -432,10 +441,10 @@ def decoder_masks(
     """
     num_new = inputs_embeds.shape[1]
     total = attention_mask.shape[1]
-    if total == num_new and past_key_values is not None and int(past_key_values.get_seq_length()):
+    if total == num_new and cache is not None and int(cache.get_seq_length()):
         raise DataError(
             f"attention_mask covers the {num_new} new tokens only, but the cache holds"
-            f" {int(past_key_values.get_seq_length())} more; it must cover cached and new tokens"
+            f" {int(cache.get_seq_length())} more; it must cover cached and new tokens"
         )
     types = layer_types(config)
     window = getattr(config.text_config, "sliding_window", None)
@@ -449,23 +458,23 @@ def decoder_masks(
                     " processor's whole batch: model(**batch)"
                 )
             allowed = masks.prefix_lm_mask(attention_mask, token_type_ids, sequence_ids, window=layer_window)
-            keys, _ = _key_range(past_key_values, layer, total, num_new)
+            keys, _ = _key_range(cache, layer, total, num_new)
             allowed = _pad_keys(allowed, keys)
         else:
             if token_type_ids is not None and bool((token_type_ids[:, -num_new:] == 0).any()):
                 raise DataError(
                     "prefix tokens after a filled cache would not be seen by it; pass the whole prefix at once"
                 )
-            keys, first = _key_range(past_key_values, layer, total, num_new)
+            keys, first = _key_range(cache, layer, total, num_new)
             allowed = masks.decode_mask(attention_mask, num_new, keys, first, window=layer_window)
         result[layer_type] = masks.additive(allowed, inputs_embeds.dtype)
     return result
 
 
-def no_padding(inputs_embeds: Tensor, past_key_values: Any) -> Tensor:
+def no_padding(inputs_embeds: Tensor, cache: Any) -> Tensor:
     """The attention mask of a batch without padding, int64[B, T], for cached and new tokens (generate() drops a mask
     that holds no zero)."""
-    held = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    held = 0 if cache is None else int(cache.get_seq_length())
     rows, new = inputs_embeds.shape[:2]
     return torch.ones(rows, held + new, dtype=torch.int64, device=inputs_embeds.device)
 

@@ -21,7 +21,7 @@ from vlm.check.subject import (
     text_length,
     text_logits,
 )
-from vlm.model import attention_softcap
+from vlm.model import CACHE, attention_softcap
 
 STEPS = 10
 """Tokens decoded one by one."""
@@ -58,7 +58,7 @@ def _cached_logits(subject: Subject, tensors: Tensors, tokens: Tensor) -> Tensor
                 input_ids=token,
                 attention_mask=mask,
                 token_type_ids=torch.ones_like(token),
-                past_key_values=out.past_key_values,
+                cache=out[CACHE],
                 use_cache=True,
             )
             logits.append(out.logits)
