@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.cli import check, console, eval_, export, import_, new
+from vlm.cli import check, console, eval_, export, import_, new, score
 from vlm.cli.options import (
     Parser,
     Run,
@@ -40,7 +40,20 @@ def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
         formatter_class=RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for add in (new.add, _train, eval_.add, _caption, _ask, _info, check.add, export.add, import_.add, _demo, _version):
+    for add in (
+        new.add,
+        _train,
+        eval_.add,
+        _caption,
+        _ask,
+        _info,
+        check.add,
+        score.add,
+        export.add,
+        import_.add,
+        _demo,
+        _version,
+    ):
         add(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:2] == ["eval", "diff"]:

@@ -13,6 +13,7 @@ _HOMES = {
     "Options": "job",
     "Predictor": "predictor",
     "table": "tables",
+    "score_files": "scoring",
     "write_report": "report",
     "breakdown": "report",
     "Curve": "charts",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .report import Text as Text
     from .report import breakdown as breakdown
     from .report import write_report as write_report
+    from .scoring import score_files as score_files
     from .suite import evaluate_tasks as evaluate_tasks
     from .tables import table as table
 

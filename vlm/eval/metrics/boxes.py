@@ -4,7 +4,7 @@ A box is four tokens `<locY0><locX0><locY1><locX1>` with numbers 0000 to 1023; b
 decodes t / 1023, v being the share of the height or width. (The demos of the model card divide by 1024.)
 
 Scores of masks are not here: sixteen `<seg>` tokens become a mask only through the decoder of the VQ-VAE that made them
-(`vae-oid.npz`), so `refcoco_paligemma` gives the box accuracies that PaliGemma reports beside its mean mask IoU.
+(`vlm.eval.segmentation`, given its weights). `refcoco_paligemma` gives the box accuracies of the same evaluator.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def _to_box(match: re.Match[str] | None, width: float = 1.0, height: float = 1.0
     if max(numbers) >= BINS or y1 <= y0 or x1 <= x0:
         return None
     return x0 * width, y0 * height, x1 * width, y1 * height
+
+
+def _segment_to_box(text: str) -> Box | None:
+    """The box of a text that starts with a whole segment, four `<loc>` and sixteen `<seg>` tokens."""
+    return _to_box(_FOUR_AND_MASK.match(text))
 
 
 def box_to_loc(box: Sequence[float], width: float = 1.0, height: float = 1.0) -> str:
@@ -151,7 +156,6 @@ def refcoco_paligemma(predictions: Predictions, references: References, info: In
     rule = (
         "PaliGemma's transfers on RefCOCO segmentation, boxes only: the prediction must start with four <loc> and "
         "sixteen <seg> tokens and the box have an area, else it is invalid and a miss; 1 for a box IoU >= 0.5; the "
-        "mean mask IoU of the same evaluator needs its mask decoder (vae-oid.npz) and is not computed"
+        "mean mask IoU of the same evaluator needs its mask decoder (vae-oid.npz) and is not part of this"
     )
-    read: Callable[[str], Box | None] = lambda text: _to_box(_FOUR_AND_MASK.match(text))  # noqa: E731
-    return _score("refcoco_paligemma", rule, read, predictions, references, info)
+    return _score("refcoco_paligemma", rule, _segment_to_box, predictions, references, info)

@@ -109,10 +109,10 @@ def _plain(text: str) -> str:
 def right_choice(name: str, key: str, references: References, info: Info) -> int:
     """Index of the right choice of an item: `answer_index`, else from the gold text.
 
-    The gold text is the choice's text, its letter, or "The answer is B.", tried in this order.
+    The gold text is the choice's text, its letter, or "The answer is B.".
 
     Raises:
-        DataError: the choices are no list of texts, or the gold text names none of them.
+        DataError: the choices are no list of texts, or the gold text names none or several of them.
     """
     choices = _choices(name, key, info)
     index: Any = info[key].get("answer_index")
@@ -121,13 +121,13 @@ def right_choice(name: str, key: str, references: References, info: Info) -> int
             raise DataError(f"{name}: 'answer_index' of item {key!r} is {index!r}, and it has {len(choices)} choices")
         return int(index)
     gold = only_reference(name, key, references)
-    if gold in choices:
-        if choices.count(gold) > 1:
-            raise DataError(f"{name}: {gold!r} is twice among the choices of item {key!r}; give 'answer_index'")
-        return choices.index(gold)
     letters = LETTERS[: len(choices)]
-    if len(gold) == 1 and gold in letters:
-        return letters.index(gold)
+    meant = {place for place, choice in enumerate(choices) if choice == gold}
+    meant |= {letters.index(gold)} if len(gold) == 1 and gold in letters else set()
+    if len(meant) > 1:
+        raise DataError(f"{name}: the gold answer {gold!r} of item {key!r} fits several choices; give 'answer_index'")
+    if meant:
+        return meant.pop()
     match = re.fullmatch(r"The answer is ([A-Z])\.", gold)
     if match and match[1] in letters:
         return letters.index(match[1])
@@ -145,10 +145,18 @@ def _choices(name: str, key: str, info: Info) -> list[str]:
 # --- Registered metrics -----------------------------------------------------------------------------------------------
 
 
+Reading = Callable[[str, Sequence[str]], int]
+
+
+def _counting(read: Callable[[str, int], int]) -> Reading:
+    """A reading that only asks how many choices there are."""
+    return lambda prediction, choices: read(prediction, len(choices))
+
+
 def _score(
     name: str,
     rule: str,
-    read: Callable[[str, Sequence[str]], int],
+    read: Reading,
     predictions: Predictions,
     references: References,
     info: Info,
@@ -183,8 +191,7 @@ def _score(
 def scienceqa(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right choices under `science_qa`. Raises DataError as `right_choice`."""
     rule = f"ScienceQA official: the prediction holds exactly one 'The answer is X.'{_UNREAD}"
-    read: Callable[[str, Sequence[str]], int] = lambda text, choices: science_qa(text, len(choices))  # noqa: E731
-    return _score("scienceqa", rule, read, predictions, references, info, guesses=True)
+    return _score("scienceqa", rule, _counting(science_qa), predictions, references, info, guesses=True)
 
 
 @register(
@@ -200,8 +207,7 @@ def scienceqa_llava(predictions: Predictions, references: References, info: Info
     rule = (
         "ScienceQA as LLaVA scores it: a letter alone, 'B. ...' or one 'The answer is B.'; what cannot be read is wrong"
     )
-    read: Callable[[str, Sequence[str]], int] = lambda text, choices: science_qa_llava(text, len(choices))  # noqa: E731
-    return _score("scienceqa_llava", rule, read, predictions, references, info, guesses=False)
+    return _score("scienceqa_llava", rule, _counting(science_qa_llava), predictions, references, info, guesses=False)
 
 
 @register(
@@ -219,8 +225,9 @@ def scienceqa_paligemma(predictions: Predictions, references: References, info: 
         "with a true full stop; what cannot be read is wrong (the official script looks anywhere, wants one match, "
         "and guesses where it finds none)"
     )
-    read: Callable[[str, Sequence[str]], int] = lambda text, choices: science_qa_big_vision(text, len(choices))  # noqa: E731
-    return _score("scienceqa_paligemma", rule, read, predictions, references, info, guesses=False)
+    return _score(
+        "scienceqa_paligemma", rule, _counting(science_qa_big_vision), predictions, references, info, guesses=False
+    )
 
 
 @register(

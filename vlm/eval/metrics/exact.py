@@ -12,8 +12,9 @@ from collections.abc import Callable
 from vlm.errors import DataError
 
 from .registry import Info, Predictions, References, only_reference, register
-from .result import MetricResult, groups, mean_result, means_by
+from .result import MetricResult, mean_result, means_by
 
+_LABELS = ("true", "false")
 _STRICT = "1 if the prediction equals any reference after blanks at both ends are removed; case and punctuation count"
 _NORMALIZED = (
     "1 if the prediction equals any reference after case folding, runs of white space made one blank, blanks at both "
@@ -96,13 +97,14 @@ def ai2d(predictions: Predictions, references: References) -> MetricResult:
 
 @register(
     "nlvr2",
-    summary="NLVR2 accuracy: True or False, any case; details: consistency",
+    summary="NLVR2 accuracy, official rule: True or False, any case; details: consistency",
     reads="references",
     per_item_is_right=True,
-    uses=("sentence",),
 )
-def nlvr2(predictions: Predictions, references: References, info: Info) -> MetricResult:
-    """Share of predictions equal to the label ignoring case; with `sentence`, the share of sentences always right.
+def nlvr2(predictions: Predictions, references: References) -> MetricResult:
+    """Share of predictions equal to the label ignoring case; the share of sentences right on all their image pairs.
+
+    Consistency is there if all ids are NLVR2's identifiers (split-set-pair-sentence), which tell the sentence.
 
     Raises:
         DataError: a label is neither True nor False.
@@ -110,18 +112,25 @@ def nlvr2(predictions: Predictions, references: References, info: Info) -> Metri
     scores: dict[str, float] = {}
     for key in references:
         label = only_reference("nlvr2", key, references).lower()
-        if label not in ("true", "false"):
+        if label not in _LABELS:
             raise DataError(f"nlvr2 needs the labels True and False; that of item {key!r} is {references[key][0]!r}")
         scores[key] = float(predictions[key].lower() == label)
-    sentences = groups(scores, info, "sentence")
-    details = {
-        "num_not_true_or_false": float(sum(text.lower() not in ("true", "false") for text in predictions.values()))
+    details: dict[str, float] = {
+        "num_not_true_or_false": sum(text.lower() not in _LABELS for text in predictions.values())
     }
-    if sentences:
-        always = sum(all(scores[key] for key in keys) for keys in sentences.values())
-        details["consistency"] = always / len(sentences)
+    sentences: dict[tuple[str, ...], list[float]] = {}
+    for key, score in scores.items():
+        sentences.setdefault(_nlvr2_sentence(key), []).append(score)
+    if () not in sentences:
+        details["consistency"] = sum(all(right) for right in sentences.values()) / len(sentences)
     rule = (
-        "NLVR2: 1 if the prediction is the label True or False, ignoring case (PaliGemma's evaluator does not ignore "
-        "it); consistency is the share of sentences with all their pairs right"
+        "NLVR2 official: 1 if the prediction is the label True or False, ignoring case (PaliGemma's evaluator does not "
+        "ignore it); consistency is the share of sentences with all their image pairs right"
     )
     return mean_result("nlvr2", scores, rule, normalizer="lower case", details=details)
+
+
+def _nlvr2_sentence(identifier: str) -> tuple[str, ...]:
+    """What the items of one sentence share: "dev-850-2-1" -> ("dev", "850", "1"); () for other ids."""
+    parts = identifier.split("-")
+    return (*parts[:2], *parts[3:]) if len(parts) == 4 else ()

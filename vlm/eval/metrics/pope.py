@@ -19,13 +19,13 @@ from .result import MetricResult, bootstrap, groups, mean_result
 _NO = frozenset({"No", "not", "no"})
 _READING = (
     "POPE official: an answer is 'no' if No, not or no is a word of the text before the first full stop (commas "
-    "deleted, split at blanks), else 'yes', an empty answer included; positive class yes; precision, recall and F1 are "
-    "0 where the official script divides by zero"
+    "deleted, split at blanks), else 'yes', an empty answer included (num_empty counts them); positive class yes; "
+    "precision, recall and F1 are 0 where the official script divides by zero"
 )
 
 
 def answer(prediction: str) -> str:
-    """ "yes" or "no", as the official script reads a prediction."""
+    """How the official script reads a prediction, yes or no: "It is not there." -> "no", "NO" -> "yes"."""
     words = prediction.split(".")[0].replace(",", "").split(" ")
     return "yes" if _NO.isdisjoint(words) else "no"
 
@@ -67,6 +67,13 @@ def _details(said: dict[str, str], labels: dict[str, str], info: Info) -> dict[s
     return details
 
 
+def _official_details(
+    predictions: Predictions, said: dict[str, str], labels: dict[str, str], info: Info
+) -> dict[str, float]:
+    """As `_details`, with the number of empty answers, which the official script reads as yes."""
+    return _details(said, labels, info) | {"num_empty": sum(not text.strip() for text in predictions.values())}
+
+
 @register(
     "pope",
     summary="POPE accuracy, official reading of answers; details: precision, recall, F1, yes ratio, each split",
@@ -79,7 +86,8 @@ def pope(predictions: Predictions, references: References, info: Info) -> Metric
     labels = _labels("pope", references)
     said = {key: answer(predictions[key]) for key in labels}
     right = {key: float(said[key] == label) for key, label in labels.items()}
-    return mean_result("pope", right, f"accuracy; {_READING}", normalizer="POPE", details=_details(said, labels, info))
+    details = _official_details(predictions, said, labels, info)
+    return mean_result("pope", right, f"accuracy; {_READING}", normalizer="POPE", details=details)
 
 
 @register(
@@ -94,7 +102,7 @@ def pope_f1(predictions: Predictions, references: References, info: Info) -> Met
     labels = _labels("pope_f1", references)
     said = {key: answer(predictions[key]) for key in labels}
     right = {key: float(said[key] == label) for key, label in labels.items()}
-    details = _details(said, labels, info)
+    details = _official_details(predictions, said, labels, info)
     rule = f"F1 of the class yes; {_READING}; the per-item score is 1 for a right answer"
     counts = np.array(
         [(said[key] == labels[key] == "yes", said[key] == "yes", labels[key] == "yes") for key in sorted(labels)], float

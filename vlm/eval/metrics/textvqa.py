@@ -7,6 +7,7 @@ question marks first ("one,two" -> "onetwo", VQA v2: "1 2"); and it splits "'s" 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from . import vqa
 from .registry import Predictions, References, refuse_few_answers, register
@@ -20,6 +21,7 @@ _RULE = (
 )
 
 
+@lru_cache(1 << 16)
 def normalize(text: str) -> str:
     """The EvalAI answer processor: "The Dog's, two" -> "dog 's 2"."""
     words = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()

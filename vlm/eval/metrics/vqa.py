@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 from .registry import Info, Predictions, References, refuse_few_answers, register
 from .result import MetricResult, mean_result, means_by
@@ -27,6 +28,7 @@ _RULE = (
     "answers are identical"
 )
 AGREE = 3  # annotators who must agree for the full score
+_REMEMBERED = 1 << 16  # texts whose normal form is kept: the ten answers of a question repeat each other
 MAX_PERIODS = int(re.UNICODE)  # 32, see the module docstring
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -97,11 +99,13 @@ def process_digit_article(text: str, contractions: Mapping[str, str] = CONTRACTI
     return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
 
+@lru_cache(_REMEMBERED)
 def normalize(text: str) -> str:
     """Both steps, in the script's order: "The two t-shirts." -> "2 t shirts"."""
     return process_digit_article(process_punctuation(text))
 
 
+@lru_cache(_REMEMBERED)
 def normalize_big_vision(text: str) -> str:
     """As `normalize`, the way Google's evaluator has it: no limit on full stops, digits of all scripts."""
     return process_digit_article(process_punctuation(text, ascii_digits=False, max_periods=0))
