@@ -1,6 +1,7 @@
 """Candidates are scored as a plain forward over the whole text scores them, one at a time."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ CANDIDATES = [["yes", "no"], ["a red square", "blue", "a very long answer, with 
 PICTURES = [picture(1), picture(2, (20, 40)), picture(3)]
 
 
-def alone(model: VLM, processor: Processor, image: object, prompt: str, candidate: str) -> list[float]:
+def alone(model: VLM, processor: Processor, image: Any, prompt: str, candidate: str) -> list[float]:
     """Log-probability of each token of the suffix, from one forward over image, prompt and candidate."""
     batch = processor([image], [prompt], [candidate])
     labels, batch.labels = batch.labels, None

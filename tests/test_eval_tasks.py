@@ -43,6 +43,7 @@ def test_the_promised_tasks_are_there() -> None:
     promised = (
         "cococap nocaps textcaps flickr30k coco35l xm3600 vqav2 okvqa aokvqa_da aokvqa_mc gqa textvqa stvqa ocrvqa"
         " docvqa infovqa chartqa vizwiz ai2d scienceqa tallyqa pope nlvr2 refcoco refcocoplus refcocog mmmu easy_vqa"
+        " xgqa screen2words countbenchqa"
     )
     assert set(promised.split()) <= set(ALL)
 
@@ -56,9 +57,10 @@ def test_each_task_is_complete(name: str) -> None:
         assert metric.name in registry.names()
     for split in task.splits.values():
         assert split.files
+        made = ("ai2d/lettered", "mmmu/images", "countbenchqa/images")  # by the loaders
         for file in split.files.values():
             assert not Path(file.path).is_absolute() and ".." not in Path(file.path).parts
-            assert file.url.startswith(("http://", "https://")) or file.path == "ai2d/lettered"  # drawn here
+            assert file.url.startswith(("http://", "https://")) or file.path in made
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -302,6 +304,15 @@ def test_a_broken_official_file_names_the_place(tmp_path: Path, content: bytes, 
         tasks.get("nocaps").load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../secret.jpg", "a/../../b.jpg", ""])
+def test_a_name_in_an_official_file_does_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    caption_file(tmp_path, 1)
+    path = tmp_path / "nocaps" / "nocaps_val_4500_captions.json"
+    path.write_text(path.read_text().replace("0.jpg", name))
+    with pytest.raises(DataError, match=f"image '{name}' does not lie below .*nocaps/validation"):
+        tasks.get("nocaps").load(tmp_path)
+
+
 # --- Candidates and groups --------------------------------------------------------------------------------------------
 
 
@@ -337,3 +348,16 @@ def test_the_named_clean_ups() -> None:
 
 def test_items_need_nothing_but_an_id_and_images() -> None:
     assert Item(id="1", images=(Path("a.png"),)).answers == ()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_page_says_what_the_file_says(name: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+    [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    task = tasks.get(name)
+    prompt = task.prompt.replace("\n", "\\n")
+    assert f"| {task.default_split}" in row and f"| `{prompt}` |" in row
+    count = task.split().expected_items
+    assert (f"| {count:,} |" if count else "|  |") in row
+    assert all(f"`{metric}`" in row for metric in task.metrics)
+    assert all(f"`{file.path}`" in row for file in task.split().files.values())

@@ -150,11 +150,19 @@ def _totals(
         chunk = pairs[start : start + batch_size]
         items = torch.tensor([item for item, _ in chunk], device=model.device)
         suffixes = _suffixes(processor, [prompts[i] for i, _ in chunk], chunk, names).to(model.device)
-        cache = copy.deepcopy(prefix.past_key_values)
-        cache.batch_select_indices(items)
+        cache = _rows(prefix.past_key_values, items)
         totals += _chunk_totals(model, suffixes, first[items], batch.attention_mask[items], cache)
     ends = iter(totals)
     return [[next(ends) for _ in texts] for texts in candidates]
+
+
+def _rows(cache: Any, rows: Tensor) -> Any:
+    """A cache of its own with these rows of `cache`, which may repeat. Selecting makes new tensors, so the layers are
+    copied without theirs: a deep copy would hold the keys and values of the whole batch once more."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
+    return selected
 
 
 def _suffixes(processor: Processor, prompts: list[str], chunk: list[tuple[int, str]], names: Sequence[str]) -> Tensor:
@@ -169,24 +177,22 @@ def _chunk_totals(model: VLM, suffixes: Tensor, first: Tensor, prefix_mask: Tens
     """Sums over the tokens of each candidate.
 
     Args:
-        suffixes: int64[P, C], padded with -100.
+        suffixes: int64[P, C], padded with -100; C is at least 2: a token and EOS.
         first: float32[P, V], log-probabilities of the first token.
         prefix_mask: int64[P, S]. cache: of the prefixes, P rows; it is filled further.
     """
     real = suffixes != IGNORE
     tokens = suffixes.clamp(min=0)
-    found = first.gather(1, tokens[:, :1])
-    if suffixes.shape[1] > 1:  # the last token of a row predicts nothing
-        known = tokens[:, :-1]
-        out = model(
-            input_ids=known,
-            attention_mask=torch.cat([prefix_mask, real[:, :-1].to(prefix_mask.dtype)], dim=1),
-            token_type_ids=torch.ones_like(known),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        rest = _log_softmax(out.logits).gather(2, tokens[:, 1:, None])[..., 0]
-        found = torch.cat([found, rest], dim=1)
+    known = tokens[:, :-1]  # the last token of a row predicts nothing
+    out = model(
+        input_ids=known,
+        attention_mask=torch.cat([prefix_mask, real[:, :-1].to(prefix_mask.dtype)], dim=1),
+        token_type_ids=torch.ones_like(known),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    rest = _log_softmax(out.logits).gather(2, tokens[:, 1:, None])[..., 0]
+    found = torch.cat([first.gather(1, tokens[:, :1]), rest], dim=1)
     sums = found.masked_fill(~real, 0.0).double().sum(1).tolist()
     return list(zip(sums, real.sum(1).tolist(), strict=True))
 

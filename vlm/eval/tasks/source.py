@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -62,14 +62,24 @@ class Row:
 
     Args:
         values: the object.
-        where: the file and the place in it, for errors.
+        parent: what it lies in: the file's name, or another row.
+        step: where in there, for errors.
     """
 
-    def __init__(self, values: Any, where: str) -> None:
-        if not isinstance(values, Mapping):
-            raise DataError(f"{where}: expected an object with keys, got {_shown(values)}")
-        self.values = values
-        self.where = where
+    __slots__ = ("_parent", "_step", "values")
+
+    def __init__(self, values: Any, parent: str | Row, *step: object) -> None:
+        self._parent = parent
+        self._step = step
+        if not isinstance(values, dict):
+            raise DataError(f"{self.where}: expected an object with keys, got {_shown(values)}")
+        self.values: dict[str, Any] = values
+
+    @property
+    def where(self) -> str:
+        """The file and the place in it. Made on demand: files have millions of places."""
+        parent = self._parent if isinstance(self._parent, str) else self._parent.where
+        return f"{parent}, {' '.join(map(str, self._step))}" if self._step else parent
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
@@ -120,12 +130,13 @@ class Row:
         return tuple(float(number) for number in value)
 
     def row(self, key: str) -> Row:
-        return Row(self[key], f"{self.where}, {key!r}")
+        return Row(self[key], self, repr(key))
 
     def rows(self, key: str) -> list[Row]:
         """A list of objects."""
         value = self._of_type(key, list, "a list of objects")
-        return [Row(item, f"{self.where}, {key!r} {index}") for index, item in enumerate(value)]
+        name = repr(key)
+        return [Row(item, self, name, index) for index, item in enumerate(value)]
 
     def _of_type(self, key: str, kind: type, expected: str) -> Any:
         value = self[key]
@@ -137,6 +148,19 @@ class Row:
 def _shown(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of images: `folder / name` is a path below it, whatever an annotation file gives as a name."""
+
+    path: Path
+
+    def __truediv__(self, name: str) -> Path:
+        relative = PurePosixPath(name)
+        if not name or relative.is_absolute() or ".." in relative.parts:
+            raise DataError(f"image {name!r} does not lie below {self.path}; is this the official file?")
+        return self.path / relative
 
 
 @dataclass(frozen=True)
@@ -159,10 +183,13 @@ class Source:
         return path
 
     def place(self, role: str) -> Path:
-        """Where a file or folder lies, or should lie. For folders of images: missing images are reported per item."""
+        """Where a file or folder lies, or should lie."""
         file = self._file(role)
         there = [self.root / name for name in (file.path, *file.also) if (self.root / name).exists()]
         return there[0] if there else self.root / file.path
+
+    def images(self, role: str = "images") -> Folder:
+        return Folder(self.place(role))
 
     def missing(self, role: str) -> str:
         """What to do about a file that is not there."""
@@ -187,7 +214,7 @@ class Source:
         value = self.json(role)
         if not isinstance(value, list):
             raise DataError(f"{name}: expected a list at the top, got {_shown(value)}. Is this the official file?")
-        return [Row(item, f"{name}, item {index}") for index, item in enumerate(value)]
+        return [Row(item, name, "item", index) for index, item in enumerate(value)]
 
     def lines(self, role: str) -> Iterator[Row]:
         """The file as one object per line."""
@@ -195,7 +222,7 @@ class Source:
         name = self.files[role].path
         for number, line in enumerate(_read(path).split(b"\n"), 1):
             if line.strip():
-                yield Row(parse_json(line, f"{path}, line {number}"), f"{name}, line {number}")
+                yield Row(parse_json(line, f"{path}, line {number}"), name, "line", number)
 
     def _file(self, role: str) -> File:
         if role not in self.files:

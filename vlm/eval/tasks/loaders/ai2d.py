@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vlm.errors import DataError, ImageError
 from vlm.images import load_image
 
-from ..source import Item, Row, Source, choice_fields, parse_json
+from ..source import Folder, Item, Row, Source, choice_fields, parse_json
 
 _LARGEST = 100  # points; shrunk until the letter fits its rectangle
 
@@ -47,7 +47,7 @@ def _item(source: Source, image: str, question: str, row: Row) -> Item:
     lettered = row.flag("abcLabel")
     return Item(
         id=row.key("questionId"),
-        images=(_lettered(source, image) if lettered else source.place("images") / image,),
+        images=(_lettered(source, image) if lettered else source.images() / image,),
         fields={"question": question, **choice_fields(choices)},
         answers=(choices[right],),
         info={"choices": choices, "lettered": lettered},
@@ -56,11 +56,11 @@ def _item(source: Source, image: str, question: str, row: Row) -> Item:
 
 def _lettered(source: Source, image: str) -> Path:
     """The diagram with letters over its labels, drawn if it is not there yet."""
-    target = source.place("lettered") / image
-    plain = source.place("images") / image
+    target = source.images("lettered") / image
+    plain = source.images() / image
     if target.exists() or not plain.exists():
         return target
-    path = source.path("annotations") / f"{image}.json"
+    path = Folder(source.path("annotations")) / f"{image}.json"
     texts = Row(parse_json(path.read_bytes(), str(path)), path.name).row("text")
     try:
         drawn = load_image(plain)

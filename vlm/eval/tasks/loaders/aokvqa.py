@@ -18,7 +18,7 @@ from ..source import Item, Row, Source, choice_fields
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
+    folder = source.images()
     direct = source.options["mode"] == "direct"
     for row in source.rows("questions"):
         if direct and row.flag("difficult_direct_answer") and not source.options["difficult"]:

@@ -14,7 +14,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
+    folder = source.images()
     for part in source.files:
         if part == "images":
             continue
@@ -24,5 +24,5 @@ def read(source: Source) -> Iterator[Item]:
                 images=(folder / row.text("imgname"),),
                 fields={"question": row.text("query")},
                 answers=(row.key("label"),),
-                info={"category": part},
+                info={"split": part},
             )

@@ -19,7 +19,7 @@ _OWN = ("id", "question", "options", "answer", "images")
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
+    folder = source.images()
     for row in source.lines("questions"):
         facts = {key: value for key, value in row.values.items() if isinstance(value, str) and key not in _OWN}
         images = row.texts("images")

@@ -27,7 +27,7 @@ def read(source: Source) -> Iterator[Item]:
             captions.setdefault(("en", image), []).append(row.text("caption_tokenized"))
     rows = source.object("karpathy").rows("images")
     files = {row.key("cocoid"): f"{row.text('filepath')}/{row.text('filename')}" for row in rows}
-    folder = source.place("images")
+    folder = source.images()
     wanted = set(source.options["languages"])
     for (language, image), texts in sorted(captions.items()):
         if language not in wanted:

@@ -20,7 +20,7 @@ def read(source: Source) -> Iterator[Item]:
     captions: dict[str, list[str]] = {}
     for row in content.rows("annotations"):
         captions.setdefault(row.key("image_id"), []).append(row.text("caption"))
-    folder = source.place("images")
+    folder = source.images()
     for row in content.rows("images"):
         key = row.key("id")
         if key not in captions:

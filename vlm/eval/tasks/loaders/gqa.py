@@ -4,31 +4,45 @@
 "groups", ...}}` (cs.stanford.edu/people/dorarad/gqa; big_vision `datasets/gqa`). Images are `{imageId}.jpg`. `kind` is
 what the official `eval.py` reports apart: open for structural type query, else binary.
 
-Files: `questions`, and the folder `images`.
+xGQA has the same questions in further languages, one file each, with English answers (github e-bug/iglue; big_vision
+`datasets/xgqa`).
+
+Files: one or more of questions (`questions`, or a language), and the folder `images`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from ..source import Item, Source
+from ..source import Item, Row, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
-    questions = source.object("questions")
-    for key in questions.values:
-        row = questions.row(key)
-        types = row.row("types")
-        structural = types.text("structural")
-        yield Item(
-            id=key,
-            images=(folder / f"{row.text('imageId')}.jpg",),
-            fields={"question": row.text("question")},
-            answers=(row.text("answer"),),
-            info={
-                "kind": "open" if structural == "query" else "binary",
-                "structural": structural,
-                "semantic": types.text("semantic"),
-            },
-        )
+    folder = source.images()
+    for role in source.files:
+        if role == "images":
+            continue
+        language = {} if role == "questions" else {"language": role}
+        questions = source.object(role)
+        for key in questions.values:
+            row = questions.row(key)
+            yield Item(
+                id="_".join([key, *language.values()]),
+                images=(folder / f"{row.text('imageId')}.jpg",),
+                fields={"question": row.text("question")},
+                answers=(row.text("answer"),),
+                info={**language, **_kinds(row)},
+            )
+
+
+def _kinds(row: Row) -> dict[str, Any]:
+    if "types" not in row:
+        return {}
+    types = row.row("types")
+    structural = types.text("structural")
+    return {
+        "kind": "open" if structural == "query" else "binary",
+        "structural": structural,
+        "semantic": types.text("semantic"),
+    }

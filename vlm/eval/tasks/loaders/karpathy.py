@@ -16,13 +16,13 @@ from ..source import Item, Source
 
 def read(source: Source) -> Iterator[Item]:
     split = source.options["split"]
-    folder = source.place("images")
+    folder = source.images()
     for row in source.object("captions").rows("images"):
         if row.text("split") != split:
             continue
-        below = folder / row.text("filepath") if "filepath" in row else folder
+        below = f"{row.text('filepath')}/" if "filepath" in row else ""
         yield Item(
             id=row.key("cocoid" if "cocoid" in row else "imgid"),
-            images=(below / row.text("filename"),),
+            images=(folder / f"{below}{row.text('filename')}",),
             references=tuple(sentence.text("raw") for sentence in row.rows("sentences")),
         )

@@ -5,7 +5,9 @@ as text), `answer` (a letter), `question_type` (multiple-choice or open), `image
 (huggingface.co/datasets/lmms-lab/MMMU, all subjects in one; MMMU/MMMU has the same columns per subject). Open questions
 are left out.
 
-Files: `data`, the folder with the `validation-*.parquet` files. Options: `pattern`.
+The images are written once, as they are, into the folder `images`.
+
+Files: `data`, the folder with the parquet files, and the folder `images`. Options: `pattern` of the files' names.
 """
 
 from __future__ import annotations
@@ -14,42 +16,32 @@ import ast
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from vlm.errors import ConfigError, DataError
+from vlm.errors import DataError
 
-from ..source import Item, Source
-from . import choices
+from ..source import Folder, Item, Source
+from . import _parquet, choices
 
-_MAX_IMAGES = 7
+_IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.path("data")
-    files = sorted(str(path) for path in folder.glob(source.options["pattern"]))
-    if not files:
-        raise DataError(f"{source.missing('data')} (no {source.options['pattern']} in it)")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"task {source.task!r} reads parquet files with the datasets library: pip install 'vlm-backbone[datasets]'"
-        ) from error
-    table = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows")
-    yield from items(table, str(folder))
+    yield from items(_parquet.rows(source, _IMAGES), source.images(), source.files["data"].path)
 
 
-def items(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[Item]:
-    """The multiple-choice questions among rows with MMMU's columns (images as Pillow images)."""
+def items(rows: Iterable[Mapping[str, Any]], images: Folder, where: str) -> Iterator[Item]:
+    """The multiple-choice questions among rows with MMMU's columns (images as `{"bytes": ...}`)."""
     for number, row in enumerate(rows):
         if row["question_type"] != "multiple-choice":
             continue
         here = f"{where}, row {number}"
-        images = [row.get(f"image_{index}") for index in range(1, _MAX_IMAGES + 1)]
         yield choices.item(
             row["id"],
             row["question"],
             _options(row["options"], here),
             row["answer"],
-            tuple(image for image in images if image is not None),
+            tuple(
+                _parquet.written(row[name]["bytes"], images / f"{row['id']}-{name}") for name in _IMAGES if row[name]
+            ),
             {"subject": row["id"].split("_", 1)[1].rsplit("_", 1)[0], "subfield": row["subfield"]},
             here,
         )

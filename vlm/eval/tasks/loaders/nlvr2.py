@@ -17,7 +17,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
+    folder = source.images()
     for row in source.lines("sentences"):
         key, label = row.text("identifier"), row.text("label")
         if label not in ("True", "False"):

@@ -18,7 +18,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
+    folder = source.images()
     books = source.object("questions")
     for key in books.values:
         row = books.row(key)

@@ -30,7 +30,7 @@ def read(source: Source) -> Iterator[Item]:
     instances = source.object("instances")
     boxes = {row.integer("id"): row.box("bbox") for row in instances.rows("annotations")}
     images = {row.integer("id"): row for row in instances.rows("images")}
-    folder = source.place("images")
+    folder = source.images()
     for ref in source.rows("refs"):
         if ref.text("split") != source.options["split"]:
             continue

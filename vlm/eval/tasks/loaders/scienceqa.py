@@ -20,7 +20,7 @@ from ..source import LETTERS, Item, Source, choice_fields
 
 def read(source: Source) -> Iterator[Item]:
     split = source.options["split"]
-    folder = source.place("images") / split
+    folder = source.images()
     problems = source.object("problems")
     for key in problems.values:
         row = problems.row(key)
@@ -32,7 +32,7 @@ def read(source: Source) -> Iterator[Item]:
         hint = row.text("hint") or "N/A"
         yield Item(
             id=key,
-            images=(folder / key / row.text("image"),),
+            images=(folder / f"{split}/{key}/{row.text('image')}",),
             fields={"question": row.text("question"), "hint": hint, **choice_fields(choices)},
             answers=(LETTERS[right],),
             info={

@@ -25,7 +25,7 @@ _COCO = "coco-text/"
 
 def read(source: Source) -> Iterator[Item]:
     kept = _listed(source.path("val_ids")) if source.has("val_ids") else None
-    folder, coco = source.place("images"), source.place("images_coco")
+    folder, coco = source.images(), source.images("images_coco")
     for row in source.object("questions").rows("data"):
         path = row.text("file_path")
         if kept is not None and path not in kept:
@@ -44,17 +44,26 @@ def _listed(path: Path) -> frozenset[str]:
     """The image paths that the Python file assigns to `PSEUDO_VAL_IMAGE_PATHS`."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in tree.body:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if _annotated(node) else []
-            if any(isinstance(target, ast.Name) and target.id == _NAME for target in targets):
-                value = node.value
-                if isinstance(value, ast.Call) and value.args:  # frozenset([...]), set([...])
-                    value = value.args[0]
-                return frozenset(ast.literal_eval(value))
+        values = [value for name, value in _assignments(tree) if name == _NAME]
+        # frozenset([...]) and set([...]) count as the list inside.
+        lists = [value.args[0] if isinstance(value, ast.Call) and value.args else value for value in values]
+        found = [frozenset(ast.literal_eval(value)) for value in lists]
     except (SyntaxError, ValueError, TypeError) as error:
         raise DataError(f"{path}: cannot read {_NAME} as a list of text ({error})") from error
-    raise DataError(f"{path}: no {_NAME} in the file; is this big_vision's datasets/stvqa/val_ids.py?")
+    if not found:
+        raise DataError(f"{path}: no {_NAME} in the file; is this big_vision's datasets/stvqa/val_ids.py?")
+    return found[0]
 
 
-def _annotated(node: ast.stmt) -> bool:
-    return isinstance(node, ast.AnnAssign) and node.value is not None
+def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    """The names that are assigned at the top of a module, each with its value."""
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign):
+            targets: list[ast.expr] = [node.target]
+        elif isinstance(node, ast.Assign):
+            targets = node.targets
+        else:
+            continue
+        for target in targets:
+            if isinstance(target, ast.Name) and node.value is not None:
+                yield target.id, node.value

@@ -15,7 +15,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
+    folder = source.images()
     for row in source.rows("questions"):
         yield Item(
             id=f"{row.key('image_id')}-{row.key('question_id')}",

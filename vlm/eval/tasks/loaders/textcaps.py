@@ -21,6 +21,6 @@ def read(source: Source) -> Iterator[Item]:
         key = row.key("image_id")
         names.setdefault(key, row.key("image_name"))
         captions.setdefault(key, []).append(row.text("caption_str"))
-    folder = source.place("images")
+    folder = source.images()
     for key, texts in captions.items():
         yield Item(id=key, images=(folder / f"{names[key]}.jpg",), references=tuple(texts))

@@ -23,7 +23,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
+    folder = source.images()
     turns = _turns(source.path("rotation")) if source.has("rotation") else {}
     upright: dict[str, Path | Image.Image] = {}
     for row in source.object("questions").rows("data"):

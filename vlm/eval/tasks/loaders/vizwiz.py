@@ -14,7 +14,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
+    folder = source.images()
     for row in source.rows("questions"):
         image = row.text("image")
         yield Item(

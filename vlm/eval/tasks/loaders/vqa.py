@@ -20,7 +20,7 @@ from ..source import Item, Source
 
 def read(source: Source) -> Iterator[Item]:
     annotations = {row.key("question_id"): row for row in source.object("annotations").rows("annotations")}
-    folder = source.place("images")
+    folder = source.images()
     for row in source.object("questions").rows("questions"):
         key = row.key("question_id")
         if key not in annotations:
@@ -28,7 +28,7 @@ def read(source: Source) -> Iterator[Item]:
         facts = annotations[key]
         yield Item(
             id=key,
-            images=(folder / f"COCO_{folder.name}_{row.integer('image_id'):012d}.jpg",),
+            images=(folder / f"COCO_{folder.path.name}_{row.integer('image_id'):012d}.jpg",),
             fields={"question": row.text("question")},
             answers=tuple(answer.text("answer") for answer in facts.rows("answers")),
             info={name: facts.text(name) for name in ("question_type", "answer_type") if name in facts},

@@ -14,7 +14,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    folder = source.place("images")
+    folder = source.images()
     rows = list(source.lines("captions"))
     for language in source.options["languages"]:
         for row in rows:

@@ -1,0 +1,32 @@
+"""Screen2Words: `screen_summaries.csv` and the lists of screens `split/{split}_screens.txt`.
+
+The table has the columns `screenId` and `summary`, about five rows a screen; a list has one screen a line. Images are
+RICO's `combined/{screenId}.jpg` (github google-research-datasets/screen2words; big_vision `datasets/screen2words`).
+
+Files: `summaries`, `screens`, and the folder `images`.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+
+from vlm.errors import DataError
+
+from ..source import Item, Source
+
+
+def read(source: Source) -> Iterator[Item]:
+    path = source.path("summaries")
+    summaries: dict[str, list[str]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if not {"screenId", "summary"} <= set(reader.fieldnames or ()):
+            raise DataError(f"{path}: expected the columns screenId and summary, got {reader.fieldnames}")
+        for row in reader:
+            summaries.setdefault(row["screenId"], []).append(row["summary"])
+    folder = source.images()
+    for screen in source.path("screens").read_text(encoding="utf-8").split():
+        if screen not in summaries:
+            raise DataError(f"{path}: no summary of screen {screen}")
+        yield Item(id=screen, images=(folder / f"{screen}.jpg",), references=tuple(summaries[screen]))
