@@ -10,18 +10,20 @@
     answers     answers of different people to the same question (a list of text)
     id          text or a whole number, unique in the file; the line number by default
 
-Other keys are left alone, unless they look like a misspelt one of these.
+Other keys are left alone, unless they look like a misspelt one of these. Probes of a vision tower read
+`{"image": ..., "label": ...}` instead.
 """
 
 import difflib
+import functools
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -32,6 +34,7 @@ MAX_LINE_BYTES = 2**20
 MAX_LISTED = 1000
 """How many problems an error message lists; it always says how many there are."""
 KEYS = ("id", "image", "prefix", "suffix", "references", "answers")
+LABELLED_KEYS = ("id", "image", "label")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,18 @@ class Example:
     info: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else is known of the item and metrics or breakdowns read: choices, question type, language, ... From an
     annotation file: its other keys, as they are."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An image of a known class; it has not been decoded yet."""
+
+    id: str
+    image: Path | Image.Image
+    label: str
+
+
+_T = TypeVar("_T", Example, Labelled)
 
 
 @dataclass(frozen=True)
@@ -95,26 +110,42 @@ def read_jsonl(
     """
     unknown = set(require) - {"suffix", "references", "answers"}
     assert not unknown, unknown
+    return _read(path, image_root, skip_bad, functools.partial(_example, require=require))
+
+
+def read_labelled(path: str | Path, image_root: str | Path | None = None) -> list[Labelled]:
+    """Images with a class each, `{"image": ..., "label": ...}` per line (and `id` if wanted), in order.
+
+    Raises:
+        DataError: as `read_jsonl` without `skip_bad`: every unusable line is listed.
+    """
+    return _read(path, image_root, False, _labelled)[0]
+
+
+def _read(
+    path: str | Path, image_root: str | Path | None, skip_bad: bool, make: Callable[[bytes, int, str, "_ImageRoot"], _T]
+) -> tuple[list[_T], list[Problem]]:
+    """What `make(line, number, file, images)` makes of every line, and why it could not."""
     name = shown(path)
     images = _ImageRoot(Path(path).parent if image_root is None else image_root)
-    examples: list[Example] = []
+    made: list[_T] = []
     problems: list[Problem] = []
     lines_by_id: dict[str, int] = {}
     for number, line in _lines(path, name):
         try:
-            example = _example(line, number, name, images, require)
-            if example.id in lines_by_id:
-                raise _Refused("duplicate-id", f"id {example.id!r} is that of line {lines_by_id[example.id]} already")
+            item = make(line, number, name, images)
+            if item.id in lines_by_id:
+                raise _Refused("duplicate-id", f"id {item.id!r} is that of line {lines_by_id[item.id]} already")
         except _Refused as refused:
             problems.append(Problem(name, number, refused.code, str(refused)))
             continue
-        lines_by_id[example.id] = number
-        examples.append(example)
-    if problems and (not skip_bad or not examples):
-        raise DataError(_listing(problems, name, len(examples)))
-    if not examples:
+        lines_by_id[item.id] = number
+        made.append(item)
+    if problems and (not skip_bad or not made):
+        raise DataError(_listing(problems, name, len(made)))
+    if not made:
         raise DataError(f"{name}: no annotation in the file; expected one JSON object per line")
-    return examples, problems
+    return made, problems
 
 
 def _listing(problems: list[Problem], name: str, num_good: int) -> str:
@@ -210,12 +241,7 @@ def _no_constant(text: str) -> None:
 def _example(line: bytes, number: int, name: str, images: "_ImageRoot", require: Sequence[str]) -> Example:
     record = _parse(line, number)
     _refuse_misspelt_keys(record)
-    for key in ("image", "prefix", *require):
-        if record.get(key) is None:
-            what = "null" if key in record else "missing"
-            raise _Refused(
-                "missing-key", f"{key!r} is {what}; the line has {', '.join(map(repr, record)) or 'no keys'}"
-            )
+    _require(record, ("image", "prefix", *require))
     suffix = record.get("suffix")
     if suffix is not None and not _text(suffix, "suffix").strip() and "suffix" in require:
         raise _Refused("empty", "'suffix' is blank; there would be nothing to learn")
@@ -232,10 +258,29 @@ def _example(line: bytes, number: int, name: str, images: "_ImageRoot", require:
     )
 
 
-def _refuse_misspelt_keys(record: dict[str, Any]) -> None:
+def _labelled(line: bytes, number: int, name: str, images: "_ImageRoot") -> Labelled:
+    record = _parse(line, number)
+    _refuse_misspelt_keys(record, LABELLED_KEYS)
+    _require(record, ("image", "label"))
+    label = _text(record["label"], "label")
+    if not label.strip():
+        raise _Refused("empty", "'label' is blank; give each image its class")
+    return Labelled(_id(record.get("id"), number), images.find(_text(record["image"], "image")), label)
+
+
+def _require(record: dict[str, Any], keys: Sequence[str]) -> None:
+    for key in keys:
+        if record.get(key) is None:
+            what = "null" if key in record else "missing"
+            raise _Refused(
+                "missing-key", f"{key!r} is {what}; the line has {', '.join(map(repr, record)) or 'no keys'}"
+            )
+
+
+def _refuse_misspelt_keys(record: dict[str, Any], keys: Sequence[str] = KEYS) -> None:
     """`answer` for `answers` would drop what somebody annotated; a key that resembles none of ours is theirs."""
-    for key in record.keys() - set(KEYS):
-        close = difflib.get_close_matches(key, [known for known in KEYS if known not in record], n=1, cutoff=0.85)
+    for key in record.keys() - set(keys):
+        close = difflib.get_close_matches(key, [known for known in keys if known not in record], n=1, cutoff=0.85)
         if close:
             raise _Refused("unknown-key", f"key {key!r}: did you mean {close[0]!r}? Rename it")
 

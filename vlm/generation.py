@@ -12,8 +12,10 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from vlm.beam import beam_search as big_vision_beams
+from vlm.budget import cut
 from vlm.config import VLMConfig
-from vlm.errors import GenerationError, nearest
+from vlm.errors import GenerationError, ImageError, nearest
+from vlm.images import image_size
 from vlm.model import VLM
 from vlm.processor import Batch, ImageSource, Processor
 
@@ -52,6 +54,7 @@ def generate(
     beam_search: BeamSearch = "transformers",
     seed: int | None = None,
     batch_size: int = 16,
+    batch_tokens: int | None = None,
     force_fp16: bool = False,
 ) -> list[str]:
     """Answer a prompt about each image.
@@ -65,8 +68,11 @@ def generate(
         beam_search: `transformers`, or `big_vision` for the rule that PaliGemma's published results were decoded with:
             the highest sum of log-probabilities (see `vlm.beam`). length_penalty: of `transformers` beams only.
         do_sample, temperature, top_p, top_k: sampling; `top_k=0` means no limit. `seed` makes it repeatable.
-        batch_size: samples at a time; it does not change greedy results beyond floating-point rounding. force_fp16: run
-            a float16 model although it may overflow.
+        batch_size: samples at a time; it does not change greedy results beyond floating-point rounding.
+        batch_tokens: instead of `batch_size`, as many samples at a time as have at most so many image and prompt
+            tokens, padding included and once for each beam; similar lengths together. A sample that is longer goes
+            alone.
+        force_fp16: run a float16 model although it may overflow.
 
     Returns:
         one text per prompt, in order, special tokens removed.
@@ -92,13 +98,20 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if isinstance(images, str | Path | bytes | Image.Image):
         images = [images]
-    texts: list[str] = []
+    names = _names(images, prompts, ids)
+    plan = [list(range(start, min(start + batch_size, len(prompts)))) for start in range(0, len(prompts), batch_size)]
+    if batch_tokens is not None:
+        plan = cut([num_beams * length for length in _lengths(processor, images, prompts, names)], batch_tokens)
+    texts = [""] * len(prompts)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        for chunk in _chunks(images, prompts, ids, batch_size):
-            batch = processor(*chunk[:2], ids=chunk[2])
-            texts += processor.batch_decode(generate_ids(model, batch, settings, beam_search=beam_search))
+        for places in plan:
+            given = None if images is None else [images[i] for i in places]
+            batch = processor(given, [prompts[i] for i in places], ids=[names[i] for i in places])
+            found = processor.batch_decode(generate_ids(model, batch, settings, beam_search=beam_search))
+            for place, text in zip(places, found, strict=True):
+                texts[place] = text
     return texts
 
 
@@ -208,15 +221,23 @@ def generation_config(
     )
 
 
-def _chunks(
-    images: Sequence[Any] | None, prompts: list[str], ids: Sequence[str] | None, size: int
-) -> Iterator[tuple[Sequence[Any] | None, list[str], list[str]]]:
+def _names(images: Sequence[Any] | None, prompts: list[str], ids: Sequence[str] | None) -> list[str]:
+    """The samples' names. Raises `GenerationError` unless there is one image and one id per prompt."""
     names = [str(i) for i in range(len(prompts))] if ids is None else [str(i) for i in ids]
     counts = {"prompts": len(prompts), "ids": len(names)}
     if images is not None:
         counts["images"] = len(images)
     if len(set(counts.values())) > 1:
         raise GenerationError(f"each prompt needs one image and one id, got {counts}")
-    for start in range(0, len(prompts), size):
-        window = slice(start, start + size)
-        yield None if images is None else images[window], prompts[window], names[window]
+    return names
+
+
+def _lengths(processor: Processor, images: Sequence[Any] | None, prompts: list[str], names: list[str]) -> list[int]:
+    """Tokens of each sample; of images the headers are read."""
+    sizes: list[list[tuple[int, int]]] = []
+    for name, given in zip(names, [[]] * len(prompts) if images is None else images, strict=True):
+        try:
+            sizes.append([image_size(image) for image in (given if isinstance(given, list | tuple) else [given])])
+        except ImageError as error:
+            raise ImageError(error.code, f"sample {name!r}: {error}") from error
+    return processor.lengths(sizes, prompts, ids=names)

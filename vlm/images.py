@@ -151,6 +151,27 @@ def load_image(
         raise _damaged(error, name) from error
 
 
+def image_size(source: str | Path | bytes | Image.Image, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """(width, height) that `load_image` will give, without decoding pixels (but of a PNG that says how it is turned).
+
+    Raises:
+        ImageError: the file cannot be opened as an image. That its pixels are whole only decoding can tell.
+    """
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        name = f"image of {len(source)} bytes" if isinstance(source, bytes) else shown(source)
+        data = source if isinstance(source, bytes) else _read_file(source, name, limits.max_bytes)
+        image = _open(data, name, limits)
+        # Pillow decodes a PNG to find EXIF behind its pixels.
+        if image.format == "PNG" and not re.search(rb"eXIf|[Ee]xif|xmp", data):
+            return image.size
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        turned = _orientation(image) >= 5  # 5 to 8 change rows and columns
+    return (image.height, image.width) if turned else image.size
+
+
 def shown(path: str | Path) -> str:
     """A path for a message: as it is when it prints on one line, else escaped (control characters, broken UTF-8)."""
     text = str(path)

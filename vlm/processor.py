@@ -169,6 +169,33 @@ class Processor:
             spatial_shapes=pixels.spatial_shapes,
         )
 
+    def lengths(
+        self,
+        image_sizes: Sequence[Sequence[tuple[int, int]]],
+        text: Sequence[str],
+        suffix: Sequence[str] | None = None,
+        *,
+        ids: Sequence[str] | None = None,
+        max_text_length: int | None = None,
+    ) -> list[int]:
+        """Tokens that each sample will have in a batch, padding left out, without decoding images.
+
+        Args:
+            image_sizes: for each sample the (width, height) of its images, as `vlm.images.image_size` gives them.
+            text, suffix, ids, max_text_length: as for a batch.
+
+        Raises:
+            DataError: a prefix or suffix that a batch would refuse too.
+        """
+        names = [str(i) for i in range(len(text))] if ids is None else list(ids)
+        targets: Sequence[str | None] = [None] * len(text) if suffix is None else suffix
+        lengths = []
+        for sizes, prefix, target, name in zip(image_sizes, text, targets, names, strict=True):
+            encoded = self._encode(prefix, target, sample=name, max_length=max_text_length)
+            image = sum(self.num_image_tokens(self.image_transform.grid(height, width)) for width, height in sizes)
+            lengths.append(image + len(encoded.prefix) + len(encoded.suffix))
+        return lengths
+
     def num_image_tokens(self, grid: tuple[int, int]) -> int:
         """Placeholders for an image with this (rows, columns) patch grid."""
         return self._num_tokens(grid)

@@ -96,6 +96,12 @@ class ModelPredictor:
             "images": self.processor.image_transform.describe(),
         }
 
+    def lengths(
+        self, image_sizes: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[str], *, ids: Sequence[str]
+    ) -> list[int]:
+        """Image and prompt tokens of each item, from the (width, height) of its images."""
+        return self.processor.lengths(image_sizes, prompts, ids=ids)
+
     def predict(
         self, images: Sequence[Pictures], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
     ) -> list[str]:

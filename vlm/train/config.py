@@ -156,6 +156,9 @@ class StageConfig:
     """Examples per optimizer step, over all ranks and micro-batches: the gradient does not depend on either."""
     accumulate: int = 1
     """Micro-batches per optimizer step on each rank."""
+    batch_tokens: int | None = None
+    """Instead of `accumulate`: the most tokens of a micro-batch (image and text, padding included). The examples of a
+    step are cut into as many micro-batches as that takes, similar lengths together; the gradient stays the same."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """None: the run's. bf16 and fp16 are mixed precision: weights and optimizer stay float32."""
     schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "cosine"
@@ -189,6 +192,12 @@ class StageConfig:
             raise ConfigError(f"stage {self.name}: warmup and weight_decay must be 0 or more, final between 0 and 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"stage {self.name}: betas must be at least 0 and below 1, got {list(self.betas)}")
+        _positive(f"stage {self.name}", batch_tokens=self.batch_tokens)
+        if self.batch_tokens is not None and self.accumulate > 1:
+            raise ConfigError(
+                f"stage {self.name}: accumulate cuts a step into equal micro-batches, batch_tokens by length; give one"
+                f" of the two"
+            )
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"stage {self.name}: batch_size {self.batch_size} cannot be cut into {self.accumulate} equal "

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from vlm.budget import cut
 from vlm.data import Example
 from vlm.errors import ConfigError, DataError, ImageError, VLMError
 from vlm.images import load_image
@@ -38,17 +39,25 @@ class Failure:
 
 @dataclass
 class MicroBatch:
-    """What one loading step gives: a batch, or the error that ends the run, and the images that failed on the way."""
+    """What one loading step gives: batches, or the error that ends the run, and the images that failed on the way."""
 
     key: Key
-    batch: Batch | None
+    batches: list[Batch] = field(default_factory=list)
+    """One, or (where a token budget cuts the examples) several, each a forward and backward pass of its own."""
     error: VLMError | None = None
     failures: list[Failure] = field(default_factory=list)
     images_read: int = 0
+    over_budget: list[str] = field(default_factory=list)
+    """Ids of examples that are longer than the token budget, each in a batch of its own."""
+
+    @property
+    def batch(self) -> Batch | None:
+        """The batch where there is one only."""
+        return self.batches[0] if len(self.batches) == 1 else None
 
     def pin_memory(self) -> "MicroBatch":
         """Called by torch's data loader when the batch goes to a GPU."""
-        return replace(self, batch=self.batch.pin_memory() if self.batch is not None else None)
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -57,7 +66,8 @@ class MicroBatches(Dataset[MicroBatch]):
     An item depends on the key alone: never on what was loaded before it, by which process, or on any global random
     state. Images that do not decode are replaced by other examples and reported in the item. Errors meant for the user
     travel in the item too, because an exception that crosses a process border loses its one-line message.
-    Of `budgets` (patches per image, for a NaFlex tower) each optimizer step draws one.
+    Of `budgets` (patches per image, for a NaFlex tower) each optimizer step draws one. `batch_tokens` cuts the examples
+    of a key into batches of at most so many tokens, padding included.
     """
 
     def __init__(
@@ -70,30 +80,58 @@ class MicroBatches(Dataset[MicroBatch]):
         augmentations: Sequence[Augmentation] = (),
         cache_images_mb: int = 0,
         budgets: Sequence[int] = (),
+        batch_tokens: int | None = None,
     ) -> None:
         assert len(examples) == mixture.num_examples
         self.examples, self.mixture, self.processor = examples, mixture, processor
         self.max_text_length, self.augmentations = max_text_length, augmentations
+        self.batch_tokens = batch_tokens
         # By image, not by example: a picture often has several questions.
         self._cache: dict[Path | int, Image.Image] = {}
         self._cache_left = cache_images_mb * 10**6
         self._by_budget = {budget: with_budget(processor, budget) for budget in budgets}
 
     def __getitem__(self, key: Key) -> MicroBatch:
-        item = MicroBatch(key, None)
+        item = MicroBatch(key)
         try:
             chosen = [self._pick(position, item) for position in key.positions]
-            examples = [self.examples[index] for index, _ in chosen]
-            item.batch = self._processor(key)(
-                [image for _, image in chosen],
-                [example.prefix for example in examples],
-                [example.suffix or "" for example in examples],
-                ids=[example.id for example in examples],
-                max_text_length=self.max_text_length,
-            )
+            processor = self._processor(key)
+            item.batches = [
+                self._batch(processor, [chosen[place] for place in places])
+                for places in self._cut(processor, chosen, item)
+            ]
         except VLMError as error:
             item.error = error
         return item
+
+    def _batch(self, processor: Processor, chosen: Sequence[tuple[int, Image.Image]]) -> Batch:
+        examples = [self.examples[index] for index, _ in chosen]
+        return processor(
+            [image for _, image in chosen],
+            [example.prefix for example in examples],
+            [example.suffix or "" for example in examples],
+            ids=[example.id for example in examples],
+            max_text_length=self.max_text_length,
+        )
+
+    def _cut(
+        self, processor: Processor, chosen: Sequence[tuple[int, Image.Image]], item: MicroBatch
+    ) -> list[list[int]]:
+        """Places in `chosen`, in batches."""
+        if self.batch_tokens is None:
+            return [list(range(len(chosen)))]
+        examples = [self.examples[index] for index, _ in chosen]
+        lengths = processor.lengths(
+            [[image.size] for _, image in chosen],
+            [example.prefix for example in examples],
+            [example.suffix or "" for example in examples],
+            ids=[example.id for example in examples],
+            max_text_length=self.max_text_length,
+        )
+        item.over_budget = [
+            example.id for example, length in zip(examples, lengths, strict=True) if length > self.batch_tokens
+        ]
+        return cut(lengths, self.batch_tokens)
 
     def _processor(self, key: Key) -> Processor:
         """The processor with the patch budget of the key's optimizer step."""

@@ -69,9 +69,12 @@ def explain(error: RuntimeError, stage: StageConfig) -> TrainingError | None:
     """A failure of the machine as a sentence that says what to change, or None when it is something else."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "out of memory" in text or "can't allocate memory" in text:
+        advice = f"raise `accumulate` (now {stage.accumulate})"
+        if stage.batch_tokens is not None:
+            advice = f"lower batch_tokens (now {stage.batch_tokens})"
         return TrainingError(
-            f"stage {stage.name}: out of memory ({text}); raise `accumulate` (now {stage.accumulate}), which leaves "
-            f"the result as it is, or lower batch_size (now {stage.batch_size}) or the image size"
+            f"stage {stage.name}: out of memory ({text}); {advice}, which leaves the result as it is, or lower "
+            f"batch_size (now {stage.batch_size}) or the image size"
         )
     if "DataLoader timed out" in text:
         return TrainingError(

@@ -3,6 +3,11 @@
 What the base adds to Lightning's loop is exactness. The loss of a micro-batch is left as a sum; once the gradients of
 all micro-batches and ranks are together they are divided by the weight of all of them (tokens or examples), so neither
 accumulation nor the number of processes changes the gradient. Only then are they checked, clipped and applied.
+
+Micro-batches come in two ways. `accumulate` gives Lightning a fixed number of them, one per call of `training_step`. A
+token budget cuts each rank's examples of a step as their lengths ask, so ranks and steps differ in number, which
+Lightning's counter cannot say: `training_step` then gets all of them, and does all but the last one's backward pass
+itself, without exchanging gradients. The last goes Lightning's way, and its backward pass exchanges the sum.
 """
 
 import hashlib
@@ -10,6 +15,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +23,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from vlm.errors import TrainingError, VLMError
@@ -24,6 +31,7 @@ from vlm.processor import Batch
 from vlm.train import optim, parts
 from vlm.train.config import StageConfig
 from vlm.train.data import MicroBatch
+from vlm.train.plan import Key
 from vlm.train.schedule import multiplier
 
 log = logging.getLogger(__name__)
@@ -80,7 +88,8 @@ class StageModule(pl.LightningModule):
         self.should_stop, self.inspect = should_stop, inspect
         self.report: StepReport | None = None
         self.stopped = False
-        self._micros: list[tuple[Tensor, Tensor, MicroBatch]] = []
+        self._micros: list[tuple[Tensor, Tensor, Batch]] = []
+        self._step = 0
         self._skipped = 0
 
     # --- what Lightning asks for ------------------------------------------------------------------------------------
@@ -99,29 +108,49 @@ class StageModule(pl.LightningModule):
         parts.check_manifest(self.model, self.stage, self.rows, "while the trainer was set up")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Called by Lightning; a `MicroBatch` keeps its host-side fields."""
-        if batch.batch is not None:
-            batch.batch = batch.batch.to(device, non_blocking=True)
+        """Called by Lightning; each batch moves when its turn comes, so that only one is on the device."""
         return batch
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called by Lightning between `training_step` and the backward pass: too late, gradients may be there by then.
+        They are cleared when a step begins."""
+
     def training_step(self, item: MicroBatch, batch_idx: int) -> Tensor:
-        """The unnormalised loss of one micro-batch."""
+        """The unnormalised loss of the last micro-batch of the item; the gradients of those before are added up."""
         self._agree_on_errors(item)
-        assert item.batch is not None
         if item.key.micro == 0:
-            self._micros = []
+            self._micros, self._step = [], item.key.step
+            self._adamw().zero_grad()
             optim.set_rates(self._adamw(), multiplier(self.stage, item.key.step, self.steps))
-        reseed(self.seed, self.stage.name, item.key.step, item.key.micro, self.global_rank)
-        out = self.compute(item.batch)
-        self._micros.append((out.loss_sum.detach(), out.loss_weight.detach(), item))
+        *before, last = item.batches
+        for number, batch in enumerate(before):
+            self._add_gradients(self._loss(item.key, number, batch))
         # Lightning divides by the number of micro-batches; we divide by their weight, once it is known.
-        return out.loss_sum * self.trainer.accumulate_grad_batches
+        return self._loss(item.key, len(before), last) * self.trainer.accumulate_grad_batches
+
+    def _loss(self, key: Key, number: int, batch: Batch) -> Tensor:
+        """The summed loss of the batch at `number` among those of a key."""
+        reseed(self.seed, self.stage.name, key.step, key.micro + number, self.global_rank)
+        out = self.compute(batch.to(self.device, non_blocking=True))
+        self._micros.append((out.loss_sum.detach(), out.loss_weight.detach(), batch))
+        loss: Tensor = out.loss_sum
+        return loss
+
+    def _add_gradients(self, loss: Tensor) -> None:
+        """A backward pass like Lightning's, inside the step. Data parallel training exchanges nothing here, whatever
+        the other ranks do: it waits for the backward pass that follows the end of its forward pass."""
+        strategy = self.trainer.strategy
+        hold = strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+        # We are inside mixed precision's forward context, which a backward pass should not be.
+        with hold, torch.autocast(self.device.type, enabled=False):
+            strategy.backward(loss, None)
+        torch.clear_autocast_cache()  # it holds casts of the weights with the graph that is now gone
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise, check and clip the gradients. Raises `TrainingError` before a step would spoil the weights."""
         totals = self._totals()
         loss = totals["loss_sum"] / totals["weight"]
-        step = self._micros[-1][2].key.step
+        step = self._step
         rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
         if not math.isfinite(loss):
             raise TrainingError(self._not_finite(f"the loss is {loss}", step, rates))
@@ -166,7 +195,7 @@ class StageModule(pl.LightningModule):
 
     def _totals(self) -> dict[str, float]:
         """Sums over the micro-batches of this step, then over ranks."""
-        batches = [item.batch for _, _, item in self._micros if item.batch is not None]
+        batches = [batch for _, _, batch in self._micros]
         local = {
             "loss_sum": torch.stack([loss for loss, _, _ in self._micros]).double().sum(),
             "weight": torch.stack([torch.as_tensor(weight) for _, weight, _ in self._micros]).double().sum(),
@@ -210,9 +239,9 @@ class StageModule(pl.LightningModule):
     def _not_finite(self, what: str, step: int, rates: dict[str, float]) -> str:
         ids = [
             name
-            for loss, _, item in self._micros
-            if item.batch is not None and (self.trainer.world_size == 1 or not bool(loss.isfinite()))
-            for name in item.batch.ids
+            for loss, _, batch in self._micros
+            if self.trainer.world_size == 1 or not bool(loss.isfinite())
+            for name in batch.ids
             if not bool(loss.isfinite()) or "gradient" in what
         ]
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

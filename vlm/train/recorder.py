@@ -51,6 +51,7 @@ class Recorder(pl.Callback):
         self._last_step, self._saved = start, start
         name, out = stage.config.name, stage.run.out
         self._failures = Failures(out, stage.run.bad_image_share)
+        self._over_budget: set[str] = set()
         if not self.main:
             return
         stage.folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,9 @@ class Recorder(pl.Callback):
 
     def end(self, frozen: dict[str, str]) -> None:
         """Called after the last step, when the frozen parts were compared."""
+        if self.main and self._over_budget:
+            count, name = len(self._over_budget), self.stage.config.name
+            log.warning("stage %s: %d examples were longer than batch_tokens in this process", name, count)
         if self.main:
             path = self.stage.folder / "manifest.json"
             extra = {"stage": self.stage.config.name, "frozen_before": self.frozen, "frozen_after": frozen}
@@ -113,7 +117,15 @@ class Recorder(pl.Callback):
     # --- what they do -----------------------------------------------------------------------------------------------
 
     def inspect(self, item: MicroBatch) -> VLMError | None:
-        """The error of a micro-batch: its own, or that too many images have failed by now."""
+        """The error of a micro-batch: its own, or that too many images have failed by now. Examples beyond the token
+        budget are told of once, and counted at the end."""
+        if item.over_budget and not self._over_budget and self.main:
+            log.warning(
+                "stage %s: example %s is longer than batch_tokens %d and makes a micro-batch of its own; there may be"
+                " more, the end of the stage says how many",
+                *(self.stage.config.name, item.over_budget[0], self.stage.config.batch_tokens),
+            )
+        self._over_budget |= set(item.over_budget)
         too_many = self._failures.add(item)
         return item.error or too_many
 

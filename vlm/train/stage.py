@@ -72,6 +72,7 @@ class Stage:
             augmentations=pipeline(self.config.augment),
             cache_images_mb=self.run.data.cache_images_mb,
             budgets=self.run.data.budgets(),
+            batch_tokens=self.config.batch_tokens,
         )
 
 
@@ -177,7 +178,11 @@ def _validator(stage: Stage, processor: Processor, world: int) -> Validator | No
     if not stage.val:
         return None
     size = max(1, stage.config.batch_size // (stage.config.accumulate * world))
-    return Validator(stage.val, processor, size, max_text_length=stage.config.max_text_length)
+    limits: dict[str, Any] = {
+        "max_text_length": stage.config.max_text_length,
+        "batch_tokens": stage.config.batch_tokens,
+    }
+    return Validator(stage.val, processor, size, **limits)
 
 
 def _evaluator(stage: Stage, processor: Processor) -> Evaluator | None:

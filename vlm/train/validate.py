@@ -17,14 +17,24 @@ class Validator:
     """The mean loss over all of `examples`, each counted once, shared by the ranks.
 
     Args:
-        size: examples per forward pass.
+        size: examples that are loaded together: a forward pass, unless `batch_tokens` cuts them further.
     """
 
     def __init__(
-        self, examples: Sequence[Example], processor: Processor, size: int, *, max_text_length: int | None = None
+        self,
+        examples: Sequence[Example],
+        processor: Processor,
+        size: int,
+        *,
+        max_text_length: int | None = None,
+        batch_tokens: int | None = None,
     ) -> None:
         self._data = MicroBatches(
-            examples, Mixture((len(examples),), (1.0,), seed=0), processor, max_text_length=max_text_length
+            examples,
+            Mixture((len(examples),), (1.0,), seed=0),
+            processor,
+            max_text_length=max_text_length,
+            batch_tokens=batch_tokens,
         )
         count = len(examples)
         self._keys = [Key(0, 0, first, min(size, count - first)) for first in range(0, count, size)]
@@ -40,12 +50,13 @@ class Validator:
             item = self._data[key]
             if item.failures:
                 item.error = DataError(f"validation: {item.failures[0].message}; validation data must be complete")
-            if item.batch is None or item.error is not None:
+            if item.error is not None:
                 error = item.error
                 break
-            with trainer.precision_plugin.forward_context():
-                out = module.compute(item.batch.to(module.device))
-            totals[:2] += torch.stack([out.loss_sum, torch.as_tensor(out.loss_weight)]).double()
+            for batch in item.batches:
+                with trainer.precision_plugin.forward_context():
+                    out = module.compute(batch.to(module.device))
+                totals[:2] += torch.stack([out.loss_sum, torch.as_tensor(out.loss_weight)]).double()
         # Frozen parts stay in eval mode whatever is asked of them.
         module.model.train()
         totals[2] = float(error is not None)
