@@ -48,6 +48,12 @@ def add(commands: Any) -> None:
         help="items at a time (16), or auto: the largest power of two that fits into the memory",
     )
     parser.add_argument(
+        "--batch-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="instead of --batch: as many items at a time as have N image and prompt tokens (NaFlex towers)",
+    )
+    parser.add_argument(
         "--by",
         choices=("generate", "likelihood"),
         help="write answers, or choose the likeliest of the candidates (what the task says, else generate)",
@@ -93,6 +99,7 @@ def _on_file(options: Namespace) -> dict[str, Any]:
         **_given(options),
         image_root=options.image_root,
         batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens,
         limit=options.limit,
         skip_bad=options.skip_bad,
         shuffle_images=options.shuffle_images,
@@ -105,7 +112,12 @@ def _on_file(options: Namespace) -> dict[str, Any]:
 def _on_tasks(options: Namespace) -> dict[str, Any]:
     from vlm.eval import Options, evaluate_tasks
 
-    how = Options(batch_size=options.batch_size, shuffle_images=options.shuffle_images, seed=options.seed)
+    how = Options(
+        batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens,
+        shuffle_images=options.shuffle_images,
+        seed=options.seed,
+    )
     return evaluate_tasks(
         options.model,
         options.tasks,

@@ -8,6 +8,7 @@ from typing import Any
 from vlm.data import Example
 from vlm.errors import ConfigError
 
+from . import items
 from .predict import Answer, Answerer, Pictures
 from .predictor import Decoding, Predictor
 
@@ -27,8 +28,20 @@ def answerer(predictor: Predictor, decoding: Decoding, candidates: Candidates | 
         return [{"prediction": text} for text in texts]
 
     answer = write if decoding.by == "generate" else _chooser(predictor, decoding, candidates)
-    device = getattr(predictor, "device", "cpu")  # a predictor of one's own need not have one
-    return Answerer(answer=answer, background=predictor.background, device=str(device))
+    # A predictor of one's own need not have the two that only help to form batches.
+    device, lengths = getattr(predictor, "device", "cpu"), getattr(predictor, "lengths", None)
+
+    def lengths_of(examples: Sequence[Example]) -> list[int]:
+        sizes = [items.image_sizes(example) for example in examples]
+        found: list[int] = lengths(sizes, [ex.prefix for ex in examples], ids=[ex.id for ex in examples])
+        return found
+
+    return Answerer(
+        answer=answer,
+        background=predictor.background,
+        device=str(device),
+        lengths=lengths_of if lengths is not None else None,
+    )
 
 
 def _chooser(predictor: Predictor, decoding: Decoding, candidates: Candidates | None) -> Answer:
