@@ -64,6 +64,8 @@ def answerer(folder: Path, **settings: Any) -> lmms.Answers:
 
 def test_answers_are_those_of_generate_in_the_order_of_the_requests(model: Path) -> None:
     """Batches of 2, and two kinds of settings among each other."""
+    short: dict[str, Any]
+    long: dict[str, Any]
     short, long = {"max_new_tokens": 2, "until": ["\n\n"], "temperature": 0}, {"max_new_tokens": 5, "do_sample": False}
     mixed = [short if i % 3 else long for i in range(len(COLOURS))]
     said = answerer(model, batch_size=2, prefix="answer en", first_line=True).generate_until(requests(mixed))

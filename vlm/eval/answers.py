@@ -29,19 +29,21 @@ def answerer(predictor: Predictor, decoding: Decoding, candidates: Candidates | 
 
     answer = write if decoding.by == "generate" else _chooser(predictor, decoding, candidates)
     # A predictor of one's own need not have the two that only help to form batches.
-    device, lengths = getattr(predictor, "device", "cpu"), getattr(predictor, "lengths", None)
-
-    def lengths_of(examples: Sequence[Example]) -> list[int]:
-        sizes = [items.image_sizes(example) for example in examples]
-        found: list[int] = lengths(sizes, [ex.prefix for ex in examples], ids=[ex.id for ex in examples])
-        return found
-
     return Answerer(
         answer=answer,
         background=predictor.background,
-        device=str(device),
-        lengths=lengths_of if lengths is not None else None,
+        device=str(getattr(predictor, "device", "cpu")),
+        lengths=_lengths(predictor) if hasattr(predictor, "lengths") else None,
     )
+
+
+def _lengths(predictor: Any) -> Callable[[Sequence[Example]], list[int]]:
+    def lengths(examples: Sequence[Example]) -> list[int]:
+        sizes = [items.image_sizes(example) for example in examples]
+        found: list[int] = predictor.lengths(sizes, [ex.prefix for ex in examples], ids=[ex.id for ex in examples])
+        return found
+
+    return lengths
 
 
 def _chooser(predictor: Predictor, decoding: Decoding, candidates: Candidates | None) -> Answer:

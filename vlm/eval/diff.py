@@ -215,8 +215,8 @@ def _texts(side: Side, reads: Any) -> tuple[dict[str, str], dict[str, tuple[str,
 
 
 def _example(item: Mapping[str, Any]) -> Example:
-    texts = {name: tuple(item.get(name, ())) for name in ("references", "answers")}
-    return Example(item["id"], Path(), item["prefix"], item.get("suffix"), file="", line=0, **texts)
+    references, answers = (tuple(item.get(name, ())) for name in ("references", "answers"))
+    return Example(item["id"], Path(), item["prefix"], item.get("suffix"), references, answers, file="", line=0)
 
 
 def _bootstrap(

@@ -107,7 +107,7 @@ def run(
                 progress=options.progress,
             )
             store.finish()
-            facts = {"batch_size": used, "processes": group.world, "resumed_items": resumed}
+            facts: dict[str, Any] = {"batch_size": used, "processes": group.world, "resumed_items": resumed}
             failure = None
             if group.main:
                 try:

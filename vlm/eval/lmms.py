@@ -19,7 +19,6 @@ from vlm.errors import ConfigError, DataError
 from .predictor import Decoding, ModelPredictor, as_predictor
 
 MODEL_ID = "vlm"
-_FORWARDED = ("max_new_tokens", "num_beams")
 
 
 class Request(Protocol):
@@ -112,7 +111,7 @@ class Answers:
             images.append(_pictures(doc_to_visual(self.task_dict[task][split][doc_id]), names[-1]))
             question = context.strip().split("\n", 1)[0] if self._first_line else context.strip()
             prompts.append(f"{self._prefix} {question}".strip())
-        return self._predictor.predict(images, prompts, ids=names, decoding=decoding)  # type: ignore[arg-type]
+        return self._predictor.predict(images, prompts, ids=names, decoding=decoding)
 
 
 def _pictures(visuals: Sequence[Any] | None, name: str) -> list[Image.Image]:
@@ -129,8 +128,11 @@ def _decoding(settings: dict[str, Any], beam_search: str) -> Decoding:
         raise ConfigError(
             f"the task samples ({settings}); vlm answers greedily or by beams: --gen_kwargs do_sample=False"
         )
-    given = {name: int(settings[name]) for name in _FORWARDED if settings.get(name) is not None}
-    return Decoding(**given, beam_search=beam_search)
+    return Decoding(
+        max_new_tokens=int(settings.get("max_new_tokens") or 64),
+        num_beams=int(settings.get("num_beams") or 1),
+        beam_search=beam_search,
+    )
 
 
 def _until(text: str, stops: str | Sequence[str] | None) -> str:
