@@ -191,6 +191,20 @@ def test_missing_files_and_unknown_tasks_are_refused_before_anything_is_predicte
     assert predictor.batches == [] and not (tmp_path / "out").exists()
 
 
+def test_the_command_line_lists_tasks_and_asks_for_metrics_or_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--list-tasks"]) == 0
+    assert {"vqav2", "pope", "cococap"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    words = ["eval", "--model", "m", "--data", "d", "--out", "o"]
+    assert main(words) == 2
+    assert "one of the arguments --metrics --tasks is required" in capsys.readouterr().err
+    assert main([*words, "--metrics", "cider", "--tasks", "vqav2"]) == 2
+    assert "not allowed with argument --metrics" in capsys.readouterr().err
+    assert main([*words, "--tasks", "vqav2", "--skip-bad"]) == 2
+    assert "--image-root and --skip-bad are for a JSONL file" in capsys.readouterr().err
+    assert main([*words, "--metrics", "cider", "--batch", "some"]) == 2
+    assert "expected a whole number, got 'some'" in capsys.readouterr().err
+
+
 # --- likelihood
 
 

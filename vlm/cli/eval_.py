@@ -2,7 +2,7 @@
 
 import json
 import sys
-from argparse import Namespace
+from argparse import Action, Namespace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,12 @@ _DECODING = ("max_new_tokens", "num_beams", "beam_search", "by", "normalization"
 
 def add(commands: Any) -> None:
     details = (
-        "Either --data FILE.jsonl with --metrics, or --data FOLDER with --tasks (`vlm tasks` lists them). Run again"
+        "Either --data FILE.jsonl with --metrics, or --data FOLDER with --tasks (--list-tasks). Run again"
         " with the same options, it goes on where it stopped. `vlm eval diff A B` compares two results. Several"
         " processes share the work: torchrun --nproc_per_node 2 -m vlm eval ..."
     )
     parser = command(commands, run_eval, "eval", "score a model on annotated images", details)
+    parser.add_argument("--list-tasks", action=_ListTasks, nargs=0, help="list the tasks and stop")
     add_model(parser)
     parser.add_argument(
         *("--data", "-d"),
@@ -65,6 +66,17 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     _add_diff(commands)
+
+
+class _ListTasks(Action):
+    """Like --help: needs none of the options that are required otherwise."""
+
+    def __call__(self, *_: Any) -> None:
+        from vlm.eval import tasks
+
+        with console.endings():
+            print(tasks.table())
+        raise SystemExit(console.OK)
 
 
 def _batch_size(text: str) -> int | Literal["auto"]:
