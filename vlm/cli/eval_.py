@@ -28,10 +28,9 @@ def add(commands: Any) -> None:
         metavar="PATH",
         help="annotations, as JSONL; or the folder of the tasks' files",
     )
-    parser.add_argument(
-        "--metrics", metavar="A,B", help="for a JSONL file: names of metrics, such as exact_match,cider"
-    )
-    parser.add_argument("--tasks", metavar="A,B", help="names of tasks, such as vqav2,pope@adversarial, or a YAML file")
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument("--metrics", metavar="A,B", help="for a JSONL file: names of metrics, such as exact_match,cider")
+    form.add_argument("--tasks", metavar="A,B", help="names of tasks, such as vqav2,pope@adversarial, or a YAML file")
     parser.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder of the images (that of the JSONL file)")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N items (of each task)")
