@@ -136,6 +136,17 @@ def test_killed_processes_are_continued_by_another_number(data: Path, tmp_path: 
     assert results["run"]["resumed_items"] == kept
 
 
+def test_a_refusal_ends_all_processes(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The folder holds predictions of another model: the first process sees it, and the other does not wait for it."""
+    evaluate(ColourPredictor(version=2), data, "exact_match", tmp_path, progress=False)
+    before = (tmp_path / PREDICTIONS).read_bytes()
+    with processes(2, data, tmp_path) as started:
+        for process in started:
+            process.join(120)
+        assert [process.exitcode for process in started] == [1, 1]
+    assert (tmp_path / PREDICTIONS).read_bytes() == before and not list(tmp_path.glob("predictions.rank*"))
+
+
 def test_what_killed_processes_left_is_added_once(tmp_path: Path) -> None:
     """Also when the kill came after the shares were added and before they were deleted, and in the middle of a line."""
     with PredictionStore(tmp_path, {}) as store:

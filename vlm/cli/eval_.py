@@ -96,7 +96,8 @@ def run_eval(options: Namespace) -> int:
         if group.main:
             print(json.dumps(results, indent=1) if options.json else tables.table(results))
             print(f"written to {options.out}", file=sys.stderr)
-    return console.SKIPPED if results["skipped"] else console.OK
+        # One process tells it: a launcher takes the first code above 0 for a crash of the whole.
+        return console.SKIPPED if results["skipped"] and group.main else console.OK
 
 
 def _on_file(options: Namespace) -> dict[str, Any]:
@@ -151,7 +152,10 @@ def _given(options: Namespace) -> dict[str, Any]:
 
 
 def _add_diff(commands: Any) -> None:
-    details = "A and B are folders that `vlm eval` has written about the same items; the difference is B minus A."
+    details = (
+        "A and B are folders that `vlm eval` has written about the same items, or about the same tasks; the difference"
+        " is B minus A."
+    )
     parser = command(commands, run_diff, "eval-diff", "compare two results item by item (`vlm eval diff A B`)", details)
     parser.prog = "vlm eval diff"
     parser.add_argument("a", type=Path, metavar="A", help="folder of results")
@@ -164,8 +168,11 @@ def run_diff(options: Namespace) -> int:
     """`vlm eval diff`: a table of differences on stdout."""
     from vlm.eval import diff
 
-    found = diff.compare(options.a, options.b)
+    found = {label: diff.compare(*folders) for label, folders in diff.pairs(options.a, options.b).items()}
     if options.html:
         diff.write_page(options.html, found)
-    print(json.dumps(found, indent=1) if options.json else diff.table(found))
+    if options.json:
+        print(json.dumps(found if len(found) > 1 else next(iter(found.values())), indent=1))
+    else:
+        print("\n\n".join(diff.table(one) for one in found.values()))
     return console.OK

@@ -24,7 +24,7 @@ from vlm.errors import ConfigError, DataError
 from . import items, tables
 from .job import ITEMS, RESULTS
 from .metrics import captions, registry, tokenize
-from .report import GalleryItem, Table, write_report
+from .report import Gallery, GalleryItem, Section, Table, write_report
 
 NUM_RESAMPLES = 2000
 _WORK = 1_000_000  # items scored again by all resamples together, for a metric that is no mean over items
@@ -80,17 +80,40 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
     }
 
 
-def read(folder: Path) -> Side:
-    """The results in a folder. Raises ConfigError when there are none."""
+def pairs(a: str | Path, b: str | Path) -> dict[str, tuple[Path, Path]]:
+    """What to compare in two folders: them (under the name ""), or the tasks that both hold.
+
+    Raises:
+        ConfigError: no results, or one of the two holds tasks that the other does not.
+    """
+    one, other = (_tasks(Path(folder)) for folder in (a, b))
+    if one != other:
+        told = [f"{folder} holds {', '.join(found) or 'no tasks'}" for folder, found in ((a, one), (b, other))]
+        raise ConfigError(f"{'; '.join(told)}: give two folders of the same tasks, or the folders of one task each")
+    return {name: (Path(a) / name, Path(b) / name) for name in one or [""]}
+
+
+def _tasks(folder: Path) -> list[str]:
+    return list(_results(folder).get("tasks", ()))
+
+
+def _results(folder: Path) -> dict[str, Any]:
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        lines = (folder / ITEMS).read_text(encoding="utf-8").split("\n")
+        results: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{folder}: {Path(error.filename).name} is missing; give a folder that `vlm eval` has written"
-        ) from error
+        raise ConfigError(f"{folder}: {RESULTS} is missing; give a folder that `vlm eval` has written") from error
     except ValueError as error:
         raise ConfigError(f"{folder}: {RESULTS} is damaged ({error}); evaluate again, predictions are kept") from error
+    return results
+
+
+def read(folder: Path) -> Side:
+    """The results in a folder. Raises ConfigError when there are none."""
+    results = _results(folder)
+    try:
+        lines = (folder / ITEMS).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder}: {ITEMS} is missing; give a folder that `vlm eval` has written") from error
     found = [json.loads(line) for line in lines if line]
     return Side(folder, results, {item["id"]: item for item in found})
 
@@ -292,23 +315,35 @@ def _p(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}" if value >= 0.001 else "< 0.001"
 
 
-def write_page(path: str | Path, found: Mapping[str, Any]) -> Path:
-    """A page with the differences, and the items that changed most beside what both models said."""
+def write_page(path: str | Path, comparisons: Mapping[str, Mapping[str, Any]]) -> Path:
+    """A page with the differences, and the items that changed most beside what both sides said.
+
+    Args:
+        comparisons: name of a task (or "") -> what `compare` returns.
+    """
+    sections: list[Section] = []
+    for name, found in comparisons.items():
+        about = f" on {name}" if name else ""
+        sections.append(_differences(found, f"Differences{about}"))
+        cards = [_card(item) for item in found["changed"][:_GALLERY]]
+        sections.append(Gallery(cards, f"Items that changed{about}", "The largest changes come first."))
+    first = next(iter(comparisons.values()))
+    sides = " · ".join(f"{side.upper()}: {first[side]['model']}, {first[side]['folder']}" for side in ("a", "b"))
+    return write_report(path, title="Comparison", subtitle=sides, sections=sections)
+
+
+def _differences(found: Mapping[str, Any], title: str) -> Table:
     rows = [
         [name, one["a"], one["b"], f"{one['difference']:+.4f}", _ends(one), _p(one["p"]), one["better"], one["worse"]]
         for name, one in found["metrics"].items()
     ]
     head = ["metric", "A", "B", "B - A", "95 % interval", "p", "better", "worse"]
-    methods = [f"{name}: {one['method']}" for name, one in found["metrics"].items()]
-    note = f"{len(found['changed'])} of {found['num_items']} items changed."
-    return write_report(
-        path,
-        title="Comparison",
-        subtitle=" · ".join(f"{side.upper()}: {found[side]['folder']} ({found[side]['model']})" for side in ("a", "b")),
-        sections=[Table("Differences", head, rows, note)],
-        gallery=[_card(item) for item in found["changed"][:_GALLERY]],
-        footer=[*methods, *found["notes"]],
-    )
+    methods: dict[str, list[str]] = {}
+    for name, one in found["metrics"].items():
+        methods.setdefault(one["method"], []).append(name)
+    told = [f"{', '.join(names)}: {method}" for method, names in methods.items()]
+    note = f"{len(found['changed'])} of {found['num_items']} items changed. {'; '.join([*told, *found['notes']])}."
+    return Table(title, head, rows, note)
 
 
 def _ends(one: Mapping[str, Any]) -> str:

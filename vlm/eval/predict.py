@@ -76,7 +76,7 @@ def predict(
         ConfigError: memory runs out with a fixed size, or with one item.
     """
     if all(example.id in store.records for example in examples):
-        return 0
+        return 0 if size == "auto" else size
     batches, chosen = _plan(who, examples, size, batch_tokens, group)
     todo = [batch for batch in batches if any(example.id not in store.records for example in batch)]
     mine = todo[group.rank :: group.world]
@@ -138,7 +138,8 @@ def _choose(who: Answerer, examples: Sequence[Example], size: BatchSize, group: 
 
     guessed = batch_size.guess(who.device, trial, len(usable)) if usable else 1
     chosen = min([*group.gather(guessed), batch_size.power_of_two(len(examples))])
-    logger.info("batch size %d (auto, on %s)", chosen, who.device)
+    if group.main:
+        logger.info("batch size %d (auto, on %s)", chosen, who.device)
     return chosen
 
 
