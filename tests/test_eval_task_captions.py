@@ -128,5 +128,5 @@ def test_screen2words(root: Root) -> None:
     with pytest.raises(DataError, match="screen_summaries.csv: no summary of screen 9"):
         load("screen2words", root)
     root.text("screen2words/screen_summaries.csv", "screen,text\n")
-    with pytest.raises(DataError, match="expected the columns screenId and summary, got .'screen', 'text'."):
+    with pytest.raises(DataError, match="expected the columns screenId and summary, got screen, text"):
         load("screen2words", root)

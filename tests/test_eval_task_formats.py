@@ -169,7 +169,7 @@ def test_multiple_choice_of_ones_own(root: Root) -> None:
     assert task.groups([example], "subject") == {"1": "zoology"}
     for wrong, message in (
         ({"answer": "C"}, "the answer 'C' is not the letter of one of 2 options"),
-        ({"images": []}, "at least one image"),
+        ({"images": []}, "no image; every item needs at least one"),
     ):
         with pytest.raises(DataError, match=f"mine/questions.jsonl, line 1: .*{message}"):
             choices_task(root, [{**row, **wrong}]).load(root.path)
@@ -215,6 +215,8 @@ def test_mmmu_reads_parquet_through_datasets(root: Root, monkeypatch: pytest.Mon
     calls: list[Any] = []
 
     class Table(list):
+        column_names = list(MMMU_ROW)
+
         def cast_column(self, name: str, feature: Any) -> Table:
             calls.append((name, feature))
             return self

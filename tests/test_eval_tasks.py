@@ -313,6 +313,19 @@ def test_a_name_in_an_official_file_does_not_lead_out_of_the_folder(tmp_path: Pa
         tasks.get("nocaps").load(tmp_path)
 
 
+def test_an_option_that_a_loader_needs_is_named(tmp_path: Path) -> None:
+    files = {"captions": File(path="c.json"), "images": File(path="i")}
+    task = task_of(tmp_path, format="karpathy", splits={"data": Split(files=files)}, prompt="caption en")
+    with pytest.raises(ConfigError, match="task 'mine', split 'data': the loader needs the option 'split'; .* none"):
+        task.load(tmp_path)
+
+
+def test_a_role_that_a_loader_needs_is_named(tmp_path: Path) -> None:
+    task = task_of(tmp_path, format="vqa", splits={"data": Split(files={"data": File(path="x")})})
+    with pytest.raises(DataError, match="the loader needs a file called 'annotations', the task names 'data'"):
+        task.load(tmp_path)
+
+
 # --- Candidates and groups --------------------------------------------------------------------------------------------
 
 

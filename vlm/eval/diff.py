@@ -280,7 +280,7 @@ def _changed(left: Side, right: Side, metrics: Sequence[str]) -> list[dict[str, 
                 "id": key,
                 "prefix": ours["prefix"],
                 "images": ours.get("images", []),
-                "gold": next(([gold] if isinstance(gold, str) else gold for gold in _gold(ours) if gold), []),
+                "gold": _shown_gold(ours),
                 "a": ours["prediction"],
                 "b": theirs["prediction"],
                 "scores": scores,
@@ -289,6 +289,11 @@ def _changed(left: Side, right: Side, metrics: Sequence[str]) -> list[dict[str, 
             }
         )
     return sorted(found, key=lambda item: (-abs(item["by"]), item["id"]))
+
+
+def _shown_gold(item: Mapping[str, Any]) -> list[str]:
+    suffix = [item["suffix"]] if item.get("suffix") else []
+    return list(item.get("references") or item.get("answers") or suffix)
 
 
 def table(found: Mapping[str, Any]) -> str:

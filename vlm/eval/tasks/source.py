@@ -6,6 +6,8 @@ named; nothing is skipped in silence.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm.errors import DataError
+from vlm.errors import ConfigError, DataError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -200,9 +202,31 @@ class Source:
     def has(self, role: str) -> bool:
         return role in self.files
 
+    def option(self, name: str) -> Any:
+        """A value that the split has to give. Raises ConfigError."""
+        if name not in self.options:
+            given = ", ".join(map(repr, self.options)) or "none"
+            raise ConfigError(
+                f"task {self.task!r}, split {self.split!r}: the loader needs the option {name!r}; it has {given}"
+            )
+        return self.options[name]
+
+    def text(self, role: str) -> str:
+        """The file as text."""
+        path = self.path(role)
+        return _decode(read_file(path), str(path))
+
+    def table(self, role: str, *columns: str) -> list[dict[str, str]]:
+        """The file as CSV with a first line of column names, among them `columns`."""
+        reader = csv.DictReader(io.StringIO(self.text(role), newline=""))
+        if not set(columns) <= set(reader.fieldnames or ()):
+            found = ", ".join(reader.fieldnames or ()) or "none"
+            raise DataError(f"{self.place(role)}: expected the columns {' and '.join(columns)}, got {found}")
+        return list(reader)
+
     def json(self, role: str) -> Any:
         path = self.path(role)
-        return parse_json(_read(path), str(path))
+        return parse_json(read_file(path), str(path))
 
     def object(self, role: str) -> Row:
         """The file as one object."""
@@ -220,7 +244,7 @@ class Source:
         """The file as one object per line."""
         path = self.path(role)
         name = self.files[role].path
-        for number, line in enumerate(_read(path).split(b"\n"), 1):
+        for number, line in enumerate(read_file(path).split(b"\n"), 1):
             if line.strip():
                 yield Row(parse_json(line, f"{path}, line {number}"), name, "line", number)
 
@@ -233,18 +257,25 @@ class Source:
         return self.files[role]
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """Raises DataError."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot read it: {error.strerror}") from error
 
 
-def parse_json(data: bytes, where: str) -> Any:
-    """JSON in UTF-8. Raises DataError that begins with `where`."""
+def _decode(data: bytes, where: str) -> str:
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}; download the file again") from error
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """JSON in UTF-8. Raises DataError that begins with `where`."""
+    text = _decode(data, where)
+    try:
+        return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); download the file again") from error

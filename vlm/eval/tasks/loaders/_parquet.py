@@ -17,7 +17,7 @@ def rows(source: Source, image_columns: Sequence[str]) -> Iterable[Mapping[str, 
     Raises:
         DataError: no such file. ConfigError: the library is not installed.
     """
-    folder, pattern = source.path("data"), source.options["pattern"]
+    folder, pattern = source.path("data"), source.option("pattern")
     files = sorted(str(path) for path in folder.glob(pattern))
     if not files:
         raise DataError(f"{source.missing('data')} (no {pattern} in it)")
@@ -29,6 +29,8 @@ def rows(source: Source, image_columns: Sequence[str]) -> Iterable[Mapping[str, 
         ) from error
     table: Any = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows")
     for name in image_columns:
+        if name not in table.column_names:
+            raise DataError(f"{folder}: no column {name!r}; there are {', '.join(table.column_names)}")
         table = table.cast_column(name, datasets.Image(decode=False))
     found: Iterable[Mapping[str, Any]] = table
     return found

@@ -22,19 +22,19 @@ from PIL import Image, ImageDraw, ImageFont
 from vlm.errors import DataError, ImageError
 from vlm.images import load_image
 
-from ..source import Folder, Item, Row, Source, choice_fields, parse_json
+from ..source import Folder, Item, Row, Source, choice_fields, parse_json, read_file
 
 _LARGEST = 100  # points; shrunk until the letter fits its rectangle
 
 
 def read(source: Source) -> Iterator[Item]:
-    listed = source.path("test_ids").read_text(encoding="utf-8").split()
+    listed = source.text("test_ids").split()
     folder, name = source.path("questions"), source.files["questions"].path
     for image in sorted(listed, key=lambda number: (len(number), number)):
         path = folder / f"{image}.png.json"
         if not path.exists():
             raise DataError(f"{path} is missing, though the test list names image {image}; unpack ai2d-all.zip again")
-        content = Row(parse_json(path.read_bytes(), str(path)), f"{name}/{path.name}")
+        content = Row(parse_json(read_file(path), str(path)), f"{name}/{path.name}")
         questions = content.row("questions")
         for question in questions.values:
             yield _item(source, content.text("imageName"), question, questions.row(question))
@@ -61,7 +61,7 @@ def _lettered(source: Source, image: str) -> Path:
     if target.exists() or not plain.exists():
         return target
     path = Folder(source.path("annotations")) / f"{image}.json"
-    texts = Row(parse_json(path.read_bytes(), str(path)), path.name).row("text")
+    texts = Row(parse_json(read_file(path), str(path)), path.name).row("text")
     try:
         drawn = load_image(plain)
     except ImageError:
@@ -75,8 +75,7 @@ def _lettered(source: Source, image: str) -> Path:
 
 def draw_letter(image: Image.Image, label: Row) -> None:
     """Write `replacementText` over `rectangle`, black on white and as large as fits."""
-    corners = label["rectangle"]
-    x1, y1, x2, y2 = Row({"box": [value for corner in corners for value in corner]}, label.where).box("box")
+    x1, y1, x2, y2 = _corners(label)
     draw = ImageDraw.Draw(image)
     left, right = sorted((x1, x2))
     top, bottom = sorted((y1, y2))
@@ -88,3 +87,10 @@ def draw_letter(image: Image.Image, label: Row) -> None:
         if width <= right - left and height <= bottom - top:
             break
     draw.text((left + (right - left - width) // 2, top), text, fill="black", font=font)
+
+
+def _corners(label: Row) -> tuple[float, ...]:
+    rectangle = label["rectangle"]
+    if not isinstance(rectangle, list) or not all(isinstance(corner, list) for corner in rectangle):
+        raise DataError(f"{label.where}: 'rectangle' should be two corners, got {rectangle!r}")
+    return Row({"rectangle": [value for corner in rectangle for value in corner]}, label).box("rectangle")

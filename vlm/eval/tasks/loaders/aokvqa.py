@@ -19,9 +19,9 @@ from ..source import Item, Row, Source, choice_fields
 
 def read(source: Source) -> Iterator[Item]:
     folder = source.images()
-    direct = source.options["mode"] == "direct"
+    direct = source.option("mode") == "direct"
     for row in source.rows("questions"):
-        if direct and row.flag("difficult_direct_answer") and not source.options["difficult"]:
+        if direct and row.flag("difficult_direct_answer") and not source.option("difficult"):
             continue
         facts = _direct(row) if direct else _choice(row)
         yield Item(id=row.key("question_id"), images=(folder / f"{row.integer('image_id'):012d}.jpg",), **facts)

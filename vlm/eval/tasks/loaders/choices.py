@@ -23,8 +23,6 @@ def read(source: Source) -> Iterator[Item]:
     for row in source.lines("questions"):
         facts = {key: value for key, value in row.values.items() if isinstance(value, str) and key not in _OWN}
         images = row.texts("images")
-        if not images:
-            raise DataError(f"{row.where}: 'images' is empty; every item needs at least one image")
         yield item(
             row.key("id"),
             row.text("question"),
@@ -48,6 +46,8 @@ def item(
     """One question; `answer` is the letter of an option, the gold answer its text. Raises DataError if it is none."""
     if not 2 <= len(options) <= len(LETTERS) or answer not in tuple(LETTERS[: len(options)]):
         raise DataError(f"{where}: the answer {answer!r} is not the letter of one of {len(options)} options")
+    if not images:
+        raise DataError(f"{where}: no image; every item needs at least one")
     right = LETTERS.index(answer)
     return Item(
         id=key,

@@ -28,7 +28,7 @@ def read(source: Source) -> Iterator[Item]:
     rows = source.object("karpathy").rows("images")
     files = {row.key("cocoid"): f"{row.text('filepath')}/{row.text('filename')}" for row in rows}
     folder = source.images()
-    wanted = set(source.options["languages"])
+    wanted = set(source.option("languages"))
     for (language, image), texts in sorted(captions.items()):
         if language not in wanted:
             continue

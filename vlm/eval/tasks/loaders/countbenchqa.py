@@ -31,19 +31,21 @@ def items(rows: Iterable[Mapping[str, Any]], questions: Sequence[Row], folder: F
     if len(table) != len(questions):
         raise DataError(f"{where}: {len(table)} rows, but there are {len(questions)} questions")
     for number, (row, question) in enumerate(zip(table, questions, strict=True)):
-        if not row["image"] or not row["image"]["bytes"]:
+        image = row.get("image")
+        if not image or not image["bytes"]:
             continue
-        path = _parquet.written(row["image"]["bytes"], folder / str(number))
+        path = _parquet.written(image["bytes"], folder / str(number))
         try:
-            with Image.open(path) as image:
-                grey = len(image.getbands()) == 1
+            with Image.open(path) as opened:
+                grey = len(opened.getbands()) == 1
         except UnidentifiedImageError:
             grey = False  # the harness names it and counts it as wrong
         if not grey:
+            number_of_things = str(Row(row, where, "row", number).integer("number"))
             yield Item(
                 id=str(number),
                 images=(path,),
                 fields={"question": question.text("question")},
-                answers=(str(row["number"]),),
-                info={"number": str(row["number"])},
+                answers=(number_of_things,),
+                info={"number": number_of_things},
             )

@@ -24,7 +24,7 @@ _COLOURS = frozenset("black blue brown gray green red teal yellow".split())
 
 
 def read(source: Source) -> Iterator[Item]:
-    path, split = source.path("archive"), source.options["split"]
+    path, split = source.path("archive"), source.option("split")
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:

@@ -15,7 +15,7 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    split = source.options["split"]
+    split = source.option("split")
     folder = source.images()
     for row in source.object("captions").rows("images"):
         if row.text("split") != split:

@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm.errors import DataError
 
-from ..source import Folder, Item, Source
+from ..source import Folder, Item, Row, Source
 from . import _parquet, choices
 
 _IMAGES = tuple(f"image_{number}" for number in range(1, 8))
@@ -29,26 +29,27 @@ def read(source: Source) -> Iterator[Item]:
 
 
 def items(rows: Iterable[Mapping[str, Any]], images: Folder, where: str) -> Iterator[Item]:
-    """The multiple-choice questions among rows with MMMU's columns (images as `{"bytes": ...}`)."""
-    for number, row in enumerate(rows):
-        if row["question_type"] != "multiple-choice":
+    """The multiple-choice questions among rows with MMMU's columns (images as `{"bytes": ...}` or None)."""
+    for number, values in enumerate(rows):
+        row = Row(values, where, "row", number)
+        if row.text("question_type") != "multiple-choice":
             continue
-        here = f"{where}, row {number}"
+        key = row.text("id")
+        given = {name: row.values[name] for name in _IMAGES if row.values.get(name)}
         yield choices.item(
-            row["id"],
-            row["question"],
-            _options(row["options"], here),
-            row["answer"],
-            tuple(
-                _parquet.written(row[name]["bytes"], images / f"{row['id']}-{name}") for name in _IMAGES if row[name]
-            ),
-            {"subject": row["id"].split("_", 1)[1].rsplit("_", 1)[0], "subfield": row["subfield"]},
-            here,
+            key,
+            row.text("question"),
+            _options(row),
+            row.text("answer"),
+            tuple(_parquet.written(image["bytes"], images / f"{key}-{name}") for name, image in given.items()),
+            {"subject": key.split("_", 1)[-1].rsplit("_", 1)[0], "subfield": row.text("subfield")},
+            row.where,
         )
 
 
-def _options(text: str, where: str) -> tuple[str, ...]:
+def _options(row: Row) -> tuple[str, ...]:
+    text = row.text("options")
     try:
         return tuple(map(str, ast.literal_eval(text)))
     except (SyntaxError, ValueError, TypeError) as error:
-        raise DataError(f"{where}: 'options' should be a list written as text, got {text!r}") from error
+        raise DataError(f"{row.where}: 'options' should be a list written as text, got {text!r}") from error

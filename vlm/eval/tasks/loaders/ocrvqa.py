@@ -22,7 +22,7 @@ def read(source: Source) -> Iterator[Item]:
     books = source.object("questions")
     for key in books.values:
         row = books.row(key)
-        if row.integer("split") != source.options["split"]:
+        if row.integer("split") != source.option("split"):
             continue
         questions, answers = row.texts("questions"), row.texts("answers")
         if len(questions) != len(answers):

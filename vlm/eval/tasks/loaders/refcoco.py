@@ -32,7 +32,7 @@ def read(source: Source) -> Iterator[Item]:
     images = {row.integer("id"): row for row in instances.rows("images")}
     folder = source.images()
     for ref in source.rows("refs"):
-        if ref.text("split") != source.options["split"]:
+        if ref.text("split") != source.option("split"):
             continue
         annotation, image = ref.integer("ann_id"), ref.integer("image_id")
         if annotation not in boxes or image not in images:

@@ -19,7 +19,7 @@ from ..source import LETTERS, Item, Source, choice_fields
 
 
 def read(source: Source) -> Iterator[Item]:
-    split = source.options["split"]
+    split = source.option("split")
     folder = source.images()
     problems = source.object("problems")
     for key in problems.values:

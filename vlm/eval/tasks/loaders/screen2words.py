@@ -8,7 +8,6 @@ Files: `summaries`, `screens`, and the folder `images`.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 
 from vlm.errors import DataError
@@ -17,16 +16,11 @@ from ..source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    path = source.path("summaries")
     summaries: dict[str, list[str]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"screenId", "summary"} <= set(reader.fieldnames or ()):
-            raise DataError(f"{path}: expected the columns screenId and summary, got {reader.fieldnames}")
-        for row in reader:
-            summaries.setdefault(row["screenId"], []).append(row["summary"])
+    for row in source.table("summaries", "screenId", "summary"):
+        summaries.setdefault(row["screenId"], []).append(row["summary"])
     folder = source.images()
-    for screen in source.path("screens").read_text(encoding="utf-8").split():
+    for screen in source.text("screens").split():
         if screen not in summaries:
-            raise DataError(f"{path}: no summary of screen {screen}")
+            raise DataError(f"{source.place('summaries')}: no summary of screen {screen}")
         yield Item(id=screen, images=(folder / f"{screen}.jpg",), references=tuple(summaries[screen]))

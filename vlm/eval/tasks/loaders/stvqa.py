@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 from vlm.errors import DataError
 
@@ -24,7 +23,7 @@ _COCO = "coco-text/"
 
 
 def read(source: Source) -> Iterator[Item]:
-    kept = _listed(source.path("val_ids")) if source.has("val_ids") else None
+    kept = _listed(source.text("val_ids"), str(source.place("val_ids"))) if source.has("val_ids") else None
     folder, coco = source.images(), source.images("images_coco")
     for row in source.object("questions").rows("data"):
         path = row.text("file_path")
@@ -40,18 +39,18 @@ def read(source: Source) -> Iterator[Item]:
         )
 
 
-def _listed(path: Path) -> frozenset[str]:
+def _listed(code: str, where: str) -> frozenset[str]:
     """The image paths that the Python file assigns to `PSEUDO_VAL_IMAGE_PATHS`."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(code)
         values = [value for name, value in _assignments(tree) if name == _NAME]
         # frozenset([...]) and set([...]) count as the list inside.
         lists = [value.args[0] if isinstance(value, ast.Call) and value.args else value for value in values]
         found = [frozenset(ast.literal_eval(value)) for value in lists]
     except (SyntaxError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: cannot read {_NAME} as a list of text ({error})") from error
+        raise DataError(f"{where}: cannot read {_NAME} as a list of text ({error})") from error
     if not found:
-        raise DataError(f"{path}: no {_NAME} in the file; is this big_vision's datasets/stvqa/val_ids.py?")
+        raise DataError(f"{where}: no {_NAME} in the file; is this big_vision's datasets/stvqa/val_ids.py?")
     return found[0]
 
 

@@ -10,13 +10,12 @@ Files: `questions`, the folder `images`, and `rotation` (optional).
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
-from vlm.errors import DataError, ImageError
+from vlm.errors import ImageError
 from vlm.images import load_image
 
 from ..source import Item, Source
@@ -24,7 +23,7 @@ from ..source import Item, Source
 
 def read(source: Source) -> Iterator[Item]:
     folder = source.images()
-    turns = _turns(source.path("rotation")) if source.has("rotation") else {}
+    turns = _turns(source.table("rotation", "ImageID", "Rotation")) if source.has("rotation") else {}
     upright: dict[str, Path | Image.Image] = {}
     for row in source.object("questions").rows("data"):
         image = row.key("image_id")
@@ -38,13 +37,9 @@ def read(source: Source) -> Iterator[Item]:
         )
 
 
-def _turns(path: Path) -> dict[str, int]:
+def _turns(table: list[dict[str, str]]) -> dict[str, int]:
     """Image id -> quarter turns, for the images that need any."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"ImageID", "Rotation"} <= set(reader.fieldnames or ()):
-            raise DataError(f"{path}: expected OpenImages' columns ImageID and Rotation, got {reader.fieldnames}")
-        degrees = {line["ImageID"]: float(line["Rotation"] or 0) for line in reader}
+    degrees = {line["ImageID"]: float(line["Rotation"] or 0) for line in table}
     return {image: int(angle // 90) for image, angle in degrees.items() if angle}
 
 

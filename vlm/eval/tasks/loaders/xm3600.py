@@ -16,7 +16,7 @@ from ..source import Item, Source
 def read(source: Source) -> Iterator[Item]:
     folder = source.images()
     rows = list(source.lines("captions"))
-    for language in source.options["languages"]:
+    for language in source.option("languages"):
         for row in rows:
             key = row.text("image/key")
             yield Item(
