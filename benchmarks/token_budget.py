@@ -3,10 +3,11 @@
     python benchmarks/token_budget.py
     python benchmarks/token_budget.py --device cuda --policy fill --steps 10
 
-Sizes of images are drawn as in `naflex.py`, answers have 5 to 60 words. A step is forward and backward of a small model
-(tower 6 x 384, decoder 6 x 512) over the same 32 images, cut once into `--accumulate` equal micro-batches in the order
-drawn, once by the budget that equals the largest of those, so that both need the same memory. They take turns, and the
-ratio is the median over the steps of (equal / budget): above 1 is faster. The table goes to stderr, JSON to stdout.
+Sizes of images are drawn as in `naflex.py`, answers have 5 to 60 words. A step is forward and backward of a model
+(tower 384 wide, decoder 512, `--layers` each) over the same images, cut once into `--accumulate` equal micro-batches in
+the order drawn, once by the budget that equals the largest of those, so that both need the same memory. They take
+turns, and the ratio is the median over the steps of (equal / budget): above 1 is faster. The table goes to stderr, JSON
+to stdout.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ from vlm.model import VLM
 from vlm.presets import tiny
 from vlm.processor import Batch, Processor
 
-TOWER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
+TOWER = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
 DECODER = {
     "hidden_size": 512,
     "intermediate_size": 2048,
-    "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "head_dim": 64,
 }
@@ -43,8 +43,9 @@ def build(options: argparse.Namespace) -> tuple[VLM, Processor]:
     """The model with random weights, and its processor."""
     small, processor = tiny("siglip2_naflex", "gemma")
     values = small.config.to_dict()
-    values["vision_config"] |= {**TOWER, "patch_size": PATCH, "num_patches": 256}
-    values["text_config"] |= DECODER
+    depth = {"num_hidden_layers": options.layers}
+    values["vision_config"] |= {**TOWER, **depth, "patch_size": PATCH, "num_patches": 256}
+    values["text_config"] |= {**DECODER, **depth}
     torch.manual_seed(0)
     model = VLM(type(small.config).from_dict(values)).train().to(options.device)
     vision: Any = Config(**TOWER, patch_size=PATCH)
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=256, help="patch budget of an image (256)")
     parser.add_argument("--batch", type=int, default=32, help="images per step (32)")
     parser.add_argument("--accumulate", type=int, default=4, help="equal micro-batches per step (4)")
+    parser.add_argument("--layers", type=int, default=6, help="of tower and decoder (6)")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed (5)")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (1)")
     options = parser.parse_args()

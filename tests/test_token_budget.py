@@ -33,7 +33,7 @@ from vlm.settings import from_dict
 from vlm.train import StageConfig
 from vlm.train.data import MicroBatches
 from vlm.train.failures import explain
-from vlm.train.plan import Key, Mixture
+from vlm.train.plan import Key, Mixture, stage_seed
 
 BUDGET = 70
 
@@ -184,7 +184,8 @@ def test_two_processes_with_different_numbers_of_micro_batches(
     start: dict[str, Any] = {"model": {"path": naflex}, "data": {"train": mixed()}}
     run = config(tmp_path / "two", stage(batch_tokens=BUDGET), devices=2, strategy="ddp", **start)
     processor = vlm.Processor.from_pretrained(naflex)
-    data = vlm.train.stage.make_stage(run, 0, read_jsonl(mixed())[0], (24,), [], "").dataset(processor)
+    mixture = Mixture((24,), (1.0,), stage_seed(0, 0))  # the run's own
+    data = MicroBatches(read_jsonl(mixed())[0], mixture, processor, batch_tokens=BUDGET)
     counts = [[len(data[Key(step, 0, step * 8 + rank * 4, 4)].batches) for rank in (0, 1)] for step in range(3)]
     assert any(one != two for one, two in counts), counts
     assert run_on_two(run) == [0, 0]
