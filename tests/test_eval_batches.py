@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from test_eval_harness import COLOURS, ColourPredictor, examples_of, lines_of
+from test_eval_model import lively
 
-from vlm import presets
+import vlm
 from vlm.data import Example
 from vlm.errors import ConfigError
 from vlm.eval import batch_size, evaluate, items
@@ -82,6 +83,38 @@ def test_a_size_is_a_number_or_auto(tmp_path: Path) -> None:
             evaluate("m", "d", "exact_match", tmp_path, batch_size=wrong)  # type: ignore[arg-type]
 
 
+def test_a_guess_on_a_gpu_from_the_memory_of_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial of 4 items needs 2 GiB above the 10 GiB of the weights, 70 GiB are free: 0.8 * 70 / 0.5 = 112, so 64."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * gib)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12 * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * gib, 80 * gib))
+    assert batch_size.guess("cuda:0", lambda: None, 4) == 64
+
+    def too_much() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    assert batch_size.guess("cuda:0", too_much, 4) == 2
+
+
+def test_batches_by_tokens_give_the_same_answers(tmp_path: Path) -> None:
+    """Prompts of different lengths; the most tokens of a batch decide, and the results are those of fixed batches."""
+    pair = lively("siglip", "gemma")
+    examples = [
+        Example(f"t{i}", Image.effect_noise((30 + i, 40), 80).convert("RGB"), "what " * i, "x", (), (), "", 0)
+        for i in range(1, 9)
+    ]
+    fixed = evaluate(pair, examples, "exact_match", tmp_path / "a", max_new_tokens=4, progress=False)
+    budget = evaluate(pair, examples, "exact_match", tmp_path / "b", batch_tokens=60, max_new_tokens=4, progress=False)
+    said = [[item["prediction"] for item in lines_of(tmp_path / name / "items.jsonl")] for name in ("a", "b")]
+    assert said[0] == said[1] and len(set(said[0])) > 3
+    assert fixed["run"]["batch_size"] == 16 and 1 < budget["run"]["batch_size"] < 8
+    with pytest.raises(ConfigError, match="this predictor has no `lengths`"):
+        evaluate(ColourPredictor(), examples, "exact_match", tmp_path / "c", batch_tokens=60, progress=False)
+
+
 # --- several images per item
 
 
@@ -126,13 +159,7 @@ def test_all_images_of_an_item_are_shown_and_count_for_its_identity(tmp_path: Pa
 
 def test_our_models_read_several_images(tmp_path: Path) -> None:
     """The answer with two images is that of `vlm.generate` with both, not with the first alone."""
-    import vlm
-
-    model, processor = presets.tiny()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model, processor = lively("siglip", "gemma")
     pairs = two_images(tmp_path)
     evaluate((model, processor), pairs, "exact_match", tmp_path / "o", max_new_tokens=6, progress=False)
     groups: list[Any] = [[pair.image, *pair.more_images] for pair in pairs]

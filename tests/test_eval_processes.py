@@ -7,9 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,25 +32,26 @@ def _context() -> Any:
     return context
 
 
-class Slow(ColourPredictor):
-    """Takes its time, so that a kill comes in the middle; says where it works."""
+class Dies(ColourPredictor):
+    """Is killed by SIGKILL when it is asked for another batch after so many."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, after: int | None) -> None:
         super().__init__()
-        self.seconds = seconds
+        self.after = after
 
     def predict(self, images: Any, prompts: Any, *, ids: Any, decoding: Any) -> list[str]:
-        time.sleep(self.seconds)
+        if len(self.batches) == self.after:
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().predict(images, prompts, ids=ids, decoding=decoding)
 
 
-def _child(path: Path, out: Path, seconds: float, environment: dict[str, str]) -> None:
+def _child(path: Path, out: Path, after: int | None, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    evaluate(Slow(seconds), path, "exact_match", out, batch_size=3, progress=False)
+    evaluate(Dies(after), path, "exact_match", out, batch_size=3, progress=False)
 
 
 @contextmanager
-def processes(number: int, path: Path, out: Path, seconds: float = 0.0) -> Iterator[list[Any]]:
+def processes(number: int, path: Path, out: Path, *, die_after: int | None = None) -> Iterator[list[Any]]:
     """An evaluation by so many processes, started as torchrun does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -61,7 +61,7 @@ def processes(number: int, path: Path, out: Path, seconds: float = 0.0) -> Itera
     try:
         for rank in range(number):
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _context().Process(target=_child, args=(path, out, seconds, environment))
+            process = _context().Process(target=_child, args=(path, out, die_after, environment))
             process.start()
             started.append(process)
         yield started
@@ -72,8 +72,13 @@ def processes(number: int, path: Path, out: Path, seconds: float = 0.0) -> Itera
 
 
 def predicted(out: Path) -> int:
-    """Complete records in all files of predictions."""
-    return sum(path.read_bytes().count(b"\n") for path in out.glob("predictions*.jsonl"))
+    """Items with a complete record in any of the files of predictions; while shares are added, some are in two."""
+    found: set[str] = set()
+    for path in out.glob("predictions*.jsonl"):
+        with suppress(FileNotFoundError):  # it was added to the others between the two calls
+            whole, _, _ = path.read_bytes().rpartition(b"\n")
+            found.update(json.loads(line)["id"] for line in whole.split(b"\n") if line)
+    return len(found)
 
 
 def test_torchrun_with_two_processes_is_one_process(tmp_path: Path) -> None:
@@ -113,16 +118,13 @@ def test_torchrun_with_two_processes_is_one_process(tmp_path: Path) -> None:
 def test_killed_processes_are_continued_by_another_number(data: Path, tmp_path: Path) -> None:  # noqa: F811
     (data.parent / "3.png").write_bytes(b"not a picture")  # items q6 and q7
     out = tmp_path / "out"
-    kept = 0
-    for number, enough in ((2, 4), (3, 10)):  # killed by SIGKILL when so many items are there
-        with processes(number, data, out, seconds=0.1) as started:
-            end = time.monotonic() + 120
-            while predicted(out) < enough and time.monotonic() < end:
-                time.sleep(0.005)
+    # 7 batches of 3: two processes do one each and die; of the other 5 three processes do one each, and two die.
+    for number, kept in ((2, 6), (3, 15)):
+        with processes(number, data, out, die_after=1) as started:
             for process in started:
-                os.kill(process.pid, signal.SIGKILL)
-        assert kept < predicted(out) < 20
-        kept = predicted(out)
+                process.join(120)
+            assert [process.exitcode for process in started[:2]] == [-signal.SIGKILL] * 2
+        assert predicted(out) == kept
     with processes(2, data, out) as started:
         for process in started:
             process.join(120)
@@ -133,7 +135,18 @@ def test_killed_processes_are_continued_by_another_number(data: Path, tmp_path: 
     assert sorted(ids) == sorted(f"q{i}" for i in range(20)), "nothing lost, nothing twice"
     results = json.loads((out / "results.json").read_text())
     assert results["skipped"] == 2 and {one["id"] for one in results["failures"]} == {"q6", "q7"}
-    assert results["run"]["resumed_items"] == kept
+    assert results["run"]["resumed_items"] == 15
+
+
+def test_a_refusal_ends_all_processes(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The folder holds predictions of another model: the first process sees it, and the other does not wait for it."""
+    evaluate(ColourPredictor(version=2), data, "exact_match", tmp_path, progress=False)
+    before = (tmp_path / PREDICTIONS).read_bytes()
+    with processes(2, data, tmp_path) as started:
+        for process in started:
+            process.join(120)
+        assert [process.exitcode for process in started] == [1, 1]
+    assert (tmp_path / PREDICTIONS).read_bytes() == before and not list(tmp_path.glob("predictions.rank*"))
 
 
 def test_what_killed_processes_left_is_added_once(tmp_path: Path) -> None:

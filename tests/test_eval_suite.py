@@ -173,6 +173,23 @@ def test_a_second_run_predicts_nothing_and_a_kill_costs_one_task_only(root: Path
         assert outcome["tasks"][name]["metrics"] == whole["tasks"][name]["metrics"]
 
 
+def test_results_of_several_tasks_are_compared_task_by_task(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, answer in (("a", look), ("b", lambda colour, prompt: "red" if "What" in prompt else "yes")):
+        evaluate_tasks(Answers(answer), "pope,vqav2", root, tmp_path / name, options=QUIET)
+    evaluate_tasks(Answers(look), "pope", root, tmp_path / "c", options=QUIET)
+    page = tmp_path / "d.html"
+    assert main(["eval", "diff", str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "vqa_accuracy            1.0000  0.5000  -0.5000" in shown and "pope            0.7500  0.5000" in shown
+    assert "Differences on pope" in page.read_text() and "Items that changed on vqav2" in page.read_text()
+    assert main(["eval", "diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"pope", "vqav2"}
+    assert main(["eval", "diff", str(tmp_path / "a"), str(tmp_path / "c")]) == 2
+    assert "give two folders of the same tasks" in capsys.readouterr().err
+
+
 def test_decoding_is_the_tasks_unless_it_is_said(root: Path, tmp_path: Path) -> None:
     predictor = Answers(look)
     outcome = evaluate_tasks(predictor, "vqav2", root, tmp_path / "a", options=QUIET)
@@ -189,6 +206,20 @@ def test_missing_files_and_unknown_tasks_are_refused_before_anything_is_predicte
     with pytest.raises(ConfigError, match="unknown task 'popo'"):
         evaluate_tasks(predictor, "popo", root, tmp_path / "out", options=QUIET)
     assert predictor.batches == [] and not (tmp_path / "out").exists()
+
+
+def test_the_command_line_lists_tasks_and_asks_for_metrics_or_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--list-tasks"]) == 0
+    assert {"vqav2", "pope", "cococap"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    words = ["eval", "--model", "m", "--data", "d", "--out", "o"]
+    assert main(words) == 2
+    assert "one of the arguments --metrics --tasks is required" in capsys.readouterr().err
+    assert main([*words, "--metrics", "cider", "--tasks", "vqav2"]) == 2
+    assert "not allowed with argument --metrics" in capsys.readouterr().err
+    assert main([*words, "--tasks", "vqav2", "--skip-bad"]) == 2
+    assert "--image-root and --skip-bad are for a JSONL file" in capsys.readouterr().err
+    assert main([*words, "--metrics", "cider", "--batch", "some"]) == 2
+    assert "expected a whole number, got 'some'" in capsys.readouterr().err
 
 
 # --- likelihood

@@ -29,7 +29,7 @@ THIRD_PARTY: tuple[set[str], ...] = (
     set(),
 )
 # Installed only on request: imported in functions, never when a module is imported.
-OPTIONAL = {"tensorboard", "peft", "timm", "open_clip", "pycocoevalcap", "wandb", "datasets"}
+OPTIONAL = {"tensorboard", "peft", "timm", "open_clip", "pycocoevalcap", "wandb", "datasets", "lmms_eval"}
 # Take seconds or show up in every start: imported in functions wherever a light module leads to them.
 LATE = OPTIONAL | {"matplotlib", "rich"}
 # (importer, imported) that the layers alone would allow.

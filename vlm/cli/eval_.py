@@ -2,7 +2,7 @@
 
 import json
 import sys
-from argparse import Namespace
+from argparse import Action, Namespace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,12 @@ _DECODING = ("max_new_tokens", "num_beams", "beam_search", "by", "normalization"
 
 def add(commands: Any) -> None:
     details = (
-        "Either --data FILE.jsonl with --metrics, or --data FOLDER with --tasks (`vlm tasks` lists them). Run again"
+        "Either --data FILE.jsonl with --metrics, or --data FOLDER with --tasks (--list-tasks). Run again"
         " with the same options, it goes on where it stopped. `vlm eval diff A B` compares two results. Several"
         " processes share the work: torchrun --nproc_per_node 2 -m vlm eval ..."
     )
     parser = command(commands, run_eval, "eval", "score a model on annotated images", details)
+    parser.add_argument("--list-tasks", action=_ListTasks, nargs=0, help="list the tasks and stop")
     add_model(parser)
     parser.add_argument(
         *("--data", "-d"),
@@ -27,10 +28,9 @@ def add(commands: Any) -> None:
         metavar="PATH",
         help="annotations, as JSONL; or the folder of the tasks' files",
     )
-    parser.add_argument(
-        "--metrics", metavar="A,B", help="for a JSONL file: names of metrics, such as exact_match,cider"
-    )
-    parser.add_argument("--tasks", metavar="A,B", help="names of tasks, such as vqav2,pope@adversarial, or a YAML file")
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument("--metrics", metavar="A,B", help="for a JSONL file: names of metrics, such as exact_match,cider")
+    form.add_argument("--tasks", metavar="A,B", help="names of tasks, such as vqav2,pope@adversarial, or a YAML file")
     parser.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder of the images (that of the JSONL file)")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N items (of each task)")
@@ -48,6 +48,12 @@ def add(commands: Any) -> None:
         help="items at a time (16), or auto: the largest power of two that fits into the memory",
     )
     parser.add_argument(
+        "--batch-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="instead of --batch: as many items at a time as have N image and prompt tokens (NaFlex towers)",
+    )
+    parser.add_argument(
         "--by",
         choices=("generate", "likelihood"),
         help="write answers, or choose the likeliest of the candidates (what the task says, else generate)",
@@ -59,6 +65,17 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     _add_diff(commands)
+
+
+class _ListTasks(Action):
+    """Like --help: needs none of the options that are required otherwise."""
+
+    def __call__(self, *_: Any) -> None:
+        from vlm.eval import tasks
+
+        with console.endings():
+            print(tasks.table())
+        raise SystemExit(console.OK)
 
 
 def _batch_size(text: str) -> int | Literal["auto"]:
@@ -79,7 +96,8 @@ def run_eval(options: Namespace) -> int:
         if group.main:
             print(json.dumps(results, indent=1) if options.json else tables.table(results))
             print(f"written to {options.out}", file=sys.stderr)
-    return console.SKIPPED if results["skipped"] else console.OK
+        # One process tells it: a launcher takes the first code above 0 for a crash of the whole.
+        return console.SKIPPED if results["skipped"] and group.main else console.OK
 
 
 def _on_file(options: Namespace) -> dict[str, Any]:
@@ -93,6 +111,7 @@ def _on_file(options: Namespace) -> dict[str, Any]:
         **_given(options),
         image_root=options.image_root,
         batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens,
         limit=options.limit,
         skip_bad=options.skip_bad,
         shuffle_images=options.shuffle_images,
@@ -105,7 +124,12 @@ def _on_file(options: Namespace) -> dict[str, Any]:
 def _on_tasks(options: Namespace) -> dict[str, Any]:
     from vlm.eval import Options, evaluate_tasks
 
-    how = Options(batch_size=options.batch_size, shuffle_images=options.shuffle_images, seed=options.seed)
+    how = Options(
+        batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens,
+        shuffle_images=options.shuffle_images,
+        seed=options.seed,
+    )
     return evaluate_tasks(
         options.model,
         options.tasks,
@@ -128,7 +152,10 @@ def _given(options: Namespace) -> dict[str, Any]:
 
 
 def _add_diff(commands: Any) -> None:
-    details = "A and B are folders that `vlm eval` has written about the same items; the difference is B minus A."
+    details = (
+        "A and B are folders that `vlm eval` has written about the same items, or about the same tasks; the difference"
+        " is B minus A."
+    )
     parser = command(commands, run_diff, "eval-diff", "compare two results item by item (`vlm eval diff A B`)", details)
     parser.prog = "vlm eval diff"
     parser.add_argument("a", type=Path, metavar="A", help="folder of results")
@@ -141,8 +168,11 @@ def run_diff(options: Namespace) -> int:
     """`vlm eval diff`: a table of differences on stdout."""
     from vlm.eval import diff
 
-    found = diff.compare(options.a, options.b)
+    found = {label: diff.compare(*folders) for label, folders in diff.pairs(options.a, options.b).items()}
     if options.html:
         diff.write_page(options.html, found)
-    print(json.dumps(found, indent=1) if options.json else diff.table(found))
+    if options.json:
+        print(json.dumps(found if len(found) > 1 else next(iter(found.values())), indent=1))
+    else:
+        print("\n\n".join(diff.table(one) for one in found.values()))
     return console.OK

@@ -8,6 +8,7 @@ from typing import Any
 from vlm.data import Example
 from vlm.errors import ConfigError
 
+from . import items
 from .predict import Answer, Answerer, Pictures
 from .predictor import Decoding, Predictor
 
@@ -27,8 +28,22 @@ def answerer(predictor: Predictor, decoding: Decoding, candidates: Candidates | 
         return [{"prediction": text} for text in texts]
 
     answer = write if decoding.by == "generate" else _chooser(predictor, decoding, candidates)
-    device = getattr(predictor, "device", "cpu")  # a predictor of one's own need not have one
-    return Answerer(answer=answer, background=predictor.background, device=str(device))
+    # A predictor of one's own need not have the two that only help to form batches.
+    return Answerer(
+        answer=answer,
+        background=predictor.background,
+        device=str(getattr(predictor, "device", "cpu")),
+        lengths=_lengths(predictor) if hasattr(predictor, "lengths") else None,
+    )
+
+
+def _lengths(predictor: Any) -> Callable[[Sequence[Example]], list[int]]:
+    def lengths(examples: Sequence[Example]) -> list[int]:
+        sizes = [items.image_sizes(example) for example in examples]
+        found: list[int] = predictor.lengths(sizes, [ex.prefix for ex in examples], ids=[ex.id for ex in examples])
+        return found
+
+    return lengths
 
 
 def _chooser(predictor: Predictor, decoding: Decoding, candidates: Candidates | None) -> Answer:

@@ -24,7 +24,7 @@ from vlm.errors import ConfigError, DataError
 from . import items, tables
 from .job import ITEMS, RESULTS
 from .metrics import captions, registry, tokenize
-from .report import GalleryItem, Table, write_report
+from .report import Gallery, GalleryItem, Section, Table, write_report
 
 NUM_RESAMPLES = 2000
 _WORK = 1_000_000  # items scored again by all resamples together, for a metric that is no mean over items
@@ -80,17 +80,40 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
     }
 
 
-def read(folder: Path) -> Side:
-    """The results in a folder. Raises ConfigError when there are none."""
+def pairs(a: str | Path, b: str | Path) -> dict[str, tuple[Path, Path]]:
+    """What to compare in two folders: them (under the name ""), or the tasks that both hold.
+
+    Raises:
+        ConfigError: no results, or one of the two holds tasks that the other does not.
+    """
+    one, other = (_tasks(Path(folder)) for folder in (a, b))
+    if one != other:
+        told = [f"{folder} holds {', '.join(found) or 'no tasks'}" for folder, found in ((a, one), (b, other))]
+        raise ConfigError(f"{'; '.join(told)}: give two folders of the same tasks, or the folders of one task each")
+    return {name: (Path(a) / name, Path(b) / name) for name in one or [""]}
+
+
+def _tasks(folder: Path) -> list[str]:
+    return list(_results(folder).get("tasks", ()))
+
+
+def _results(folder: Path) -> dict[str, Any]:
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        lines = (folder / ITEMS).read_text(encoding="utf-8").split("\n")
+        results: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{folder}: {Path(error.filename).name} is missing; give a folder that `vlm eval` has written"
-        ) from error
+        raise ConfigError(f"{folder}: {RESULTS} is missing; give a folder that `vlm eval` has written") from error
     except ValueError as error:
         raise ConfigError(f"{folder}: {RESULTS} is damaged ({error}); evaluate again, predictions are kept") from error
+    return results
+
+
+def read(folder: Path) -> Side:
+    """The results in a folder. Raises ConfigError when there are none."""
+    results = _results(folder)
+    try:
+        lines = (folder / ITEMS).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder}: {ITEMS} is missing; give a folder that `vlm eval` has written") from error
     found = [json.loads(line) for line in lines if line]
     return Side(folder, results, {item["id"]: item for item in found})
 
@@ -138,7 +161,7 @@ def _metric(name: str, left: Side, right: Side) -> dict[str, Any]:
     change = (scores[1] - scores[0]) * (1 if ours["higher_is_better"] else -1)
     statistic, resamples, method = _statistic(name, left, right, scores)
     difference = theirs["value"] - ours["value"]
-    interval, p = _bootstrap(statistic, _strata(left), resamples) if statistic else (None, None)
+    interval, p = _bootstrap(statistic, _strata(left), resamples)
     return {
         "a": ours["value"],
         "b": theirs["value"],
@@ -165,33 +188,18 @@ def _strata(side: Side) -> list[np.ndarray]:
     return [np.array(positions) for positions in groups.values()]
 
 
-def _statistic(name: str, left: Side, right: Side, scores: Sequence[np.ndarray]) -> tuple[_Statistic | None, int, str]:
-    """How a resample's difference is computed, how many resamples, and the method in words."""
-    strata = _strata(left)
-    weights = np.zeros(len(left.items))
-    for positions in strata:
-        weights[positions] = 1 / (len(strata) * len(positions))
+def _statistic(name: str, left: Side, right: Side, scores: Sequence[np.ndarray]) -> tuple[_Statistic, int, str]:
+    """How a resample's difference is computed in one group, how many resamples, and the method in words."""
     values = [side.results["metrics"][name]["value"] for side in (left, right)]
-    if all(
-        abs(weights @ score - value) <= 1e-9 * max(1.0, abs(value)) for score, value in zip(scores, values, strict=True)
-    ):
+    means = [np.mean([score[positions].mean() for positions in _strata(left)]) for score in scores]
+    if all(abs(mean - value) <= 1e-9 * max(1.0, abs(value)) for mean, value in zip(means, values, strict=True)):
         change = scores[1] - scores[0]
         fixed = "; document frequencies stay those of all items, an approximation" if name.startswith("cider") else ""
-        return (
-            lambda draws: change[draws] @ weights[_order(strata)],
-            NUM_RESAMPLES,
-            f"paired bootstrap over items{fixed}",
-        )
-    if len(strata) > 1:
-        return None, 0, "no interval: neither a mean over items nor over one group"
+        return lambda draws: change[draws].mean(axis=1), NUM_RESAMPLES, f"paired bootstrap over items{fixed}"
     if name.startswith("bleu_"):
         return _bleu(name, left, right), NUM_RESAMPLES, "paired bootstrap over items, corpus score of every resample"
     resamples = max(200, min(NUM_RESAMPLES, _WORK // len(left.items)))
     return _recomputed(name, left, right), resamples, "paired bootstrap over items, every resample scored anew"
-
-
-def _order(strata: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(strata)
 
 
 def _bleu(name: str, left: Side, right: Side) -> _Statistic:
@@ -230,8 +238,8 @@ def _texts(side: Side, reads: Any) -> tuple[dict[str, str], dict[str, tuple[str,
 
 
 def _example(item: Mapping[str, Any]) -> Example:
-    texts = {name: tuple(item.get(name, ())) for name in ("references", "answers")}
-    return Example(item["id"], Path(), item["prefix"], item.get("suffix"), file="", line=0, **texts)
+    references, answers = (tuple(item.get(name, ())) for name in ("references", "answers"))
+    return Example(item["id"], Path(), item["prefix"], item.get("suffix"), references, answers, file="", line=0)
 
 
 def _bootstrap(
@@ -247,7 +255,7 @@ def _bootstrap(
     for start in range(0, resamples, at_once):
         rows = min(at_once, resamples - start)
         drawn = [positions[rng.integers(0, len(positions), (rows, len(positions)))] for positions in strata]
-        values.append(statistic(np.concatenate(drawn, axis=1)))
+        values.append(np.mean([statistic(draws) for draws in drawn], axis=0))
     differences = np.concatenate(values)
     low, high = np.percentile(differences, [2.5, 97.5])
     tail = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
@@ -272,7 +280,7 @@ def _changed(left: Side, right: Side, metrics: Sequence[str]) -> list[dict[str, 
                 "id": key,
                 "prefix": ours["prefix"],
                 "images": ours.get("images", []),
-                "gold": next(([gold] if isinstance(gold, str) else gold for gold in _gold(ours) if gold), []),
+                "gold": _shown_gold(ours),
                 "a": ours["prediction"],
                 "b": theirs["prediction"],
                 "scores": scores,
@@ -281,6 +289,11 @@ def _changed(left: Side, right: Side, metrics: Sequence[str]) -> list[dict[str, 
             }
         )
     return sorted(found, key=lambda item: (-abs(item["by"]), item["id"]))
+
+
+def _shown_gold(item: Mapping[str, Any]) -> list[str]:
+    suffix = [item["suffix"]] if item.get("suffix") else []
+    return list(item.get("references") or item.get("answers") or suffix)
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -307,23 +320,35 @@ def _p(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}" if value >= 0.001 else "< 0.001"
 
 
-def write_page(path: str | Path, found: Mapping[str, Any]) -> Path:
-    """A page with the differences, and the items that changed most beside what both models said."""
+def write_page(path: str | Path, comparisons: Mapping[str, Mapping[str, Any]]) -> Path:
+    """A page with the differences, and the items that changed most beside what both sides said.
+
+    Args:
+        comparisons: name of a task (or "") -> what `compare` returns.
+    """
+    sections: list[Section] = []
+    for name, found in comparisons.items():
+        about = f" on {name}" if name else ""
+        sections.append(_differences(found, f"Differences{about}"))
+        cards = [_card(item) for item in found["changed"][:_GALLERY]]
+        sections.append(Gallery(cards, f"Items that changed{about}", "The largest changes come first."))
+    first = next(iter(comparisons.values()))
+    sides = " · ".join(f"{side.upper()}: {first[side]['model']}, {first[side]['folder']}" for side in ("a", "b"))
+    return write_report(path, title="Comparison", subtitle=sides, sections=sections)
+
+
+def _differences(found: Mapping[str, Any], title: str) -> Table:
     rows = [
         [name, one["a"], one["b"], f"{one['difference']:+.4f}", _ends(one), _p(one["p"]), one["better"], one["worse"]]
         for name, one in found["metrics"].items()
     ]
     head = ["metric", "A", "B", "B - A", "95 % interval", "p", "better", "worse"]
-    methods = [f"{name}: {one['method']}" for name, one in found["metrics"].items()]
-    note = f"{len(found['changed'])} of {found['num_items']} items changed."
-    return write_report(
-        path,
-        title="Comparison",
-        subtitle=" · ".join(f"{side.upper()}: {found[side]['folder']} ({found[side]['model']})" for side in ("a", "b")),
-        sections=[Table("Differences", head, rows, note)],
-        gallery=[_card(item) for item in found["changed"][:_GALLERY]],
-        footer=[*methods, *found["notes"]],
-    )
+    methods: dict[str, list[str]] = {}
+    for name, one in found["metrics"].items():
+        methods.setdefault(one["method"], []).append(name)
+    told = [f"{', '.join(names)}: {method}" for method, names in methods.items()]
+    note = f"{len(found['changed'])} of {found['num_items']} items changed. {'; '.join([*told, *found['notes']])}."
+    return Table(title, head, rows, note)
 
 
 def _ends(one: Mapping[str, Any]) -> str:

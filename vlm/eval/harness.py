@@ -36,6 +36,7 @@ def evaluate(
     out: str | Path,
     *,
     batch_size: BatchSize = 16,
+    batch_tokens: int | None = None,
     max_new_tokens: int = 64,
     num_beams: int = 1,
     beam_search: str = "transformers",
@@ -63,7 +64,8 @@ def evaluate(
         metrics: names, as a list or comma-separated.
         out: the folder for everything that is written.
         batch_size: items predicted at a time, or `auto`, the largest power of two that fits into the memory; results do
-            not depend on it beyond floating-point rounding.
+            not depend on it beyond floating-point rounding. batch_tokens: instead, as many items at a time as have at
+            most so many image and prompt tokens, padding included.
         max_new_tokens, num_beams, beam_search: of `vlm.generate`.
         by: `likelihood` chooses the likeliest of an item's candidates (`Example.info["choices"]`) instead of writing
             text; `normalization` is its rule, see `vlm.eval.likelihood`.
@@ -84,7 +86,14 @@ def evaluate(
         ConfigError: unknown metric, a number out of range, or OUT holds predictions of other settings.
         DataError: broken annotations (without `skip_bad`), items without gold text, no image could be decoded.
     """
-    options = Options(batch_size=batch_size, shuffle_images=shuffle_images, seed=seed, report=report, progress=progress)
+    options = Options(
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        shuffle_images=shuffle_images,
+        seed=seed,
+        report=report,
+        progress=progress,
+    )
     decoding = Decoding(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,

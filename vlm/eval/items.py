@@ -146,7 +146,7 @@ def image_sizes(example: Example) -> list[tuple[int, int]]:
     """(width, height) of the images of an item, from their headers; none where one cannot be opened (it will be among
     the failures)."""
     try:
-        return [image_size(image) for image in (example.image, *example.more_images)]
+        return [image_size(image) for image in images_of(example)]
     except ImageError:
         return []
 

@@ -62,6 +62,8 @@ class Options:
     """How the work is done; nothing here changes a result beyond floating-point rounding, but for the control."""
 
     batch_size: BatchSize = 16
+    batch_tokens: int | None = None
+    """Instead of `batch_size`: the most image and prompt tokens of a batch, its padding included."""
     shuffle_images: bool = False
     seed: int = 0
     report: bool = True
@@ -98,9 +100,14 @@ def run(
         with PredictionStore(folder, settings, group) as store:
             resumed = len(store.records)
             who = answers.answerer(predictor, job.decoding, job.candidates)
-            used = predict(who, shown, store, options.batch_size, group=group, progress=options.progress)
+            used = predict(
+                *(who, shown, store, options.batch_size),
+                batch_tokens=options.batch_tokens,
+                group=group,
+                progress=options.progress,
+            )
             store.finish()
-            facts = {"batch_size": used, "processes": group.world, "resumed_items": resumed}
+            facts: dict[str, Any] = {"batch_size": used, "processes": group.world, "resumed_items": resumed}
             failure = None
             if group.main:
                 try:

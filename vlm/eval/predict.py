@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from vlm.data import Example
-from vlm.errors import DataError, ImageError
+from vlm.errors import ConfigError, DataError, ImageError
 from vlm.images import load_image
 
 from . import batch_size, items
@@ -45,11 +45,13 @@ class Answerer:
         answer: called with items whose images could all be decoded.
         background: RGB shown behind transparent pixels.
         device: where the model is, for `batch_size.guess`.
+        lengths: image and prompt tokens of each example, for batches by a budget of tokens.
     """
 
     answer: Answer
     background: tuple[int, int, int]
     device: str = "cpu"
+    lengths: Callable[[Sequence[Example]], list[int]] | None = None
 
 
 def predict(
@@ -58,10 +60,13 @@ def predict(
     store: PredictionStore,
     size: BatchSize,
     *,
+    batch_tokens: int | None = None,
     group: Processes = ALONE,
     progress: bool = True,
 ) -> int:
-    """Predict what the store does not hold yet, this process its share of the batches; returns the size of a batch.
+    """Predict what the store does not hold yet, this process its share of the batches; returns the size of the largest.
+
+    With `batch_tokens` batches are as many items as have so many image and prompt tokens, and `size` is not read.
 
     A batch of which a part is there already (the run was killed while it was written, or had another batch size) is
     predicted whole, so that its numbers do not depend on the interruption; only the missing items are added.
@@ -70,12 +75,12 @@ def predict(
         DataError: `MAX_BAD_IN_A_ROW` images in a row could not be decoded.
         ConfigError: memory runs out with a fixed size, or with one item.
     """
-    missing = [example for example in examples if example.id not in store.records]
-    chosen = _choose(who, examples, size, group) if missing else 1 if size == "auto" else size
-    batches = [[examples[i] for i in batch] for batch in items.plan(examples, chosen)]
+    if all(example.id in store.records for example in examples):
+        return 0 if size == "auto" else size
+    batches, chosen = _plan(who, examples, size, batch_tokens, group)
     todo = [batch for batch in batches if any(example.id not in store.records for example in batch)]
     mine = todo[group.rank :: group.world]
-    limit = Limit(chosen, fixed=size != "auto")
+    limit = Limit(chosen, fixed=size != "auto" or batch_tokens is not None)
     bad_in_a_row = 0
     label = "predict" if group.world == 1 else f"predict (process {group.rank} of {group.world})"
     total = len(examples) if group.world == 1 else sum(map(len, mine))
@@ -105,6 +110,21 @@ def answer_all(who: Answerer, batches: Sequence[Sequence[Example]]) -> list[Reco
     ]
 
 
+def _plan(
+    who: Answerer, examples: Sequence[Example], size: BatchSize, batch_tokens: int | None, group: Processes
+) -> tuple[list[list[Example]], int]:
+    """All batches, the same in every process, and the most items of one."""
+    if batch_tokens is None:
+        chosen = _choose(who, examples, size, group)
+        plan = items.plan(examples, chosen)
+    else:
+        if who.lengths is None:
+            raise ConfigError("batch_tokens needs to know how long prompts are, and this predictor has no `lengths`")
+        plan = items.plan(examples, 1, lengths=who.lengths(examples), batch_tokens=batch_tokens)
+        chosen = max(map(len, plan))
+    return [[examples[i] for i in batch] for batch in plan], chosen
+
+
 def _choose(who: Answerer, examples: Sequence[Example], size: BatchSize, group: Processes) -> int:
     """The size of this run, the same for all processes."""
     if size != "auto":
@@ -118,7 +138,8 @@ def _choose(who: Answerer, examples: Sequence[Example], size: BatchSize, group: 
 
     guessed = batch_size.guess(who.device, trial, len(usable)) if usable else 1
     chosen = min([*group.gather(guessed), batch_size.power_of_two(len(examples))])
-    logger.info("batch size %d (auto, on %s)", chosen, who.device)
+    if group.main:
+        logger.info("batch size %d (auto, on %s)", chosen, who.device)
     return chosen
 
 

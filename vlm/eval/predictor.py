@@ -59,7 +59,7 @@ class Predictor(Protocol):
         ...
 
     def predict(
-        self, images: Sequence[Pictures], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
+        self, images: Sequence[Any], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
     ) -> list[str]:
         """One text per prompt, in order. Images are upright RGB, a list of them where an item has several; `ids` are
         for error messages."""

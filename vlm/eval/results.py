@@ -60,12 +60,14 @@ def _compute(metric: Metric, examples: Sequence[Example], said: Mapping[str, str
 def _average(parts: Mapping[str, MetricResult], examples: Sequence[Example], over: str) -> MetricResult:
     per_item = {key: score for part in parts.values() for key, score in part.per_item.items()}
     first = next(iter(parts.values()))
+    scores = [list(part.per_item.values()) for part in parts.values()]
     return replace(
         first,
         value=sum(part.value for part in parts.values()) / len(parts),
         per_item={example.id: per_item[example.id] for example in examples},
         rule=f"{first.rule}; computed for each {over} alone ({len(parts)} of them) and averaged without weights",
-        interval=_interval_of_average([list(part.per_item.values()) for part in parts.values()]),
+        # Of corpus BLEU the items' scores say nothing; `vlm eval diff` resamples it properly.
+        interval=_interval_of_average(scores) if all(map(is_mean, parts.values())) else None,
         details={f"{over} {name}": part.value for name, part in parts.items()},
     )
 

@@ -80,15 +80,14 @@ def _published(results: Mapping[str, Any]) -> Scores | None:
     rows = []
     for metric in dict.fromkeys(entry["metric"] for entry in entries):
         result = results["metrics"][metric]
-        top = 100 * (result["maximum"] or 1.0)
-        rows.append(Score(f"{metric} · this model", 100 * result["value"], num_items=result["num_items"], maximum=top))
+        scale: dict[str, Any] = {"maximum": result["maximum"], "percent": percent_of(result["maximum"])}
+        rows.append(Score(f"{metric} · this model", result["value"], num_items=result["num_items"], **scale))
         for entry in entries:
             if entry["metric"] == metric:
                 about = f", {entry['group']}" if entry["group"] else ""
                 note = "; ".join(part for part in (entry["source"], entry["note"]) if part)
-                rows.append(Score(f"{tables.label(entry)}{about}", entry["value"], note=note, maximum=top))
-    note = "Published figures as printed: 100 stands for 1." + _not_comparable(results)
-    return Scores(rows, title="Beside published figures", note=note)
+                rows.append(Score(tables.model_of(entry) + about, entry["value"] / 100, note=note, **scale))
+    return Scores(rows, title="Beside published figures", note=_not_comparable(results))
 
 
 def _not_comparable(results: Mapping[str, Any]) -> str:
@@ -100,7 +99,7 @@ def _not_comparable(results: Mapping[str, Any]) -> str:
         reasons.append("the decoding settings are not those of the task")
     if results["images_shuffled_with_seed"] is not None:
         reasons.append("the images were shuffled")
-    return f" Ours is not comparable: {'; '.join(reasons)}." if reasons else ""
+    return f"Ours is not comparable: {'; '.join(reasons)}." if reasons else ""
 
 
 def _by_group(results: Mapping[str, Any], name: str, limit: int = 40) -> Table | None:
@@ -118,10 +117,12 @@ def _by_group(results: Mapping[str, Any], name: str, limit: int = 40) -> Table |
 
 
 def _details(results: Mapping[str, Any]) -> Table | None:
+    over = (results["task"] or {}).get("average_over")  # the values of its groups have a table of their own
     rows = [
         [metric, name, value]
         for metric, result in results["metrics"].items()
         for name, value in result["details"].items()
+        if not (over and name.startswith(f"{over} "))
     ]
     return Table("Details", ["metric", "figure", "value"], rows) if rows else None
 

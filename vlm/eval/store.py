@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError, DataError, VLMError
 
 from .processes import ALONE, Processes
 
@@ -49,9 +49,10 @@ class PredictionStore:
         self._group = group
         self._main: BinaryIO | None = None
         self._share: BinaryIO | None = None
-        if group.main:
-            self._open(settings)
-        group.barrier()
+        refusal = self._open(settings) if group.main else None
+        told = [text for text in group.gather(str(refusal) if refusal else "") if text]
+        if told:  # by the first process; the others would wait for it for ever
+            raise refusal or ConfigError(told[0])
         if group.world > 1:
             if not group.main:
                 self.records = _records(self.path.read_bytes(), self.path)
@@ -88,7 +89,8 @@ class PredictionStore:
                 self._add_shares()
         self._group.barrier()
 
-    def _open(self, settings: Mapping[str, Any]) -> None:
+    def _open(self, settings: Mapping[str, Any]) -> VLMError | None:
+        """Read and check what is there; returns why it cannot be continued."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._main = open(self.path, "ab+")  # noqa: SIM115 - closed by __exit__
         try:
@@ -96,9 +98,13 @@ class PredictionStore:
             self._read()
             self._add_shares()
             self._check_settings(settings)
+        except VLMError as error:
+            self._main.close()
+            return error
         except BaseException:
             self._main.close()
             raise
+        return None
 
     def _lock(self) -> None:
         assert self._main is not None

@@ -66,7 +66,8 @@ def evaluate_tasks(
     with processes.joined() as group:
         found = {}
         for label, job in jobs.items():
-            logger.info("%s: %d items", label, len(job.examples))
+            if group.main:
+                logger.info("%s: %d items", label, len(job.examples))
             found[label] = run(job, predictor, name, folder / label, settings, identity=identity)
         outcome = {"tasks": found, "skipped": sum(one["skipped"] for one in found.values())}
         if group.main:

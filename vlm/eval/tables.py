@@ -38,11 +38,11 @@ def _of_one(results: Mapping[str, Any]) -> str:
 
 def _of_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """A line per task and metric, with what others have published for it beside."""
-    rows = [("task", "metric", "value", "95 % interval", "items", "published")]
+    rows: list[tuple[str, ...]] = [("task", "metric", "value", "95 % interval", "items", "published")]
     remarks: list[str] = []
     for name, results in tasks.items():
         for place, (metric, result) in enumerate(results["metrics"].items()):
-            shown = " ".join(published(results, metric)) if place == 0 or published(results, metric) else ""
+            shown = "; ".join(published(results, metric))
             rows.append(
                 (
                     name if place == 0 else "",
@@ -50,19 +50,27 @@ def _of_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
                 )
             )
         remarks += [f"{name}: {line}" for line in _remarks(results)]
+    if any(row[5] for row in rows[1:]):
+        remarks.insert(0, "published figures are as printed: 100 stands for 1")
+    else:
+        rows = [row[:5] for row in rows]
     return "\n".join([columns(rows, left=(0, 1, 5)), *remarks])
 
 
 def published(results: Mapping[str, Any], metric: str) -> list[str]:
-    """Published figures for a metric over all items: "82.1 PaliGemma 448"."""
+    """Published figures for a metric over all items, as printed."""
     task = results.get("task") or {}
     return [label(entry) for entry in task.get("published", ()) if entry["metric"] == metric and not entry["group"]]
 
 
 def label(entry: Mapping[str, Any]) -> str:
-    """One published figure with its model, in a few words."""
-    at = f" at {entry['resolution']}" if entry.get("resolution") else ""
-    return f"{entry['value']:g} ({entry['model']}{at})"
+    """One published figure with its model: "82.1 (PaliGemma 3B at 448)"."""
+    return f"{entry['value']:g} ({model_of(entry)})"
+
+
+def model_of(entry: Mapping[str, Any]) -> str:
+    """Whose figure it is: "PaliGemma 3B at 448"."""
+    return entry["model"] + (f" at {entry['resolution']}" if entry.get("resolution") else "")
 
 
 def items_of(results: Mapping[str, Any]) -> str:

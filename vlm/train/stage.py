@@ -83,12 +83,12 @@ def make_stage(
     counts: tuple[int, ...],
     val: list[Example],
     digest: str,
-    jobs: dict[str, Job],
+    jobs: dict[str, Job] | None = None,
 ) -> Stage:
     """The stage at `index`; `counts` are the numbers of examples of the files that `examples` came from."""
     seed = stage_seed(run.seed, index)
     mixture = Mixture(counts, tuple(source.repeat for source in run.data.sources()), seed)
-    return Stage(run, run.stages[index], seed, examples, val, mixture, digest, jobs)
+    return Stage(run, run.stages[index], seed, examples, val, mixture, digest, jobs or {})
 
 
 def train_stage(stage: Stage, model: nn.Module, processor: Processor, recorder: Recorder, stop: StopSignal) -> None:
