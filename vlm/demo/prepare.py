@@ -23,7 +23,7 @@ import yaml
 from vlm.config import kinds
 from vlm.demo import dataset, scenes
 from vlm.demo.run import Size, read_recipe
-from vlm.demo.start import ASSETS, NAFLEX
+from vlm.demo.start import ASSETS, NAFLEX, of_kind
 from vlm.errors import ConfigError, nearest
 
 log = logging.getLogger("vlm")
@@ -121,7 +121,7 @@ def comparison(encoders: Sequence[str]) -> dict[str, Any]:
     run["model"] = {"decoder": "gemma", "projector": "linear"}
     run["data"] = {"train": "data/train.jsonl"}
     run["checkpoint_every"] = sum(RUN_STEPS.values())
-    towers: dict[str, Any] = {kind: {"encoder": f"towers/{kind}"} for kind in encoders}
+    towers: dict[str, Any] = {kind: of_kind(kind, "towers") for kind in encoders}
     for kind in encoders:
         if reads_siglip(kind, encoders):
             towers[kind] = {"encoder": "towers/siglip", **NAFLEX}
