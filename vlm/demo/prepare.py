@@ -29,7 +29,7 @@ from vlm.errors import ConfigError, nearest
 log = logging.getLogger("vlm")
 
 ENCODERS = ("siglip", "siglip2_naflex", "clip", "dinov2")
-STEPS = 500
+STEPS = 450
 """Of each tower's pretraining; four times fewer than the package's SigLIP had, so that a few towers take minutes."""
 RUN_STEPS = {"align": 40, "tune": 700}
 """Of each run of the comparison; about half of the demo's."""

@@ -29,9 +29,9 @@ log = logging.getLogger("vlm")
 
 PROMPT = "ocr"
 TOWERS = ("siglip", "siglip2_naflex")
-TRAIN = 8000
-TEST = 700
-STEPS = 1200
+TRAIN = 6000
+TEST = 420
+STEPS = 600
 
 
 @dataclass(frozen=True)
