@@ -30,7 +30,7 @@ log = logging.getLogger("vlm")
 
 ENCODERS = ("siglip", "siglip2_naflex", "clip", "dinov2")
 STEPS = 450
-"""Of each tower's pretraining; four times fewer than the package's SigLIP had, so that a few towers take minutes."""
+"""Of each tower's pretraining; fewer than a quarter of what the package's SigLIP had, so that a few towers take minutes."""
 RUN_STEPS = {"align": 40, "tune": 700}
 """Of each run of the comparison; about half of the demo's."""
 SEEDS = [0, 1]
@@ -136,12 +136,12 @@ def comparison(encoders: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def write_labelled(data: Path, seed: int, train: int = PROBE_TRAIN, test: int = PROBE_TEST) -> None:
+def write_labelled(data: Path, seed: int) -> None:
     """`probe_train.jsonl` and `probe_test.jsonl`: {"image", "label"}, one thing in each picture, labelled "red circle".
 
     The things of the test stand where no thing of their class stands in training.
     """
-    for name, count in (("train", train), ("test", test)):
+    for name, count in (("train", PROBE_TRAIN), ("test", PROBE_TEST)):
         rng = random.Random(f"probe {name} {seed}")
         lines = []
         for pair in scenes.PAIRS:
