@@ -30,7 +30,7 @@ log = logging.getLogger("vlm")
 
 ENCODERS = ("siglip", "siglip2_naflex", "clip", "dinov2")
 STEPS = 450
-"""Of each tower's pretraining; fewer than a quarter of what the package's SigLIP had, so that a few towers take minutes."""
+"""Of each tower's pretraining; the package's SigLIP had 2,000, but a few towers should take minutes."""
 RUN_STEPS = {"align": 40, "tune": 700}
 """Of each run of the comparison; about half of the demo's."""
 SEEDS = [0, 1]
