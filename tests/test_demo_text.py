@@ -83,6 +83,13 @@ def test_every_shape_is_36_tokens(tmp_path: Path, tower: str) -> None:
         assert grid == (sign.grid if tower == "siglip2_naflex" else (6, 6))
 
 
+def test_half_of_training_are_squares_and_the_test_has_all_shapes_alike() -> None:
+    train = [reading.grid_of(number, "train") for number in range(84)]
+    test = [reading.grid_of(number, "test") for number in range(84)]
+    assert {grid: test.count(grid) for grid in text.GRIDS} == dict.fromkeys(text.GRIDS, 12)
+    assert {grid: train.count(grid) for grid in text.GRIDS} == {**dict.fromkeys(text.GRIDS, 7), text.SQUARE: 42}
+
+
 def test_both_towers_share_recipe_data_and_weights(tmp_path: Path) -> None:
     first, second = (reading.recipe(tower, tmp_path, 4, 10) for tower in reading.TOWERS)
     assert second["model"].pop("encoder_kind") == "siglip2_naflex"

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 PATCH = 12
+SQUARE = (6, 6)
 GRIDS = ((2, 18), (3, 12), (4, 9), (6, 6), (9, 4), (12, 3), (18, 2))
 """Patches as (rows, columns), from a line of 9 : 1 to a sign of 1 : 9. Each is exactly 36, so that a NaFlex tower with
 a budget of 36 has as many tokens as a tower that reads squares of 6 x 6."""
