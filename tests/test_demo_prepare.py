@@ -25,7 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "deep"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "run_jobs", lambda jobs: [job(*arguments) for job, arguments in jobs])
-        patch.setattr(prepare.write_labelled, "__defaults__", (2, 1))
+        patch.setattr(prepare, "PROBE_TRAIN", 2)
+        patch.setattr(prepare, "PROBE_TEST", 1)
         prepare.prepare(out, KINDS, steps=0, size=SMALL)
     return out
 
@@ -82,6 +83,7 @@ def darkest_cell(picture: Image.Image) -> int:
 def test_going_on_keeps_towers_and_other_settings_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(pretrain, "run_jobs", asked.extend)
+    monkeypatch.setattr(prepare, "write_labelled", lambda *_: None)
     prepare.prepare(folder, ["clip"], steps=0, size=SMALL)
     assert asked == []
     with pytest.raises(ConfigError, match="prepared with"):
@@ -89,9 +91,8 @@ def test_going_on_keeps_towers_and_other_settings_are_refused(folder: Path, monk
 
 
 def test_naflex_alone_is_a_tower_of_its_own() -> None:
-    assert prepare.comparison(["siglip2_naflex"])["encoders"] == {
-        "siglip2_naflex": {"encoder": "towers/siglip2_naflex"}
-    }
+    encoders = prepare.comparison(["siglip2_naflex"])["encoders"]
+    assert encoders == {"siglip2_naflex": {"encoder": "towers/siglip2_naflex", "image": {"max_num_patches": 36}}}
 
 
 @pytest.mark.parametrize(

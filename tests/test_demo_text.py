@@ -54,16 +54,20 @@ def test_the_same_seed_draws_the_same_and_digits_differ() -> None:
     assert min(int((bitmaps[a] != bitmaps[b]).sum()) for a, b in pairs) >= 3
 
 
-def test_squashing_a_line_loses_what_naflex_keeps() -> None:
-    """Pixels from one digit to the next: at least 7.5 on every shape as NaFlex sees it; squashed, under 4 on the
-    longest strips (five dots and a gap), and unchanged on squares, the control."""
+def test_squashing_a_strip_loses_what_naflex_keeps() -> None:
+    """A dot of a digit is more than a pixel wide and high on every shape as NaFlex sees it. Squashed, two dots share a
+    pixel on the longest strips, and squares, the control, are as they were."""
     for sign in SIGNS:
         longest = max(sign.grid)
-        apart = float(np.subtract(sign.corner(1), sign.corner(0)).max())
-        squashed = apart * 72 / (text.PATCH * longest)
-        assert apart >= 7.5
-        assert squashed < 4 if longest == 18 else squashed > 3.5
-        assert squashed == apart or longest > 6
+        squashed = sign.dot * 72 / (text.PATCH * longest)
+        assert sign.dot > 1.3
+        assert (squashed <= 0.5) == (longest == 18)
+        assert (squashed == sign.dot) == (longest == 6)
+        for number in range(len(sign.text)):
+            corner = sign.corner(number)
+            ends = (corner[0] + text.WIDTH * sign.dot, corner[1] + text.HEIGHT * sign.dot)
+            cell = [int(value // text.PATCH) for value in corner]
+            assert [int(value // text.PATCH) for value in ends] == cell, "one digit, one patch"
 
 
 @pytest.mark.parametrize("tower", reading.TOWERS)
@@ -77,6 +81,13 @@ def test_every_shape_is_36_tokens(tmp_path: Path, tower: str) -> None:
         assert reading.image_tokens(processor, tmp_path / "sign.png") == 36
         grid = processor.image_transform.grid(picture.height, picture.width)
         assert grid == (sign.grid if tower == "siglip2_naflex" else (6, 6))
+
+
+def test_half_of_training_are_squares_and_the_test_has_all_shapes_alike() -> None:
+    train = [reading.grid_of(number, "train") for number in range(84)]
+    test = [reading.grid_of(number, "test") for number in range(84)]
+    assert {grid: test.count(grid) for grid in text.GRIDS} == dict.fromkeys(text.GRIDS, 12)
+    assert {grid: train.count(grid) for grid in text.GRIDS} == {**dict.fromkeys(text.GRIDS, 7), text.SQUARE: 42}
 
 
 def test_both_towers_share_recipe_data_and_weights(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def _tower(parser: ArgumentParser) -> None:
         "--pretrain-steps",
         type=at_least(0),
         metavar="N",
-        help="of each pretraining; 0: new weights (2000; with --prepare 500)",
+        help="of each pretraining; 0: new weights (2000; with --prepare 450)",
     )
 
 

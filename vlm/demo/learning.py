@@ -26,6 +26,7 @@ PIECES = 500
 MOST_THINGS = 4
 """In a picture of the pretraining: more than the demo shows."""
 WARMUP = 150
+WEIGHTS = "model.safetensors"
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
@@ -89,13 +90,13 @@ def fit(
             log.info("%s: step %d of %d, loss %.3f, %.0f s", name, step, steps, loss.item(), time.monotonic() - started)
 
 
-def save(model: Any, folder: Path, files: dict[str, Any] | None = None) -> None:
-    """Write the checkpoint with its weights last, so that a folder with weights is complete."""
+def save(model: Any, folder: Path, files: dict[str, Any] | None = None, weights: str = WEIGHTS) -> None:
+    """Write the checkpoint with its `weights` file last, so that a folder with weights is complete."""
     finished = folder.with_name(folder.name + ".part")
     model.half().save_pretrained(finished)
     for name, content in (files or {}).items():
         (finished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(finished.iterdir(), key=lambda f: f.suffix == ".safetensors"):
-        os.replace(file, folder / file.name)
+        os.replace(file, folder / (weights if file.name == WEIGHTS else file.name))
     finished.rmdir()

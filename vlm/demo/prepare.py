@@ -23,14 +23,14 @@ import yaml
 from vlm.config import kinds
 from vlm.demo import dataset, scenes
 from vlm.demo.run import Size, read_recipe
-from vlm.demo.start import ASSETS, NAFLEX
+from vlm.demo.start import ASSETS, NAFLEX, of_kind
 from vlm.errors import ConfigError, nearest
 
 log = logging.getLogger("vlm")
 
 ENCODERS = ("siglip", "siglip2_naflex", "clip", "dinov2")
-STEPS = 500
-"""Of each tower's pretraining; four times fewer than the package's SigLIP had, so that a few towers take minutes."""
+STEPS = 450
+"""Of each tower's pretraining; the package's SigLIP had 2,000, but a few towers should take minutes."""
 RUN_STEPS = {"align": 40, "tune": 700}
 """Of each run of the comparison; about half of the demo's."""
 SEEDS = [0, 1]
@@ -121,7 +121,7 @@ def comparison(encoders: Sequence[str]) -> dict[str, Any]:
     run["model"] = {"decoder": "gemma", "projector": "linear"}
     run["data"] = {"train": "data/train.jsonl"}
     run["checkpoint_every"] = sum(RUN_STEPS.values())
-    towers: dict[str, Any] = {kind: {"encoder": f"towers/{kind}"} for kind in encoders}
+    towers: dict[str, Any] = {kind: of_kind(kind, "towers") for kind in encoders}
     for kind in encoders:
         if reads_siglip(kind, encoders):
             towers[kind] = {"encoder": "towers/siglip", **NAFLEX}
@@ -136,12 +136,12 @@ def comparison(encoders: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def write_labelled(data: Path, seed: int, train: int = PROBE_TRAIN, test: int = PROBE_TEST) -> None:
+def write_labelled(data: Path, seed: int) -> None:
     """`probe_train.jsonl` and `probe_test.jsonl`: {"image", "label"}, one thing in each picture, labelled "red circle".
 
     The things of the test stand where no thing of their class stands in training.
     """
-    for name, count in (("train", train), ("test", test)):
+    for name, count in (("train", PROBE_TRAIN), ("test", PROBE_TEST)):
         rng = random.Random(f"probe {name} {seed}")
         lines = []
         for pair in scenes.PAIRS:

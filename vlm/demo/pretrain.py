@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from vlm.demo import captions, questions, scenes, towers
-from vlm.demo.learning import ANSWER_PREFIX, CAPTION_PREFIX, MOST_THINGS, Words, fit, make_tokenizer, pad, save
+from vlm.demo.learning import ANSWER_PREFIX, CAPTION_PREFIX, MOST_THINGS, WEIGHTS, Words, fit, make_tokenizer, pad, save
 from vlm.demo.towers import GRID
 
 TOWER_STEPS = 2000
@@ -73,14 +73,14 @@ def pretrain(
     if not (gemma / "tokenizer.json").exists():
         make_tokenizer().save_pretrained(gemma)
     jobs = tower_jobs([encoder], out, gemma, seed, tower_steps)
-    if not (gemma / "model.safetensors").exists():
+    if not (gemma / WEIGHTS).exists():
         jobs.append((pretrain_decoder, (gemma, seed, decoder_steps)))
     run_jobs(jobs)
 
 
 def tower_jobs(kinds: Sequence[str], out: Path, tokenizer: Path, seed: int, steps: int) -> list[Job]:
     """What is left to do for `out/KIND` of every kind."""
-    left = [kind for kind in kinds if not (out / kind / "model.safetensors").exists()]
+    left = [kind for kind in kinds if not (out / kind / towers.weights_file(kind)).exists()]
     return [(towers.pretrain_tower, (kind, out / kind, tokenizer, seed, steps)) for kind in left]
 
 

@@ -39,7 +39,7 @@ def print_results(out: Path, facts: dict[str, Any], answers: Answers) -> None:
         print(f"{100 * facts[name]:5.1f} %  {meaning}")
     print(f"{facts['cider']:7.2f}  CIDEr of the captions")
     print(f"{facts['seconds']:5.0f} s  in all, {facts['peak_memory_gb']:.1f} GB of memory at most")
-    if not facts["encoder"]["shipped"]:
+    if not facts.get("encoder", {"shipped": True})["shipped"]:  # a directory of an older version says nothing
         print(tower_line(facts))
     print(f"model   {out / 'model'}\nreport  {out / 'report.html'}")
 

@@ -89,16 +89,24 @@ def make(choice: Choice, folder: Path, seed: int) -> Start:
     if choice.from_scratch or choice.pretrain:
         steps = _pretrained(choice, folder, seed)
         made = f"pretrained here for {steps} steps" if steps else NEW
-        return Start({"encoder": str(folder / choice.encoder), **decoder}, choice.encoder, made, steps)
+        return Start({**of_kind(choice.encoder, folder), **decoder}, choice.encoder, made, steps)
     shipped = {"encoder": str(ASSETS / "siglip"), **decoder}
     if choice.encoder == "siglip":
         return Start(shipped, "siglip", "those of the package", shipped=True)
     if choice.encoder == NAFLEX["encoder_kind"]:
         return Start({**shipped, **NAFLEX}, choice.encoder, "those of the package's siglip, read as NaFlex")
-    return Start({"encoder": str(_new(choice.encoder, folder, seed)), **decoder}, choice.encoder, NEW, 0)
+    _new(choice.encoder, folder, seed)
+    return Start({**of_kind(choice.encoder, folder), **decoder}, choice.encoder, NEW, 0)
 
 
 NEW = "NEW weights, the tower has learnt nothing before this run (--pretrain-encoder pretrains it first)"
+
+
+def of_kind(kind: str, folder: Path | str) -> dict[str, Any]:
+    """The settings of a model with the tower in `folder/KIND`: it sees whole pictures, the demo's things stand at their
+    edges."""
+    naflex = kind == NAFLEX["encoder_kind"]
+    return {"encoder": f"{folder}/{kind}", "image": NAFLEX["image"] if naflex else {"mode": "squash"}}
 
 
 def _pretrained(choice: Choice, folder: Path, seed: int) -> int:
@@ -113,12 +121,11 @@ def _pretrained(choice: Choice, folder: Path, seed: int) -> int:
     return steps
 
 
-def _new(kind: str, folder: Path, seed: int) -> Path:
+def _new(kind: str, folder: Path, seed: int) -> None:
     from vlm.demo import towers
 
-    if not (folder / kind / "model.safetensors").exists():
+    if not (folder / kind / towers.weights_file(kind)).exists():
         towers.new_tower(kind, folder / kind, seed)
-    return folder / kind
 
 
 def list_files(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Numbers on signs and receipt lines: pictures of every shape in which a few small digits have to be read.
 
 The digits are drawn from a 5 x 7 bitmap, so they look the same on every machine. All lengths but `scale` are in pixels
-of a picture of 36 patches of 12 px, whatever its shape: the digits are as large on a long strip as on a square.
+of a picture of 36 patches of 12 px, whatever its shape: the digits are as large on a long strip as on a square. Each
+digit stands in a cell of 12 px, a little off its middle; a tower of the demo's size does not learn in minutes to read
+digits that stand across patches anyhow.
 
 Everything here is a pure function of a `random.Random`.
 """
@@ -15,13 +17,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 PATCH = 12
+SQUARE = (6, 6)
 GRIDS = ((2, 18), (3, 12), (4, 9), (6, 6), (9, 4), (12, 3), (18, 2))
 """Patches as (rows, columns), from a line of 9 : 1 to a sign of 1 : 9. Each is exactly 36, so that a NaFlex tower with
 a budget of 36 has as many tokens as a tower that reads squares of 6 x 6."""
 MOST = 3
 """Digits of a number; each length is as likely."""
-DOT = (1.25, 1.45)
+DOT = (1.35, 1.5)
 """Side of one dot of a digit's bitmap, smallest and largest."""
+SLACK = 1.0
+"""How far a digit is off its cell's middle, at most; half of that up and down."""
 SCALE = (14, 30)
 """Pixels of the file for each patch, smallest and largest: pictures are larger than any tower sees them."""
 SUPERSAMPLE = 3
@@ -48,9 +53,11 @@ class Sign:
     text: str
     grid: tuple[int, int]
     """Rows and columns of patches: the shape."""
-    x: float
-    y: float
-    """Top left corner of the first digit."""
+    row: int
+    column: int
+    """Cell of the first digit."""
+    offset: tuple[float, float]
+    """From a cell's corner to its digit's, to the right and down."""
     dot: float
     scale: int
     ink: tuple[int, int, int]
@@ -71,9 +78,8 @@ class Sign:
     def corner(self, number: int) -> tuple[float, float]:
         """Top left corner of a digit."""
         rows, columns = self.grid
-        if rows > columns:
-            return self.x, self.y + number * (HEIGHT + 1) * self.dot
-        return self.x + number * (WIDTH + 1) * self.dot, self.y
+        down, right = (number, 0) if rows > columns else (0, number)
+        return PATCH * (self.column + right) + self.offset[0], PATCH * (self.row + down) + self.offset[1]
 
 
 def make_sign(rng: random.Random, grid: tuple[int, int]) -> Sign:
@@ -82,12 +88,14 @@ def make_sign(rng: random.Random, grid: tuple[int, int]) -> Sign:
     digits = rng.randint(1, MOST)
     text = "".join(rng.choice("0123456789") for _ in range(digits))
     dot = rng.uniform(*DOT)
-    across, down = (1, digits) if rows > columns else (digits, 1)
-    wide, high = (across * (WIDTH + 1) - 1) * dot, (down * (HEIGHT + 1) - 1) * dot
-    x, y = rng.uniform(1, columns * PATCH - wide - 1), rng.uniform(1, rows * PATCH - high - 1)
+    down, across = (digits, 1) if rows > columns else (1, digits)
+    row, column = rng.randint(0, rows - down), rng.randint(0, columns - across)
+    x, y = (
+        (PATCH - size * dot) / 2 + rng.uniform(-slack, slack) for size, slack in ((WIDTH, SLACK), (HEIGHT, SLACK / 2))
+    )
     ink = (rng.randint(0, 90), rng.randint(0, 90), rng.randint(0, 90))
     paper = (rng.randint(215, 255), rng.randint(215, 255), rng.randint(215, 255))
-    return Sign(text, grid, x, y, dot, rng.randint(*SCALE), ink, paper)
+    return Sign(text, grid, row, column, (x, y), dot, rng.randint(*SCALE), ink, paper)
 
 
 def draw(sign: Sign) -> Image.Image:

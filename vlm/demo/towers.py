@@ -28,7 +28,7 @@ from vlm.checkpoints.configs import NOTES
 from vlm.checkpoints.tower import preprocessor_values
 from vlm.config import part
 from vlm.demo import captions, scenes
-from vlm.demo.learning import MOST_THINGS, Words, fit, pad, save
+from vlm.demo.learning import MOST_THINGS, WEIGHTS, Words, fit, pad, save
 from vlm.encoders import read_config
 from vlm.transforms import ImageTransform
 
@@ -241,7 +241,12 @@ def save_tower(kind: str, tower: nn.Module, folder: Path) -> None:
     # A transform of several towers has no such file; its kind's default is what is meant.
     plain = type(transform) is ImageTransform
     files = {"preprocessor_config.json": preprocessor_values(transform)} if plain else {}
-    save(as_transformers(kind, tower), folder, files)
+    save(as_transformers(kind, tower), folder, files, weights_file(kind))
+
+
+def weights_file(kind: str) -> str:
+    """The name of the file of weights in a checkpoint of this kind; it is written last."""
+    return str(getattr(part("vlm.encoders", kind), "WEIGHTS", WEIGHTS))
 
 
 def pair(kind: str, vocabulary: int) -> tuple[SiglipModel, PlaceCaptioner]:
