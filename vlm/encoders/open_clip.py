@@ -207,14 +207,15 @@ def raw_features(visual: Any, pixel_values: Tensor) -> Tensor:
 
 def _measure(config: Config) -> dict[str, Any]:
     """What the features of a tower look like, without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), torch.enable_grad():
         visual: Any = make_visual(config)
         visual.eval()
         try:
             features = raw_features(visual, torch.empty(1, 3, config.image_size, config.image_size))
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(f"the tower does not read {config.image_size} px images: {error}") from error
-    features.sum().backward()
+    with torch.enable_grad():
+        features.sum().backward()
     trunk = getattr(visual, "trunk", visual)
     if features.ndim == 3:
         layout, prefix = "NLC", int(trunk.num_prefix_tokens) if trunk is not visual else 1
@@ -309,9 +310,7 @@ class Encoder(PreTrainedModel):
             found = visual.trunk.forward_intermediates(pixel_values, **options, norm=False)
             norm = getattr(visual.trunk, "norm", nn.Identity())
         else:
-            found = visual.forward_intermediates(pixel_values, **options, intermediates_only=True)[
-                "image_intermediates"
-            ]
+            found = visual.forward_intermediates(pixel_values, **options)["image_intermediates"]
             norm = visual.ln_post if _has_norm(visual) else nn.Identity()
         outputs = dict(zip(sorted(blocks), found, strict=True))
         if self.config.feature_norm:
