@@ -255,10 +255,17 @@ def test_another_image_size(kind: str) -> None:
     assert all(torch.equal(value, same[name]) for name, value in tower.state_dict().items())
 
 
-@each_fixed
+@each_encoder
 def test_pixels_that_are_never_seen_are_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """33 px with patches of 14 px: the last 5 of each side."""
+    """33 px with patches of 14 px: the last 5 of each side. NaFlex has whole patches of every image."""
     module = needs(kind)
+    if kind == "siglip2_naflex":
+        transform = choose(module.tiny(), image={"max_num_patches": 12}).transform
+        assert caplog.records == [] and "never seen" not in transform.describe()
+        for width, height in SIZES:
+            rows, columns = transform.grid(height, width)
+            assert transform.effective_resolution(height, width) == (rows * 14, columns * 14)
+        return
     towers = [own for _, own in module.tiny().towers] if kind == "fused" else [module.tiny()]
     with caplog.at_level(logging.WARNING, "vlm.towers"):
         chosen = choose(towers, image_size=33)
