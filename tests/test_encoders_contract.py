@@ -223,7 +223,8 @@ def enlarged(kind: str, config: Any) -> Any:
 def resampled(kind: str, state: dict[str, Tensor], config: Any) -> tuple[dict[str, Tensor], int]:
     """The weights at the configuration's image size, and how many position tables were resampled."""
     if kind == "fused":
-        result, count = {}, 0
+        result: dict[str, Tensor] = {}
+        count = 0
         for number, (member, own) in enumerate(config.towers):
             start = f"members.{number}."
             inner = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
@@ -303,7 +304,7 @@ def test_a_frozen_tower_is_still(kind: str) -> None:
     """Frozen by a stage: no gradient, and neither dropout nor drop-path although the model trains; trained: both."""
     config = dropping(kind, needs(kind).tiny())
     model, processor = tiny(kind)
-    tower = model.model.vision_tower = tower_of(kind, config)  # type: ignore[assignment]
+    tower = model.model.vision_tower = tower_of(kind, config)
     batch = processor([picture(i, size) for i, size in enumerate(SIZES)], ["a"] * 3, ["b"] * 3)
     names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
     pixels = {name: batch[name] for name in names if name in batch.keys()}
@@ -312,7 +313,7 @@ def test_a_frozen_tower_is_still(kind: str) -> None:
         model.train()
         return [tower(**pixels).features for _ in range(4)]
 
-    stage = {"name": "a", "steps": 1, "batch_size": 1}
+    stage: dict[str, Any] = {"name": "a", "steps": 1, "batch_size": 1}
     with parts.frozen(model, StageConfig(**stage, module="frozen_encoder", train={"projector": 1e-3})):
         still = outputs()
         assert all(torch.equal(still[0], other) for other in still)

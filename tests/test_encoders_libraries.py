@@ -62,6 +62,7 @@ def loud(model: Any) -> Any:
     shake(model, 0.15 if norms else 0.3)
     generator = torch.Generator().manual_seed(5)
     for norm in norms:
+        assert norm.running_mean is not None and norm.running_var is not None
         for values in (norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var):
             values.copy_(torch.rand(values.shape, generator=generator) + 0.5)
     return model.eval()
@@ -184,7 +185,8 @@ def test_a_timm_configuration_cannot_choose_code(timm_folders: Path, tmp_path: P
     for name in ("hf-hub:timm/vit", "local-dir:/x", "os.path", "../vit", "no_such_model", "vit_tiny_patch16_224/x", ""):
         with pytest.raises(ConfigError, match="is not in timm's registry"):
             read_config("timm", {"architecture": name})
-    for args in ({"checkpoint_path": "x.pth"}, {"pretrained": True}, {"pretrained_cfg": {}}, {"features_only": True}):
+    wrong: list[dict[str, Any]] = [{"checkpoint_path": "x.pth"}, {"pretrained": True}, {"pretrained_cfg": {}}]
+    for args in (*wrong, {"features_only": True}, {"in_chans": 4}):
         with pytest.raises(ConfigError, match=f"model_args.{next(iter(args))} is not an argument"):
             read_config("timm", {"architecture": "vit_tiny_patch16_224", "model_args": args})
     with pytest.raises(ConfigError, match="expected plain values"):

@@ -352,6 +352,6 @@ def tiny() -> Config:
 
 def small(image_size: int, patch_size: int, width: int, depth: int, heads: int) -> Config:
     """A vision transformer of these numbers."""
-    settings = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": depth}
+    settings: dict[str, Any] = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": depth}
     settings |= {"head_width": width // heads, "mlp_ratio": 2.0}
     return read_config({"vision_cfg": settings, "embed_dim": width})
