@@ -339,6 +339,17 @@ def test_an_open_clip_configuration_cannot_choose_code() -> None:
         read_config("open_clip", {"vision_cfg": {"hf_model_name": "x"}, "embed_dim": 16})
 
 
+@pytest.mark.parametrize("kind", ["timm", "open_clip"])
+def test_numbers_that_are_not_the_towers(kind: str) -> None:
+    """What was measured is recorded; changed by hand, the tower says so and drops no patch."""
+    needs(kind)
+    module = part("vlm.encoders", kind)
+    for change in ({"num_prefix_tokens": 0}, {"num_prefix_tokens": 4}, {"layout": "NCHW"}, {"hidden_size": 31}):
+        tower = module.Encoder(read_config(kind, {**module.tiny().to_dict(), **change}))
+        with pytest.raises(ConfigError, match="is not the architecture's"):
+            tower(pixels(28))
+
+
 # --- without the libraries --------------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,11 @@ class VLMPreTrainedModel(PreTrainedModel):
         "CLIPEncoderLayer",
         "Dinov2Layer",
         "DINOv3ViTLayer",
+        "Block",  # timm's, and below
+        "EvaBlock",
+        "ConvNeXtBlock",
+        "SwinTransformerBlock",
+        "ResidualAttentionBlock",  # open_clip's
     ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True

@@ -36,10 +36,10 @@ from vlm.encoders import (
     choose_blocks,
     count_flops,
     feature_layers,
+    measured_output,
     missing_extra,
     plain,
     row_order,
-    square_output,
     unused_names,
     without,
 )
@@ -296,9 +296,9 @@ class Encoder(PreTrainedModel):
         check_square(self.config, pixel_values, "open_clip")
         pixel_values = pixel_values.to(self.dtype)
         if self.config.feature_layers:
-            return square_output(self.config, self._blocks(pixel_values))
+            return measured_output(self.config, self._blocks(pixel_values))
         features = raw_features(self.visual, pixel_values)
-        return square_output(self.config, row_order(features, self.config.layout, self.config.num_prefix_tokens))
+        return measured_output(self.config, row_order(features, self.config.layout, self.config.num_prefix_tokens))
 
     def _blocks(self, pixel_values: Tensor) -> Tensor:
         """Outputs of the chosen blocks, in their order; the final norm on the last one where it is chosen."""

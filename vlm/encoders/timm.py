@@ -34,10 +34,10 @@ from vlm.encoders import (
     choose_blocks,
     count_flops,
     feature_layers,
+    measured_output,
     missing_extra,
     plain,
     row_order,
-    square_output,
     unused_names,
     without,
 )
@@ -277,7 +277,7 @@ class Encoder(PreTrainedModel):
             ConfigError: images of another size.
         """
         check_square(self.config, pixel_values, "timm")
-        return square_output(self.config, self.features(pixel_values.to(self.dtype)))
+        return measured_output(self.config, self.features(pixel_values.to(self.dtype)))
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """float[M, 3, H, W] -> float[M, P, E]."""
