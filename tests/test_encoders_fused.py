@@ -156,6 +156,7 @@ def test_resampled_features_are_announced(folders: Path, caplog: pytest.LogCaptu
     vision = json.loads((tmp_path / "saved" / "config.json").read_text())["vision_config"]
     assert (vision["grid"], vision["resample"]) == ([2, 2], "bilinear")
     shown = table(describe(vlm.load(tmp_path / "saved")))
+    assert describe((model, processor))["effective_resolution"] == [28, 28]
     assert "16 patches of 7 px, grid 4x4 resampled to 2x2" in shown and "fused (siglip + clip)" in shown
     # Any grid can be asked for, square or not.
     wide, reader = new([folders / "siglip", folders / "clip"], fuse={"grid": [2, 4], "resample": "bilinear"})

@@ -125,8 +125,9 @@ def read_config(values: dict[str, Any]) -> Config:
     _check_name(architecture)
     published = published or library().get_pretrained_cfg(architecture)
     published = published if isinstance(published, dict) else published.to_dict() if published else {}
-    size = args.pop("img_size", None) or values.get("image_size") or published.get("input_size", (3, 224, 224))[-1]
+    size = values.get("image_size") or args.get("img_size") or published.get("input_size", (3, 224, 224))[-1]
     size = size[0] if isinstance(size, list | tuple) else size
+    args.pop("img_size", None)
     image = {key: published[key] for key in IMAGE if published.get(key) is not None}
     start = {**image, **values, "architecture": architecture, "model_args": args, "image_size": int(size)}
     return Config(**{**start, **_measure(Config(**{**start, "feature_layers": None}))})
@@ -203,6 +204,8 @@ def _measure(config: Config) -> dict[str, Any]:
         raise ConfigError(f"{config.architecture} gives no grid of features, and cannot be a vision tower here")
     with torch.enable_grad():
         features.sum().backward()
+    if features.ndim == 3 and not (hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed")):
+        raise ConfigError(f"{config.architecture} gives tokens, but has no patch_embed and blocks that say of what")
     if features.ndim == 3:
         layout, prefix = "NLC", int(getattr(trunk, "num_prefix_tokens", 0))
         width, side = features.shape[2], math.isqrt(features.shape[1] - prefix)

@@ -150,7 +150,7 @@ def _new_model(config: ModelConfig) -> tuple[VLM, Processor]:
     options: dict[str, Any] = {"encoder_kind": config.encoder_kind, "image": config.image or None, "seed": config.seed}
     options |= {"image_size": config.image_size, "fuse": config.fuse or None}
     encoders = config.encoder if isinstance(config.encoder, list) else [config.encoder]
-    towers = [_tower(encoder) for encoder in encoders]
+    towers = [_tower(encoder, config.encoder_kind) for encoder in encoders]
     return new(
         towers if isinstance(config.encoder, list) else towers[0],
         config.projector,
@@ -160,9 +160,9 @@ def _new_model(config: ModelConfig) -> tuple[VLM, Processor]:
     )
 
 
-def _tower(value: Any) -> Any:
+def _tower(value: Any, own: str | None) -> Any:
     """A checkpoint's name, or keys and values: of one of our encoders' configurations, else of transformers'."""
-    if isinstance(value, dict) and value.get("model_type") in model_types():
+    if isinstance(value, dict) and value.get("model_type") in model_types(own):
         return value
     return _part(value, "encoder")
 
