@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from coretools import picture, shake
+from coretools import picture
+from encodertools import ENCODERS, brighter, build, each_encoder, each_fixed, inputs, needs, tower_of
 from torch import Tensor
 
+import vlm
 from vlm.config import kinds, part
-from vlm.encoders import EncoderOutput, feature_width
-from vlm.transforms import ImageTransform
+from vlm.encoders import EncoderOutput, choose_layers, feature_width, read_config
+from vlm.errors import ConfigError
+from vlm.fusion import open_transform
+from vlm.presets import tiny
+from vlm.towers import choose
+from vlm.train import parts
+from vlm.train.config import StageConfig
 
-ENCODERS = kinds("vlm.encoders")
 PROJECTORS = kinds("vlm.projectors")
-each_encoder = pytest.mark.parametrize("kind", ENCODERS)
 SIZES = [(70, 30), (25, 80), (40, 40)]
 
 
-def build(kind: str) -> tuple[Any, torch.nn.Module, ImageTransform]:
-    module = part("vlm.encoders", kind)
-    config = module.tiny()
-    tower = module.Encoder._from_config(config).eval()
-    shake(tower)
-    transform = module.transform(config)
-    if transform.mode == "naflex":
-        transform = replace(transform, max_num_patches=12)
-    return config, tower, transform
-
-
-def inputs(transform: ImageTransform, images: list) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
-    pixels = transform(images)
-    tensors = {name: value for name, value in pixels._asdict().items() if isinstance(value, Tensor)}
-    return tensors, pixels.grids
-
-
 def test_the_known_kinds_are_found() -> None:
-    assert {"siglip", "siglip2_naflex"} <= set(ENCODERS) and {"linear", "mlp"} <= set(PROJECTORS)
+    assert {"siglip", "siglip2_naflex", "fused", "timm", "open_clip"} <= set(ENCODERS) and {"linear", "mlp"} <= set(
+        PROJECTORS
+    )
     for package, names in (("vlm.encoders", ENCODERS), ("vlm.projectors", PROJECTORS)):
         for name in names:
             assert "arXiv" in (part(package, name).__doc__ or ""), f"{name} names no paper"
@@ -77,14 +68,20 @@ def test_each_image_alone_gives_the_same_features(kind: str) -> None:
 
 @each_encoder
 def test_gradient_reaches_every_parameter(kind: str) -> None:
+    """But the bias of keys: softmax ignores a constant added to every key's score."""
     _, tower, transform = build(kind)
     out = tower(**inputs(transform, [picture(i, size) for i, size in enumerate(SIZES)])[0])
     weights = torch.randn(out.features.shape, generator=torch.Generator().manual_seed(0))
     (out.features * weights).sum().backward()
     for name, parameter in tower.named_parameters():
+        assert parameter.grad is not None, name
         if name.endswith(("k_proj.bias", "key.bias")):
-            continue  # softmax ignores a constant added to every key's score: this gradient is zero by construction
-        assert parameter.grad is not None and float(parameter.grad.abs().max()) > 1e-6, name
+            continue
+        grad = parameter.grad
+        if name.endswith(("qkv.bias", "in_proj_bias")):
+            queries, _, values = grad.chunk(3)
+            grad = torch.cat([queries, values])
+        assert float(grad.abs().max()) > 1e-6, name
 
 
 @each_encoder
@@ -92,20 +89,15 @@ def test_rows_are_in_row_order(kind: str) -> None:
     """With attention's output projections at zero no patch sees another: brightening one moves its own row only."""
     _, tower, transform = build(kind)
     for name, parameter in tower.named_parameters():
-        if any(word in name for word in ("out_proj", "o_proj", "attention.output.dense")):
+        if any(word in name for word in ("out_proj", "o_proj", "attention.output.dense", "attn.proj")):
             torch.nn.init.zeros_(parameter)
     tensors, grids = inputs(transform, [picture(3, (56, 56))])
     rows, columns = grids[0]
-    values, side = tensors["pixel_values"], transform.patch_size
     with torch.no_grad():
         before = tower(**tensors).features[0]
         for row in range(rows):
             for column in range(columns):
-                changed = values.clone()
-                if changed.ndim == 3:
-                    changed[0, row * columns + column] += 3
-                else:
-                    changed[0, :, row * side : (row + 1) * side, column * side : (column + 1) * side] += 3
+                changed = brighter(tensors["pixel_values"], transform, (row, column), columns)
                 moved = (tower(**{**tensors, "pixel_values": changed}).features[0] - before).norm(dim=-1)
                 assert int(moved.argmax()) == row * columns + column
                 assert int((moved > 1e-4).sum()) == 1
@@ -138,3 +130,206 @@ def test_bfloat16(kind: str) -> None:
         half = tower.to(torch.bfloat16)(**tensors).features
     assert half.dtype == torch.bfloat16
     assert (half.float() - full).abs().mean() < 0.1 * full.std()
+
+
+@each_encoder
+def test_the_image_transform_is_the_towers_own_and_recorded(kind: str, tmp_path: Path) -> None:
+    """`vlm.new` takes the tower's transform, the saved processor holds every number of it, and the sizes agree."""
+    module = needs(kind)
+    model, processor = tiny(kind)
+    config, transform = model.config.vision_config, processor.image_transform
+    settings = {"max_num_patches": 16} if transform.mode == "naflex" else {}
+    assert transform == module.transform(module.tiny(), **settings)
+    assert open_transform(transform.to_dict()) == transform
+    processor.save_pretrained(tmp_path)
+    assert vlm.Processor.from_pretrained(tmp_path).image_transform == transform
+    assert transform.patch_size == config.patch_size
+    assert transform.image_size == getattr(config, "image_size", None)
+
+
+@each_encoder
+def test_patches_only(kind: str) -> None:
+    """As many rows as `tokens_for` says: class and register tokens are gone, and no patch is."""
+    config, tower, transform = build(kind)
+    tensors, grids = inputs(transform, [picture(0, (56, 56))])
+    features = tower(**tensors).features
+    assert features.shape[1] == grids[0][0] * grids[0][1]
+    side = getattr(config, "image_size", grids[0][0] * transform.patch_size)
+    assert part("vlm.encoders", kind).tokens_for(config, side) == features.shape[1]
+
+
+def blocks_of(kind: str, tower: torch.nn.Module) -> torch.nn.ModuleList:
+    """The tower's blocks, wherever they are."""
+    inner: Any = getattr(tower, "trunk", getattr(tower, "visual", tower))
+    names = part("vlm.encoders", kind).BLOCKS
+    name = (names if isinstance(names, str) else names[0]).rstrip(".")
+    found: Any = inner.get_submodule(name)
+    return found
+
+
+@each_encoder
+@torch.no_grad()
+def test_feature_layers(kind: str) -> None:
+    """-2 is the output of the last block but one without a norm, a list is concatenated in its order; what hooks see in
+    the whole tower says so."""
+    config, tower, transform = build(kind)
+    if kind == "siglip2_naflex":
+        with pytest.raises(ConfigError, match="gives its last layer only"):
+            choose_layers(kind, config, -2)
+        return
+    tensors, _ = inputs(transform, [picture(i, size) for i, size in enumerate(SIZES)])
+    whole = {-1: tower(**tensors).features, -2: last_but_one(kind, tower, tensors)}
+    for layers in (-2, [-2, -1], [-1, -2]):
+        chosen = choose_layers(kind, config, layers)
+        again = part("vlm.encoders", kind).Encoder._from_config(chosen).eval()
+        wanted = set(again.state_dict())
+        kept = {name: value for name, value in tower.state_dict().items() if name in wanted}
+        again.load_state_dict(kept)
+        want = torch.cat([whole[layer] for layer in (layers if isinstance(layers, list) else [layers])], -1)
+        got = again(**tensors).features
+        assert feature_width(chosen) == got.shape[-1] == want.shape[-1]
+        # The members of a fused tower each concatenate their own.
+        assert torch.allclose(got.sort(-1).values, want.sort(-1).values, atol=1e-5)
+        assert kind == "fused" or torch.allclose(got, want, atol=1e-5)
+        assert len(kept) < len(tower.state_dict()) or layers != -2
+
+
+def last_but_one(kind: str, tower: Any, tensors: dict[str, Tensor]) -> Tensor:
+    """The patches in the output of the last block but one, seen by a hook."""
+    if kind == "fused":
+        names = [member for member, _ in tower.config.towers]
+        towers = [(name, member) for name, member in zip(names, tower.members, strict=True)]
+    else:
+        towers = [(kind, tower)]
+    seen: list[Tensor] = []
+    hooks = [
+        blocks_of(name, own)[-2].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        for name, own in towers
+    ]
+    patches = tower(**tensors).features.shape[1]
+    for hook in hooks:
+        hook.remove()
+    return torch.cat([output[:, -patches:] for output in seen], -1)
+
+
+def enlarged(kind: str, config: Any) -> Any:
+    """The configuration at twice its image size."""
+    if kind == "fused":
+        towers = [(member, enlarged(member, own)) for member, own in config.towers]
+        return part("vlm.encoders", kind).fuse(towers)
+    return read_config(kind, {**config.to_dict(), "image_size": 2 * config.image_size})
+
+
+def resampled(kind: str, state: dict[str, Tensor], config: Any) -> tuple[dict[str, Tensor], int]:
+    """The weights at the configuration's image size, and how many position tables were resampled."""
+    if kind == "fused":
+        result: dict[str, Tensor] = {}
+        count = 0
+        for number, (member, own) in enumerate(config.towers):
+            start = f"members.{number}."
+            inner = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+            changed, tables = resampled(member, inner, own)
+            result |= {start + name: value for name, value in changed.items()}
+            count += tables
+        return result, count
+    module = part("vlm.encoders", kind)
+    names = getattr(module, "POSITIONS", ())
+    found = [name for name in ((names,) if isinstance(names, str) else names) if name in state]
+    return {**state, **{name: module.resample(state[name], config) for name in found}}, len(found)
+
+
+@each_fixed
+@torch.no_grad()
+def test_another_image_size(kind: str) -> None:
+    """The position table is resampled to the new grid and nothing else changes; DINOv3 has angles, and no table."""
+    config, tower, _ = build(kind)
+    bigger = enlarged(kind, config)
+    state, tables = resampled(kind, dict(tower.state_dict()), bigger)
+    assert tables == (0 if kind == "dinov3" else 1)
+    grown = part("vlm.encoders", kind).Encoder._from_config(bigger).eval()
+    grown.load_state_dict(state)
+    transform = part("vlm.encoders", kind).transform(bigger)
+    out = grown(**inputs(transform, [picture(0, (80, 60))])[0])
+    assert out.grid.tolist() == [[4, 4]] and out.features.isfinite().all()
+    assert part("vlm.encoders", kind).tokens_for(bigger, bigger.image_size) == 16
+    same, _ = resampled(kind, dict(tower.state_dict()), config)
+    assert all(torch.equal(value, same[name]) for name, value in tower.state_dict().items())
+
+
+@each_encoder
+def test_pixels_that_are_never_seen_are_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """33 px with patches of 14 px: the last 5 of each side. NaFlex has whole patches of every image."""
+    module = needs(kind)
+    if kind == "siglip2_naflex":
+        transform = choose(module.tiny(), image={"max_num_patches": 12}).transform
+        assert caplog.records == [] and "never seen" not in transform.describe()
+        for width, height in SIZES:
+            rows, columns = transform.grid(height, width)
+            assert transform.effective_resolution(height, width) == (rows * 14, columns * 14)
+        return
+    towers = [own for _, own in module.tiny().towers] if kind == "fused" else [module.tiny()]
+    with caplog.at_level(logging.WARNING, "vlm.towers"):
+        chosen = choose(towers, image_size=33)
+    messages = [record.getMessage() for record in caplog.records if "are never seen" in record.getMessage()]
+    patches = [own.patch_size for own in towers]
+    assert len(messages) == len(towers)
+    for message, patch in zip(messages, patches, strict=True):
+        assert f"image_size 33 is no multiple of the patch size {patch}: the last {33 % patch} pixels" in message
+    assert "never seen" in chosen.transform.describe()
+
+
+DROPPING: dict[str, dict[str, Any]] = {
+    "siglip": {"attention_dropout": 0.5},
+    "siglip2_naflex": {"attention_dropout": 0.5},
+    "clip": {"attention_dropout": 0.5},
+    "dinov2": {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.5},
+    "dinov3": {"drop_path_rate": 0.5},
+    "timm": {"drop_path_rate": 0.5, "proj_drop_rate": 0.5},
+}
+"""What turns randomness on while training, by kind; open_clip's towers have none (its patch dropout is taken out)."""
+
+
+def dropping(kind: str, config: Any) -> Any:
+    if kind == "fused":
+        return part("vlm.encoders", kind).fuse([(member, dropping(member, own)) for member, own in config.towers])
+    settings = DROPPING.get(kind, {})
+    if kind == "timm":
+        args = {"model_args": {**config.model_args, **settings}}
+        return read_config(kind, {"architecture": config.architecture, "image_size": config.image_size, **args})
+    return read_config(kind, {**config.to_dict(), **settings})
+
+
+@each_encoder
+def test_a_frozen_tower_is_still(kind: str) -> None:
+    """Frozen by a stage: no gradient, and neither dropout nor drop-path although the model trains; trained: both."""
+    config = dropping(kind, needs(kind).tiny())
+    model, processor = tiny(kind)
+    tower = model.model.vision_tower = tower_of(kind, config)
+    batch = processor([picture(i, size) for i, size in enumerate(SIZES)], ["a"] * 3, ["b"] * 3)
+    names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+    pixels = {name: batch[name] for name in names if name in batch.keys()}
+
+    def outputs() -> list[Tensor]:
+        model.train()
+        return [tower(**pixels).features for _ in range(4)]
+
+    stage: dict[str, Any] = {"name": "a", "steps": 1, "batch_size": 1}
+    with parts.frozen(model, StageConfig(**stage, module="frozen_encoder", train={"projector": 1e-3})):
+        still = outputs()
+        assert all(torch.equal(still[0], other) for other in still)
+        model(**batch).loss.backward()
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in tower.parameters())
+    with parts.frozen(model, StageConfig(**stage, module="full", train={"encoder": 1e-3, "projector": 1e-3})):
+        moving = outputs()
+        assert all(torch.equal(moving[0], other) for other in moving) == (kind == "open_clip")
+        assert all(parameter.requires_grad for parameter in tower.parameters())
+
+
+@each_encoder
+def test_tiny_is_tiny(kind: str) -> None:
+    module = needs(kind)
+    config = module.tiny()
+    assert type(config) is module.Config and config.to_dict() == module.tiny().to_dict()
+    assert sum(p.numel() for p in module.Encoder._from_config(config).parameters()) < 100_000
+    again = read_config(kind, config.to_dict())
+    assert again.to_dict() == config.to_dict()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from coretools import picture, shake
+from encodertools import needs
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -234,6 +235,7 @@ def test_crop_settings_are_checked() -> None:
 @pytest.mark.parametrize("kind", kinds("vlm.encoders"))
 def test_each_tower_learns(kind: str, tmp_path: Path) -> None:
     """Tower, linear projector and decoder: a few steps tell two pictures apart; saved, opened and described."""
+    needs(kind)
     model, processor = tiny(kind)
     images = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
     batch = processor(images, ["answer en what color is the square?"] * 2, ["yes", "no"])
@@ -263,12 +265,15 @@ def test_contract_constants() -> None:
     assert len(names) == len(set(names)) and set(names) == set(model_types())
     for kind in kinds("vlm.encoders"):
         module = part("vlm.encoders", kind)
+        assert module.Config.model_type in module.MODEL_TYPES or kind in ("siglip2_naflex", "dinov2")
+        if hasattr(module, "EXTRA"):
+            continue  # its tiny() needs its library; tests/test_encoders_contract.py has the rest
         config = module.tiny()
-        assert config.model_type in module.MODEL_TYPES or kind == "siglip2_naflex"
         if hasattr(config, "image_size"):
-            for size in (28, 41, 70):
-                assert module.tokens_for(config, size) == (size // 14) ** 2
-            assert module.transform(config).max_patches == module.tokens_for(config, 28)
+            patch = config.patch_size
+            for size in (2 * patch, 2 * patch + 13, 5 * patch):
+                assert module.tokens_for(config, size) == (size // patch) ** 2
+            assert module.transform(config).max_patches == module.tokens_for(config, 2 * patch)
     with pytest.raises(ConfigError, match="unknown encoder 'os.path'"):
         VLMConfig(encoder="os.path")
 

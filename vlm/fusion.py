@@ -110,7 +110,7 @@ def open_transform(values: dict[str, Any]) -> ImageTransform:
         raise ConfigError("members of a fused image_transform must be a list of transforms")
     if not isinstance(grid, list):
         raise ConfigError(f"common_grid is {grid!r}, expected [rows, columns]")
-    return FusedTransform.of([ImageTransform.from_dict(member) for member in members], tuple(grid))  # type: ignore[arg-type]
+    return FusedTransform.of([ImageTransform.from_dict(member) for member in members], tuple(grid))
 
 
 def same_view(members: Sequence[ImageTransform]) -> bool:

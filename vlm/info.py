@@ -59,7 +59,7 @@ def describe(model: str | Path | tuple[VLM, Processor]) -> dict[str, Any]:
         "image_tokens": processor.max_image_tokens,
         "image_tokens_square": processor.num_image_tokens(grid),
         "image": transform.describe(),
-        "effective_resolution": [side * transform.patch_size for side in grid],
+        "effective_resolution": list(transform.effective_resolution(LARGE, LARGE)),
         "vocabulary": config.text_config.vocab_size,
         "flops": flops(net, grid),
     }

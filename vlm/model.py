@@ -90,6 +90,11 @@ class VLMPreTrainedModel(PreTrainedModel):
         "CLIPEncoderLayer",
         "Dinov2Layer",
         "DINOv3ViTLayer",
+        "Block",  # timm's, and below
+        "EvaBlock",
+        "ConvNeXtBlock",
+        "SwinTransformerBlock",
+        "ResidualAttentionBlock",  # open_clip's
     ]
     _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True

@@ -253,6 +253,12 @@ def _naflex_from_fixed(full: PreTrainedConfig, source: str, kind: str, name: str
 
 
 def _set_image_size(config: PreTrainedConfig, kind: str, image_size: int | None) -> None:
+    towers = [member for _, member in getattr(config, "towers", ())]
+    if image_size is not None and towers:
+        raise ConfigError(
+            f"image_size={image_size}: each member of a fused tower has its own; build it from the members,"
+            f" A@{image_size}+B@{image_size}"
+        )
     if not hasattr(config, "image_size"):
         if image_size is not None:
             raise ConfigError(
@@ -260,12 +266,18 @@ def _set_image_size(config: PreTrainedConfig, kind: str, image_size: int | None)
                 f' image={{"max_num_patches": {max(1, image_size // config.patch_size) ** 2}}}'
             )
         return
-    patch = config.patch_size
     if image_size is not None:
+        patch = config.patch_size
         if not isinstance(image_size, int) or image_size < patch:
             raise ConfigError(f"image_size is {image_size!r}, expected a whole number from {patch}, a patch, upwards")
         config.image_size = image_size
-    unseen = config.image_size % patch
+    for tower in towers or [config]:
+        _say_unseen(tower)
+
+
+def _say_unseen(config: Any) -> None:
+    """Warn where the last pixels of an image make no whole patch."""
+    patch, unseen = config.patch_size, config.image_size % config.patch_size
     if unseen:
         lower = config.image_size - unseen
         logger.warning(

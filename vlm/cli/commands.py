@@ -43,6 +43,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
         new.add,
         _train,
         eval_.add,
+        score.add,
         compare.add,
         _caption,
         _ask,

@@ -200,6 +200,21 @@ def row_order(features: Tensor, layout: str, prefix: int) -> Tensor:
     return features.flatten(1, 2) if layout == "NHWC" else features.flatten(2).transpose(1, 2)
 
 
+def measured_output(config: Any, features: Tensor) -> EncoderOutput:
+    """The features of square images with their grid, if they are what the configuration says was measured.
+
+    Raises:
+        ConfigError: another number of patches or channels.
+    """
+    wanted = (square_tokens(config, config.image_size), feature_width(config))
+    if tuple(features.shape[1:]) != wanted:
+        raise ConfigError(
+            f"the tower gives {tuple(features.shape[1:])} patches and channels, its configuration says {wanted}:"
+            f" layout, num_prefix_tokens or patch_size is not the architecture's"
+        )
+    return square_output(config, features)
+
+
 def check_whole_cells(config: Any, name: str) -> None:
     """Refuse an image size at which a ConvNet has another number of cells than `image_size // patch_size`."""
     rows, cell = config.image_size // config.patch_size, config.patch_size

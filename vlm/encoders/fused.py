@@ -114,11 +114,6 @@ def _with_fixed(member: dict[str, Any]) -> dict[str, Any]:
     return {**member["config"], **getattr(part("vlm.encoders", member["encoder"]), "FIXED", {})}
 
 
-def _with_fixed(member: dict[str, Any]) -> dict[str, Any]:
-    """A member's settings, and those that its kind always has."""
-    return {**member["config"], **getattr(part("vlm.encoders", member["encoder"]), "FIXED", {})}
-
-
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     """A member's own settings, without what every transformers configuration has."""
     common = PreTrainedConfig().to_dict()
@@ -194,7 +189,8 @@ class Encoder(PreTrainedModel):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         towers = config.towers
-        self.sizes = [int(member.image_size) for _, member in towers]  # type: ignore[attr-defined]
+        configs: list[Any] = [member for _, member in towers]
+        self.sizes = [int(member.image_size) for member in configs]
         self.members = nn.ModuleList(part("vlm.encoders", kind).Encoder._from_config(own) for kind, own in towers)
         self.post_init()
 

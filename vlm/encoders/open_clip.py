@@ -36,10 +36,10 @@ from vlm.encoders import (
     choose_blocks,
     count_flops,
     feature_layers,
+    measured_output,
     missing_extra,
     plain,
     row_order,
-    square_output,
     unused_names,
     without,
 )
@@ -207,14 +207,15 @@ def raw_features(visual: Any, pixel_values: Tensor) -> Tensor:
 
 def _measure(config: Config) -> dict[str, Any]:
     """What the features of a tower look like, without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), torch.enable_grad():
         visual: Any = make_visual(config)
         visual.eval()
         try:
             features = raw_features(visual, torch.empty(1, 3, config.image_size, config.image_size))
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(f"the tower does not read {config.image_size} px images: {error}") from error
-    features.sum().backward()
+    with torch.enable_grad():
+        features.sum().backward()
     trunk = getattr(visual, "trunk", visual)
     if features.ndim == 3:
         layout, prefix = "NLC", int(trunk.num_prefix_tokens) if trunk is not visual else 1
@@ -295,9 +296,9 @@ class Encoder(PreTrainedModel):
         check_square(self.config, pixel_values, "open_clip")
         pixel_values = pixel_values.to(self.dtype)
         if self.config.feature_layers:
-            return square_output(self.config, self._blocks(pixel_values))
+            return measured_output(self.config, self._blocks(pixel_values))
         features = raw_features(self.visual, pixel_values)
-        return square_output(self.config, row_order(features, self.config.layout, self.config.num_prefix_tokens))
+        return measured_output(self.config, row_order(features, self.config.layout, self.config.num_prefix_tokens))
 
     def _blocks(self, pixel_values: Tensor) -> Tensor:
         """Outputs of the chosen blocks, in their order; the final norm on the last one where it is chosen."""
@@ -309,9 +310,7 @@ class Encoder(PreTrainedModel):
             found = visual.trunk.forward_intermediates(pixel_values, **options, norm=False)
             norm = getattr(visual.trunk, "norm", nn.Identity())
         else:
-            found = visual.forward_intermediates(pixel_values, **options, intermediates_only=True)[
-                "image_intermediates"
-            ]
+            found = visual.forward_intermediates(pixel_values, **options)["image_intermediates"]
             norm = visual.ln_post if _has_norm(visual) else nn.Identity()
         outputs = dict(zip(sorted(blocks), found, strict=True))
         if self.config.feature_norm:
@@ -353,6 +352,6 @@ def tiny() -> Config:
 
 def small(image_size: int, patch_size: int, width: int, depth: int, heads: int) -> Config:
     """A vision transformer of these numbers."""
-    settings = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": depth}
+    settings: dict[str, Any] = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": depth}
     settings |= {"head_width": width // heads, "mlp_ratio": 2.0}
     return read_config({"vision_cfg": settings, "embed_dim": width})

@@ -34,10 +34,10 @@ from vlm.encoders import (
     choose_blocks,
     count_flops,
     feature_layers,
+    measured_output,
     missing_extra,
     plain,
     row_order,
-    square_output,
     unused_names,
     without,
 )
@@ -55,8 +55,10 @@ RENAMES = ((r"^trunk\.", ""),)
 POSITIONS = "trunk.pos_embed"
 BLOCKS, NORM = "blocks.", "norm."
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
-TAKEN = {"num_classes", "in_chans", "img_size", "features_only", "out_indices", "device", "dtype"}
-"""Arguments of timm's models that this file sets itself, or that would change what a model is."""
+TAKEN = {"in_chans", "features_only", "out_indices", "device", "dtype"}
+"""Arguments of timm's models that would change what a model is."""
+DROPPED = {"num_classes", "patch_drop_rate"}
+"""Of the head, which is left out, and of training that leaves patches out."""
 
 
 class Config(PreTrainedConfig):
@@ -123,8 +125,9 @@ def read_config(values: dict[str, Any]) -> Config:
     _check_name(architecture)
     published = published or library().get_pretrained_cfg(architecture)
     published = published if isinstance(published, dict) else published.to_dict() if published else {}
-    size = args.pop("img_size", None) or values.get("image_size") or published.get("input_size", (3, 224, 224))[-1]
+    size = values.get("image_size") or args.get("img_size") or published.get("input_size", (3, 224, 224))[-1]
     size = size[0] if isinstance(size, list | tuple) else size
+    args.pop("img_size", None)
     image = {key: published[key] for key in IMAGE if published.get(key) is not None}
     start = {**image, **values, "architecture": architecture, "model_args": args, "image_size": int(size)}
     return Config(**{**start, **_measure(Config(**{**start, "feature_layers": None}))})
@@ -160,11 +163,11 @@ def _checked_args(args: Any) -> dict[str, Any]:
 
     taken = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
     for key, value in args.items():
-        if key in (taken | TAKEN) - {"img_size"}:
+        if key in taken | TAKEN and (key, value) != ("in_chans", 3):
             raise ConfigError(f"model_args.{key} is not an argument of an architecture here; leave it out")
         if not plain(value):
             raise ConfigError(f"model_args.{key} is {value!r}, expected plain values")
-    return {key: value for key, value in args.items() if key != "patch_drop_rate"}  # no patch is dropped
+    return {key: value for key, value in args.items() if key not in DROPPED}
 
 
 def make_trunk(config: Config) -> nn.Module:
@@ -189,7 +192,7 @@ def make_trunk(config: Config) -> nn.Module:
 
 def _measure(config: Config) -> dict[str, Any]:
     """What the features of an architecture look like, without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), torch.enable_grad():
         trunk: Any = make_trunk(config)
         trunk.eval()
         image = torch.empty(1, 3, config.image_size, config.image_size)
@@ -199,7 +202,10 @@ def _measure(config: Config) -> dict[str, Any]:
             raise ConfigError(f"{config.architecture} does not read {config.image_size} px images: {error}") from error
     if not isinstance(features, Tensor) or features.ndim not in (3, 4):
         raise ConfigError(f"{config.architecture} gives no grid of features, and cannot be a vision tower here")
-    features.sum().backward()
+    with torch.enable_grad():
+        features.sum().backward()
+    if features.ndim == 3 and not (hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed")):
+        raise ConfigError(f"{config.architecture} gives tokens, but has no patch_embed and blocks that say of what")
     if features.ndim == 3:
         layout, prefix = "NLC", int(getattr(trunk, "num_prefix_tokens", 0))
         width, side = features.shape[2], math.isqrt(features.shape[1] - prefix)
@@ -274,7 +280,7 @@ class Encoder(PreTrainedModel):
             ConfigError: images of another size.
         """
         check_square(self.config, pixel_values, "timm")
-        return square_output(self.config, self.features(pixel_values.to(self.dtype)))
+        return measured_output(self.config, self.features(pixel_values.to(self.dtype)))
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """float[M, 3, H, W] -> float[M, P, E]."""

@@ -162,7 +162,7 @@ def make_tower(config: ModelConfig) -> Choice:
 
 
 def _towers(config: ModelConfig) -> Any:
-    return [_tower(one) for one in config.encoder] if isinstance(config.encoder, list) else _tower(config.encoder)
+    return [_tower(one, config.encoder_kind) for one in config.encoder] if isinstance(config.encoder, list) else _tower(config.encoder, config.encoder_kind)
 
 
 def _tower_settings(config: ModelConfig) -> dict[str, Any]:
@@ -174,9 +174,9 @@ def _tower_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _tower(value: Any) -> Any:
+def _tower(value: Any, own: str | None) -> Any:
     """A checkpoint's name, or keys and values: of one of our encoders' configurations, else of transformers'."""
-    if isinstance(value, dict) and value.get("model_type") in model_types():
+    if isinstance(value, dict) and value.get("model_type") in model_types(own):
         return value
     return _part(value, "encoder")
 
