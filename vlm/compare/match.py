@@ -100,7 +100,8 @@ class _Tower:
         return Matched(self.arm, self.kind, self.transform, self.tokens, note, exact)
 
     def with_tokens(self, wanted: float) -> Matched:
-        """As close to `wanted` tokens as whole patches allow; among equals, as close to the tower's own size."""
+        """As close to `wanted` tokens as whole patches allow; among equals its own size, or one that fills the blocks
+        of the projector, or the one nearest to its own."""
         if self.pinned:
             return self._checked(self.as_is("size given in its settings"), wanted)
         if self._constant():
@@ -130,7 +131,13 @@ class _Tower:
     def _square_for(self, wanted: float) -> Matched:
         own = self.transform.grid(0, 0)[0]
         sides = range(1, math.isqrt(MOST_PATCHES) + 1)
-        rows = min(sides, key=lambda n: (abs(self.count((n, n)) - wanted), abs(n - own)))
+
+        def cost(n: int) -> tuple[float, bool, bool, int]:
+            tokens = self.count((n, n))
+            # A projector's last blocks are full where one patch more would be one token more.
+            return abs(tokens - wanted), n != own, tokens == self.count((n + 1, n + 1)), abs(n - own)
+
+        rows = min(sides, key=cost)
         return self.as_is("its own") if rows == own else self._changed({"image_size": rows * self.transform.patch_size})
 
     def _budget_for(self, wanted: float) -> Matched:

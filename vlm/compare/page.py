@@ -36,10 +36,10 @@ def write(path: Path, result: dict[str, Any], finished: Sequence[Spec], tasks: M
     sections.append(Curves(_plots(arms, short, list(tasks)), title="Quality against cost", note=SCATTER_NOTE))
     sections.append(_table("What it costs", table.cost(arms), short, COST_NOTE))
     if any(arm["probes"] for arm in arms):
-        sections.append(_table("Did training hurt the tower?", table.probes(arms), short, PROBE_NOTE))
+        sections.append(_table("Did training hurt the tower?", table.probes(arms), short, _probe_note(arms, short)))
     sections += _pairs(result, short)
     sections += [_fixed(result), _matching(result, short)]
-    sections.append(Curves([_losses(finished, short)], title="Training", note="Mean over seeds, smoothed."))
+    sections.append(Curves(_losses(finished, short), title="Training", note=LOSS_NOTE))
     sections += _galleries(finished, tasks, arms[0]["tasks"])
     return write_report(
         path,
@@ -56,9 +56,10 @@ COST_NOTE = (
     " multiply-add. Speeds: training, images of the whole run per second of its steps; inference, whole answers in"
     " batches. Memory: the largest of each phase, in a process of its own, libraries included on a CPU."
 )
+LOSS_NOTE = "Mean over seeds, smoothed. Seconds are those of the steps, at the median speed of each stage."
 PROBE_NOTE = (
     "Accuracy on labelled images of classifiers on the tower's mean patch feature (zero-shot: with the checkpoint's"
-    " text tower), as the run began -> after training (change, with its 95 % interval over seeds)."
+    " text tower), as the run began → after training (change, with its 95 % interval over seeds)."
 )
 
 
@@ -180,21 +181,38 @@ def _plots(arms: Sequence[dict[str, Any]], short: Mapping[str, str], tasks: Sequ
     return plots
 
 
-def _losses(finished: Sequence[Spec], short: Mapping[str, str]) -> Curve:
-    """The loss of every arm, mean over its seeds, at the optimizer steps of all stages end to end."""
-    by_arm: dict[str, list[list[float]]] = {}
-    marks: list[Point | tuple[float, str]] = []
+def _losses(finished: Sequence[Spec], short: Mapping[str, str]) -> list[Curve]:
+    """The loss of every arm, mean over its seeds, against the steps of all stages end to end and against their time."""
+    losses: dict[str, list[list[float]]] = {}
+    seconds: dict[str, list[float]] = {}
     for spec in finished:
         rows = metrics.read(spec.run.out / "metrics.csv")
-        by_arm.setdefault(spec.arm, []).append([float(row["loss"]) for row in rows])
-        if not marks:
+        losses.setdefault(spec.arm, []).append([float(row["loss"]) for row in rows])
+        if spec.arm not in seconds:
+            seconds[spec.arm] = _clock(spec.measurements()["training"]["stages"])
             stages = [row["stage"] for row in rows]
-            marks = [(float(stages.index(stage.name)), stage.name) for stage in spec.run.stages if stage.name in stages]
-    series = {}
-    for arm, curves in by_arm.items():
+    marks = [(float(stages.index(name)), name) for name in dict.fromkeys(stages)]
+    by_step, by_time = dict[str, list[Point]](), dict[str, list[Point]]()
+    for arm, curves in losses.items():
         means = [math.fsum(values) / len(values) for values in zip(*curves, strict=False)]
-        series[short[arm]] = list(enumerate(_running_mean(means), 1))
-    return Curve("Training loss", series, "optimizer step", "loss", log_y=True, marks=marks)  # type: ignore[arg-type]
+        smooth = _running_mean(means)
+        by_step[short[arm]] = [(float(step), value) for step, value in enumerate(smooth, 1)]
+        by_time[short[arm]] = list(zip(seconds[arm], smooth, strict=False))
+    return [
+        Curve("Training loss against steps", by_step, "optimizer step", "loss", log_y=True, marks=marks),
+        Curve("Training loss against time", by_time, "seconds", "loss", log_y=True),
+    ]
+
+
+def _clock(stages: Sequence[dict[str, Any]]) -> list[float]:
+    """Seconds after each step of all stages."""
+    now, times = 0.0, []
+    for stage in stages:
+        per_step = stage["images"] / stage["images_per_second"] / stage["steps"]
+        for _ in range(stage["steps"]):
+            now += per_step
+            times.append(now)
+    return times
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
@@ -205,6 +223,15 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 def _table(title: str, rows: Sequence[Sequence[str]], short: Mapping[str, str], note: str) -> Table:
     head, *body = rows
     return Table(title, ["", *head[1:]], [[short[row[0]], *row[1:]] for row in body], note)
+
+
+def _probe_note(arms: Sequence[dict[str, Any]], short: Mapping[str, str]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for arm in arms:
+        if arm["no_zero_shot"]:
+            reasons.setdefault(arm["no_zero_shot"], []).append(short[arm["name"]])
+    told = [f"No zero-shot for {', '.join(who)}: {why}." for why, who in reasons.items()]
+    return " ".join([PROBE_NOTE, *told])
 
 
 def _pairs(result: dict[str, Any], short: Mapping[str, str]) -> list[Section]:

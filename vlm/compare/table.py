@@ -15,7 +15,7 @@ def text(result: dict[str, Any]) -> str:
     arms = [arm for arm in result["arms"] if arm["seeds"]]
     blocks = [_grid(quality(arms)), _grid(cost(arms))]
     if any(arm["probes"] for arm in arms):
-        blocks.append("Towers alone, before -> after training (% of labelled test images)\n" + _grid(probes(arms)))
+        blocks.append("Towers alone, before → after training (% of labelled test images)\n" + _grid(probes(arms)))
     if max(len(arm["seeds"]) for arm in arms) < 2:
         blocks.append("One seed: no interval over seeds can be given. Add some with --seeds 0 1 2.")
     blocks.append(fixed_lines(result))
@@ -80,7 +80,7 @@ def _probe(found: dict[str, Any] | None) -> str:
         return "-"
     change = found["change"]
     half = "" if change["half_width"] is None else f" ± {100 * change['half_width']:.1f}"
-    return f"{100 * found['before']:.1f} -> {100 * found['after']['mean']:.1f} ({100 * change['mean']:+.1f}{half})"
+    return f"{100 * found['before']:.1f} → {100 * found['after']['mean']:.1f} ({100 * change['mean']:+.1f}{half})"
 
 
 def fixed_lines(result: dict[str, Any]) -> str:
@@ -115,7 +115,7 @@ def number(value: float) -> str:
     """Three digits that count, without exponents."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+    return f"{value:.3g}"
 
 
 def _grid(rows: Sequence[Sequence[str]]) -> str:

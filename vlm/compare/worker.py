@@ -121,7 +121,7 @@ def _become(request: dict[str, Any], server: int) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Be killed when the parent process ends (Linux); elsewhere a run's lock refuses the next start until it is over."""
+    """Be killed when the parent process ends (Linux); elsewhere a run's lock refuses the next start until then."""
     if not Path("/proc/self").exists():
         return
     import ctypes
