@@ -32,7 +32,7 @@ from vlm.eval.store import write_json
 from vlm.model import VLM
 from vlm.processor import Processor
 from vlm.train import metrics, parts
-from vlm.train.config import RunConfig
+from vlm.train.config import RunConfig, load_config
 from vlm.train.quiet import quiet_transformers
 from vlm.train.stages import data_digest, read_sources
 
@@ -263,7 +263,7 @@ def fixed_facts(spec: Spec) -> dict[str, Any]:
 
     Raises `DataError`: the training data is not what the run was trained on any more.
     """
-    run = spec.run
+    run = load_config(spec.run.out / "config.yaml")  # as the training run itself recorded it
     recorded = json.loads((run.out / "model" / "training.json").read_text(encoding="utf-8"))["data_sha256"]
     examples, counts, _ = read_sources(run, skip_bad=False)
     if data_digest(examples) != recorded:

@@ -40,7 +40,7 @@ def write(path: Path, result: dict[str, Any], finished: Sequence[Spec], tasks: M
     sections += _pairs(result, short)
     sections += [_fixed(result), _matching(result, short)]
     sections.append(Curves(_losses(finished, short), title="Training", note=LOSS_NOTE))
-    sections += _galleries(finished, tasks, arms[0]["tasks"])
+    sections += _galleries(finished, tasks, arms[0]["tasks"], short)
     return write_report(
         path,
         title="Which vision tower?",
@@ -50,7 +50,10 @@ def write(path: Path, result: dict[str, Any], finished: Sequence[Spec], tasks: M
     )
 
 
-SCATTER_NOTE = "Whiskers: 95 % t-interval of the mean over seeds. Points of one place are set side by side."
+SCATTER_NOTE = (
+    "Whiskers: 95 % t-interval of the mean over seeds, without a cap where it leaves the frame; small points: single"
+    " seeds. Towers of the same cost are set side by side."
+)
 COST_NOTE = (
     "Tokens: mean over test images, after the projector. GFLOP: tower, projector and reading the prompt, 2 per"
     " multiply-add. Speeds: training, images of the whole run per second of its steps; inference, whole answers in"
@@ -85,8 +88,15 @@ def answer(result: dict[str, Any], short: Mapping[str, str]) -> list[str]:
         broken = ", ".join(item["what"] for item in result["held_fixed"] if not item["held"])
         return [f"Nothing can be said about which is better: not held fixed: {broken}. See below."]
     told = [_verdict(verdict, result, short) for verdict in result["verdicts"]]
-    if max(len(arm["seeds"]) for arm in result["arms"]) < 2:
-        told.append("With one seed, how much training varies by chance is not known.")
+    seeds = max(len(arm["seeds"]) for arm in result["arms"])
+    told.append(
+        "“Shown to be better” is said of these trained models, on other images of the same kind. "
+        + (
+            "With one seed, how much training varies by chance is not known."
+            if seeds < 2
+            else f"How much training varies by chance, the intervals over {seeds} seeds say."
+        )
+    )
     if result["failed"]:
         told.append("Failed, and left out: " + "; ".join(f"{run} ({why})" for run, why in result["failed"].items()))
     return told
@@ -142,7 +152,8 @@ def _quality(task: str, arms: Sequence[dict[str, Any]], short: Mapping[str, str]
     for metric, one in arms[0]["tasks"][task].items():
         sign = -1 if one["higher_is_better"] else 1
         several = len(arms[0]["tasks"][task]) > 1
-        top = one["maximum"] or max(arm["tasks"][task][metric]["mean"] for arm in arms) * 1.1 or None
+        largest = max(arm["tasks"][task][metric]["mean"] for arm in arms)
+        top = 1.0 if one["maximum"] == 1.0 else 1.5 * largest if largest > 0 else None
         for arm in sorted(arms, key=lambda arm: sign * arm["tasks"][task][metric]["mean"]):
             found = arm["tasks"][task][metric]
             ends = found["interval_95"]
@@ -175,8 +186,9 @@ def _plots(arms: Sequence[dict[str, Any]], short: Mapping[str, str], tasks: Sequ
             dots = []
             for arm in arms:
                 found = arm["tasks"][task][metric]
+                each = [scale * value for value in found["per_seed"].values()]
                 low, high = (scale * end for end in found["interval_95"]) if found["interval_95"] else (None, None)
-                dots.append(Dot(short[arm["name"]], cost(arm), scale * found["mean"], low, high))
+                dots.append(Dot(short[arm["name"]], cost(arm), scale * found["mean"], low, high, each))
             plots.append(Scatter(f"{task} against {title}", dots, label, unit))
     return plots
 
@@ -300,11 +312,14 @@ def _matching(result: dict[str, Any], short: Mapping[str, str]) -> Table:
 
 
 def _galleries(
-    finished: Sequence[Spec], tasks: Mapping[str, Sequence[Example]], metrics_of: Mapping[str, Any]
+    finished: Sequence[Spec],
+    tasks: Mapping[str, Sequence[Example]],
+    metrics_of: Mapping[str, Any],
+    short: Mapping[str, str],
 ) -> list[Section]:
     sections: list[Section] = []
     for task, examples in tasks.items():
-        found = cards(finished, task, next(iter(metrics_of[task])), examples, CARDS // len(tasks))
+        found = cards(finished, task, next(iter(metrics_of[task])), examples, CARDS // len(tasks), short)
         if found:
             note = f"Items on which towers differ, drawn at random (one seed: {finished[0].seed})."
             sections.append(Gallery(found, title=f"Where towers disagree: {task}", note=note))

@@ -100,7 +100,7 @@ def pairs_note(result: dict[str, Any]) -> str:
     """What the p values rest on."""
     return (
         "Pairs, on the same test items (bootstrap and sign-flip test over images; p corrected by Holm over"
-        f" {len(result['pairs'])} tests):"
+        f" {len(result['pairs'])} tests), for the seeds that were trained:"
     )
 
 
