@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -205,6 +206,29 @@ def test_killed_in_the_middle_it_goes_on_there(server: processes.Server, tmp_pat
     assert steps_done(second / "train") == 60
     assert result["all_held"] and [arm["seeds"] for arm in result["arms"]] == [[0], [0]]
     assert "One seed" in table.text(result)
+
+
+def test_a_signal_lets_the_runs_save(server: processes.Server, tmp_path: Path) -> None:
+    values = comparetools.settings(seeds=[0], probes=None)
+    stages = [{**values["run"]["stages"][1], "steps": 5000}]
+    values |= {"encoders": {"a": "a"}, "run": {**values["run"], "stages": stages, "checkpoint_every": 5000}}
+    path = comparetools.world() / "stopped.yaml"
+    path.write_text(yaml.safe_dump(values))
+    folder = tmp_path / "out" / "runs" / "a+linear" / "seed0"
+
+    def stop() -> None:
+        wait(lambda: steps_done(folder / "train") >= 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(SystemExit) as stopped:
+        compare(load_config(path), tmp_path / "out", jobs=1, server=server)
+    thread.join()
+    assert stopped.value.code == 143
+    assert not (folder / "measurements.json").exists()
+    (saved,) = (folder / "train" / "tune" / "checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step-")) == steps_done(folder / "train") < 5000
 
 
 def alive(folder: Path) -> bool:

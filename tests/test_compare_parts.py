@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from vlm.compare import fixed, match, processes, statistics
 from vlm.compare.config import Arm, load_config, make_arms, run_config
 from vlm.compare.statistics import Paired
 from vlm.errors import ConfigError
+from vlm.eval.metrics import registry
 from vlm.transforms import naflex_grid
 
 # --- statistics
@@ -213,6 +216,20 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.slots(None, [])[0].threads == 2
 
 
+def test_the_server_asks_for_no_gpu_before_it_forks() -> None:
+    """What it imports must not start CUDA, whose state no forked process can use."""
+    code = """
+import torch
+asked = []
+for name in ("is_available", "device_count", "init", "current_device", "get_device_capability"):
+    setattr(torch.cuda, name, lambda *a, _name=name, **k: asked.append(_name) or 0)
+import vlm.compare.measure, vlm.train.stages
+print(asked)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 # --- configuration
 
 
@@ -282,6 +299,16 @@ def test_refusals_of_options(words: list[str], says: str, tmp_path: Path, capsys
     config = str(comparetools.world() / "compare.yaml")
     assert main(["compare", "--config", config, "--out", str(tmp_path / "out"), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_example_is_one() -> None:
+    config = load_config(Path(__file__).parent.parent / "examples" / "compare.yaml")
+    arms = make_arms(config)
+    assert len(arms) == len(config.encoders) * len(config.projectors) == 10
+    for found in arms:
+        run_config(config, found, config.seeds[0], Path("out"))
+    for task in config.tasks.values():
+        registry.expand(task.metrics)
 
 
 def test_plan_shows_the_match_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
