@@ -205,7 +205,7 @@ def test_killed_in_the_middle_it_goes_on_there(server: processes.Server, tmp_pat
     assert re.search(r"resumed at step \d+ of 60", (second / "log.txt").read_text())
     assert steps_done(second / "train") == 60
     assert result["all_held"] and [arm["seeds"] for arm in result["arms"]] == [[0], [0]]
-    assert "One seed" in table.text(result)
+    assert "With one seed" in table.text(result)
 
 
 def test_a_signal_lets_the_runs_save(server: processes.Server, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_tower_that_fails_is_reported_and_the_others_finish(
     monkeypatch.setattr(processes, "serving", shared)
     assert main(words) == 3
     captured = capsys.readouterr()
-    assert re.search(r"Failed:\n  broken\+linear seed 0: .*broken", captured.out)
+    assert re.search(r"Failed, and left out: broken\+linear seed 0: .*broken", captured.out)
     assert "a+linear" in captured.out and "Traceback" not in captured.err
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [arm["seeds"] for arm in result["arms"]] == [[0], []]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.compare import table
+from vlm.compare.answer import answer, names, shown
 from vlm.compare.disagreements import cards
 from vlm.compare.runs import Spec
 from vlm.compare.statistics import p_text
@@ -66,12 +67,6 @@ PROBE_NOTE = (
 )
 
 
-def names(arms: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Name of an arm -> name on the page: without the projector where all have the same."""
-    one = len({arm["projector"] for arm in arms}) == 1
-    return {arm["name"]: arm["encoder"] if one else arm["name"] for arm in arms}
-
-
 def _subtitle(arms: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
     seeds = len(result["settings"]["seeds"])
     what = [f"{len(arms)} towers" if len({arm["projector"] for arm in arms}) == 1 else f"{len(arms)} combinations"]
@@ -79,58 +74,12 @@ def _subtitle(arms: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
     return f"{', '.join(what)}; {'everything else the same' if result['all_held'] else 'not everything held fixed'}"
 
 
-# --- the answer -------------------------------------------------------------------------------------------------------
-
-
-def answer(result: dict[str, Any], short: Mapping[str, str]) -> list[str]:
-    """What the comparison says, a sentence or two per task."""
-    if not result["all_held"]:
-        broken = ", ".join(item["what"] for item in result["held_fixed"] if not item["held"])
-        return [f"Nothing can be said about which is better: not held fixed: {broken}. See below."]
-    told = [_verdict(verdict, result, short) for verdict in result["verdicts"]]
-    seeds = max(len(arm["seeds"]) for arm in result["arms"])
-    told.append(
-        "“Shown to be better” is said of these trained models, on other images of the same kind. "
-        + (
-            "With one seed, how much training varies by chance is not known."
-            if seeds < 2
-            else f"How much training varies by chance, the intervals over {seeds} seeds say."
-        )
-    )
-    if result["failed"]:
-        told.append("Failed, and left out: " + "; ".join(f"{run} ({why})" for run, why in result["failed"].items()))
-    return told
-
-
-def _verdict(verdict: dict[str, Any], result: dict[str, Any], short: Mapping[str, str]) -> str:
-    value = _shown(verdict["mean"], verdict["maximum"])
-    text = f"{verdict['task']} ({verdict['metric']}): {short[verdict['best']]} has the best mean, {value}."
-    if verdict["better_than"]:
-        text += f" It is shown to be better than {_listed(short[name] for name in verdict['better_than'])}."
-    rest = verdict["not_shown_better_than"]
-    if rest:
-        text += f" It is not shown to be better than {_listed(short[name] for name in rest)}"
-        flops = {arm["name"]: arm["flops"]["total"] for arm in result["arms"] if arm["seeds"]}
-        cheapest = min([verdict["best"], *rest], key=lambda name: flops[name])
-        if cheapest != verdict["best"]:
-            share = 1 - flops[cheapest] / flops[verdict["best"]]
-            text += f", of which {short[cheapest]} costs {100 * share:.0f} % fewer operations per image"
-        text += "."
-    return text
-
-
-def _listed(items: Any) -> str:
-    *most, last = items
-    return f"{', '.join(most)} or {last}" if most else str(last)
-
-
-def _shown(value: float, maximum: float | None) -> str:
-    return f"{100 * value:.1f} %" if maximum == 1.0 else f"{value:.3f}"
+# --- tiles, tables and charts -----------------------------------------------------------------------------------------
 
 
 def _tiles(result: dict[str, Any], short: Mapping[str, str]) -> Stats:
     tiles = [
-        Stat(f"best on {verdict['task']}", short[verdict["best"]], _shown(verdict["mean"], verdict["maximum"]))
+        Stat(f"best on {verdict['task']}", short[verdict["best"]], shown(verdict["mean"], verdict["maximum"]))
         for verdict in result["verdicts"]
     ]
     held = sum(item["held"] for item in result["held_fixed"])
@@ -141,9 +90,6 @@ def _tiles(result: dict[str, Any], short: Mapping[str, str]) -> Stats:
     runs = done + len(result["failed"])
     tiles.append(Stat("runs finished", f"{done} of {runs}", tone="bad" if result["failed"] else ""))
     return Stats(tiles)
-
-
-# --- tables and charts ------------------------------------------------------------------------------------------------
 
 
 def _quality(task: str, arms: Sequence[dict[str, Any]], short: Mapping[str, str]) -> Scores:

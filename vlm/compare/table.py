@@ -7,6 +7,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from vlm.compare.answer import answer, names
+
 PROBES = {"knn": "k-NN", "linear": "linear", "zero_shot": "zero-shot"}
 
 
@@ -16,13 +18,10 @@ def text(result: dict[str, Any]) -> str:
     blocks = [_grid(quality(arms)), _grid(cost(arms))]
     if any(arm["probes"] for arm in arms):
         blocks.append("Towers alone, before → after training (% of labelled test images)\n" + _grid(probes(arms)))
-    if max(len(arm["seeds"]) for arm in arms) < 2:
-        blocks.append("One seed: no interval over seeds can be given. Add some with --seeds 0 1 2.")
     blocks.append(fixed_lines(result))
     if result["pairs"]:
         blocks.append(f"{pairs_note(result)}\n" + "\n".join(pair["says"] for pair in result["pairs"]))
-    if result["failed"]:
-        blocks.append("\n".join(["Failed:", *(f"  {name}: {why}" for name, why in result["failed"].items())]))
+    blocks.append("\n".join(answer(result, names(arms))))
     return "\n\n".join(blocks)
 
 
@@ -89,7 +88,7 @@ def fixed_lines(result: dict[str, Any]) -> str:
     if broken:
         lines = [f"  {item['what']}: {item['detail']}" for item in broken]
         return "\n".join(["NOT HELD FIXED, so nothing is said about which is better:", *lines])
-    lines = [f"Held fixed: {', '.join(item['what'] for item in result['held_fixed'])}."]
+    lines = [f"Held fixed: {'; '.join(item['what'] for item in result['held_fixed'])}."]
     other = [f"  {item['what']}: {item['detail']}" for item in result["conditions"] if not item["held"]]
     if other:
         lines += ["Speeds and memory were measured under different conditions:", *other]

@@ -114,6 +114,8 @@ def draw_scatter(scatter: Scatter) -> str:
     core = [y for dot in scatter.dots for y in (dot.y, *dot.each)]
     room = max(max(core) - min(core), 0.02 * max(map(abs, core)))
     floor, ceiling = min(core) - room, max(core) + room
+    if min(core) >= 0:  # scores that cannot be negative
+        floor = max(0.0, floor)
     ends = [y for dot in scatter.dots for y in (dot.low, dot.high) if y is not None]
     heights = [*core, *(min(max(y, floor), ceiling) for y in ends)]
     xs = [dot.x for dot in scatter.dots]
