@@ -243,6 +243,18 @@ def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None
     assert config.tasks["words"].data == tmp_path / "data" / "test.jsonl"
 
 
+def test_every_tower_of_a_fused_one_is_found_beside_the_file(tmp_path: Path) -> None:
+    from vlm.compare import config
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert config._checkpoint("a+b@378", tmp_path) == f"{a}+{b}@378"
+    assert config._checkpoint(["a", "org/name", {"model_type": "x"}], tmp_path) == [a, "org/name", {"model_type": "x"}]
+    assert config._checkpoint("org/name@224+b", tmp_path) == f"org/name@224+{b}"
+    assert config._short("org/one+org/two.npz") == "one-two"
+
+
 def test_arms_are_encoders_times_projectors() -> None:
     config = load_config(comparetools.world() / "compare.yaml")
     assert [found.name for found in make_arms(config)] == ["a+linear", "b+linear"]

@@ -31,7 +31,7 @@ from vlm.train.config import RunConfig
 from vlm.train.plan import Mixture, stage_seed, steps_of
 from vlm.train.rundir import FREE, differences
 
-OF_THE_TOWER = ("encoder", "encoder_kind", "image_size", "image", "layer", "projector", "seed")
+OF_THE_TOWER = ("encoder", "encoder_kind", "image_size", "image", "layer", "fuse", "projector", "seed")
 """Settings of `model` that make the arm and the seed."""
 
 
