@@ -36,14 +36,14 @@ def save_tower(kind: str, folder: Path, seed: int = 0) -> None:
 def save_decoder(folder: Path) -> None:
     """A tiny Gemma with its tokenizer."""
     import torch
-    from transformers import GemmaForCausalLM
+    from transformers import GemmaConfig, GemmaForCausalLM
 
     from vlm import presets, tokenizer
 
     words = tokenizer.build(presets.TINY_CORPUS * 20, vocab_size=400)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = GemmaForCausalLM(presets.tiny_decoder("gemma", vocab_size=448))
+        model = GemmaForCausalLM(GemmaConfig(**presets.tiny_decoder("gemma", vocab_size=448).to_dict()))
     model.save_pretrained(folder)
     words.save_pretrained(folder)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from vlm.cli import console, main
 from vlm.errors import ConfigError, DataError
 
-COMMANDS = ("new", "train", "eval", "caption", "ask", "info", "demo", "version")
+COMMANDS = ("new", "train", "eval", "compare", "caption", "ask", "info", "demo", "version")
 HEAVY = ("torch", "transformers", "lightning", "matplotlib", "numpy", "PIL", "rich", "yaml")
 
 

@@ -13,9 +13,11 @@ from PIL import Image
 from vlm.eval import (
     Curve,
     Curves,
+    Dot,
     Figure,
     Gallery,
     GalleryItem,
+    Scatter,
     Score,
     Scores,
     Stat,
@@ -24,7 +26,7 @@ from vlm.eval import (
     breakdown,
     write_report,
 )
-from vlm.eval.charts import draw
+from vlm.eval.charts import draw, draw_scatter
 from vlm.eval.metrics import registry
 from vlm.eval.page import text
 
@@ -64,7 +66,11 @@ def full_page(path: Path) -> str:
         subtitle=HOSTILE,
         stats=[Stat(HOSTILE, HOSTILE, HOSTILE, "good")],
         summary=[Score(HOSTILE, 0.5, (0.4, 0.6), 10, HOSTILE), Score("text", HOSTILE)],
-        curves=[Curve(HOSTILE, {HOSTILE: [(0, 1), (1, 2)]}, HOSTILE, HOSTILE, marks=[(0.5, HOSTILE)]), picture],
+        curves=[
+            Curve(HOSTILE, {HOSTILE: [(0, 1), (1, 2)]}, HOSTILE, HOSTILE, marks=[(0.5, HOSTILE)]),
+            Scatter(HOSTILE, [Dot(HOSTILE, 1, 2, 0, 3, [1, 3])], HOSTILE, HOSTILE),
+            picture,
+        ],
         gallery=[
             GalleryItem(picture, HOSTILE, HOSTILE, [HOSTILE], True, 1.0, HOSTILE, HOSTILE, HOSTILE),
             GalleryItem(None, "p", "", [], False, kind="other"),
@@ -174,6 +180,29 @@ def test_long_lines_are_thinned_and_odd_points_left_out() -> None:
 def test_charts_stay_inside_their_frame(points: list[tuple[float, float]], log_y: bool) -> None:
     for line in points_of(draw(Curve("", {"a": points}, log_y=log_y))):
         assert all(0 <= x <= 560 and 0 <= y <= 290 for x, y in line)
+
+
+def test_scatter_points_lie_where_their_values_are_and_whiskers_stop_at_the_frame() -> None:
+    dots = [Dot("a", 0, 1, 0.5, 1.5), Dot("b", 10, 2, -100, 100, each=[1.5, 2.5]), Dot("c", 10, 2)]
+    html = draw_scatter(Scatter("", dots))
+    big = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="5.5"', html)[:3]]
+    small = [float(y) for y in re.findall(r'cy="([\d.]+)" r="2"', html)]
+    assert big[0][0] < big[1][0] < big[2][0] and big[2][0] - big[1][0] >= 11  # b and c are set apart
+    assert big[0][1] > big[1][1] == big[2][1]
+    assert sum(small) / 2 == pytest.approx(big[1][1], abs=0.2)
+    within, cut = re.findall(r'd="M[\d.]+,([\d.]+)V([\d.]+)([^"]*)"', html)[:2]
+    assert (float(within[0]) + float(within[1])) / 2 == pytest.approx(big[0][1], abs=0.2) and within[2].count("h8") == 2
+    assert 0 < float(cut[0]) < float(cut[1]) < 290 and "h8" not in cut[2]
+
+
+def test_several_answers_have_their_own_marks(tmp_path: Path) -> None:
+    answers = [("one", "a cat", True), ("two", "", False), ("three", HOSTILE, None)]
+    items = [GalleryItem(None, "what?", "", ["a cat"], answers=answers)]
+    html = write_report(tmp_path / "r.html", title="t", gallery=items).read_text()
+    assert html.count("✓") == html.count("✗") == 1 and html.count("(empty)") == 1
+    assert html.index("one") < html.index("two") < html.index("three")
+    assert text(HOSTILE) in html and HOSTILE not in html
+    Tags(html)
 
 
 def test_figures_keep_their_size(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def difference(a: Path, b: Path) -> float:
 
 
 @cache
-def _context() -> Any:
+def context() -> Any:
     # The fork server imports the heavy libraries once and never trains, so its children start in no time and may train.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlm.train.stages", "vlm.presets"])
@@ -138,7 +138,7 @@ def training(
     prepare: Callable[[], None] | None = None,
 ) -> Iterator[Any]:
     """A process that trains; killed at the end of the block if it is still there."""
-    process = _context().Process(target=_child, args=(run, resume, environment or {}, prepare))
+    process = context().Process(target=_child, args=(run, resume, environment or {}, prepare))
     process.start()
     try:
         yield process

@@ -205,13 +205,14 @@ def _unlisted(name: str, known: dict[str, Any], what: str) -> Any:
                 f"encoder {name!r}{nearest(name, known)} is neither under `encoders` ({', '.join(known)}) nor a"
                 f" checkpoint; a hub id has a slash, as google/siglip-base-patch16-224"
             )
-        return str(Path(name).resolve()) if Path(name).exists() else name
+        return _checkpoint(name, Path.cwd())
     return name
 
 
 def _short(name: str) -> str:
     """A short name for a checkpoint: the last part of its path, without what a folder name may not hold."""
-    last = Path(name).name.removesuffix(".npz")
+    members = [name] if Path(name).exists() else name.split("+")
+    last = "-".join(Path(member).name.removesuffix(".npz") for member in members)
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in last).lstrip(".") or "encoder"
 
 
@@ -259,12 +260,20 @@ def _task_at(task: TaskConfig, home: Path) -> TaskConfig:
 
 
 def _checkpoint(value: Any, home: Path) -> Any:
-    """A path below `home` as a whole path; a hub id, a whole path and a configuration stay."""
+    """A path below `home` as a whole path; a hub id, a whole path and a configuration stay. Of several towers, `A+B` or
+    a list, and of a tower with its size, `A@378`, each part."""
+    if isinstance(value, list):
+        return [_checkpoint(member, home) for member in value]
     if not isinstance(value, str) or not value:
         return value
-    if value.startswith(("./", "../")) or (home / value).exists():
+    if (home / value).exists():
         return str((home / value).resolve())
-    return value
+    if "+" in value:
+        return "+".join(_checkpoint(member, home) for member in value.split("+"))
+    name, at, size = value.rpartition("@")
+    if at and size.isdigit():
+        return f"{_checkpoint(name, home)}@{size}"
+    return str((home / value).resolve()) if value.startswith(("./", "../")) else value
 
 
 def _data_at(data: Any, home: Path) -> dict[str, Any]:

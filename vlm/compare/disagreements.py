@@ -15,7 +15,12 @@ from vlm.eval.report import GalleryItem
 
 
 def cards(
-    finished: Sequence[Spec], task: str, metric_name: str, examples: Sequence[Example], most: int
+    finished: Sequence[Spec],
+    task: str,
+    metric_name: str,
+    examples: Sequence[Example],
+    most: int,
+    short: Mapping[str, str],
 ) -> list[GalleryItem]:
     """Items of a task whose scores differ between arms, one run per arm (all of the first seed that most arms have).
 
@@ -25,7 +30,7 @@ def cards(
     runs = _one_seed(finished)
     if len(runs) < 2:
         return []
-    answers = {spec.arm: {item["id"]: item for item in read_items(spec.folder, task)} for spec in runs}
+    answers = {short[spec.arm]: {item["id"]: item for item in read_items(spec.folder, task)} for spec in runs}
     metric = registry.get(metric_name)
     chosen = _choose(answers, metric.name, metric.per_item_is_right, most)
     by_id = {example.id: example for example in examples}

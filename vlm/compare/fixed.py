@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from vlm.train.config import RunConfig
 from vlm.train.plan import Mixture, stage_seed, steps_of
 from vlm.train.rundir import FREE, differences
 
-OF_THE_TOWER = ("encoder", "encoder_kind", "image_size", "image", "layer", "projector", "seed")
+OF_THE_TOWER = ("encoder", "encoder_kind", "image_size", "image", "layer", "fuse", "projector", "seed")
 """Settings of `model` that make the arm and the seed."""
 
 
@@ -105,24 +106,28 @@ def check(runs: Sequence[dict[str, Any]]) -> list[Held]:
             lambda run: f"{_seed(run)}, {run['projector']}, shapes {run['fixed']['projector_shapes'][:8]}",
         ),
     ]
-    for task in runs[0]["tasks"]:
-        found.append(_same(f"test items of {task}", runs, lambda run, task=task: run["tasks"][task]["data_sha256"]))
-    if runs[0].get("probes"):
-        found.append(_same("probe images", runs, lambda run: run["probes"]["data_sha256"]))
+    found += [_same(f"test items of {task}", runs, partial(_items, task)) for task in runs[0]["tasks"]]
+    if any(run["probes"] for run in runs):
+        found.append(_same("probe images", runs, lambda run: (run["probes"] or {}).get("data_sha256", "none")))
     return found
 
 
 def conditions(runs: Sequence[dict[str, Any]]) -> list[Held]:
     """What should be the same for speeds and memory to be comparable: machine, threads, libraries."""
     names = sorted({name for run in runs for name in run["conditions"]})
-    return [
-        _same(name, runs, lambda run, name=name: json.dumps(run["conditions"].get(name)), shown=json.loads)
-        for name in names
-    ]
+    return [_same(name, runs, partial(_condition, name), shown=json.loads) for name in names]
 
 
 def _seed(run: dict[str, Any]) -> str:
     return f"seed {run['seed']}"
+
+
+def _items(task: str, run: dict[str, Any]) -> str:
+    return str(run["tasks"][task]["data_sha256"])
+
+
+def _condition(name: str, run: dict[str, Any]) -> str:
+    return json.dumps(run["conditions"].get(name), sort_keys=True)
 
 
 def _everywhere(_run: dict[str, Any]) -> str:

@@ -27,6 +27,8 @@ from vlm.train.stages import make_tower
 from vlm.transforms import ImageTransform
 
 How = Literal["tokens", "resolution", "none"]
+FUSED = "fused"
+"""Kind of several towers in one, whose image sizes belong together."""
 MOST_PATCHES = 1 << 14
 """No tower is brought to more than this."""
 
@@ -86,7 +88,11 @@ class _Tower:
     @property
     def pinned(self) -> bool:
         image = self.arm.model.get("image") or {}
-        return "image_size" in self.arm.model or "max_num_patches" in image
+        return self.kind == FUSED or "image_size" in self.arm.model or "max_num_patches" in image
+
+    @property
+    def why_pinned(self) -> str:
+        return "fused towers keep their sizes" if self.kind == FUSED else "size given in its settings"
 
     @property
     def side(self) -> int:
@@ -100,9 +106,10 @@ class _Tower:
         return Matched(self.arm, self.kind, self.transform, self.tokens, note, exact)
 
     def with_tokens(self, wanted: float) -> Matched:
-        """As close to `wanted` tokens as whole patches allow; among equals, as close to the tower's own size."""
+        """As close to `wanted` tokens as whole patches allow; among equals its own size, or one that fills the blocks
+        of the projector, or the one nearest to its own."""
         if self.pinned:
-            return self._checked(self.as_is("size given in its settings"), wanted)
+            return self._checked(self.as_is(self.why_pinned), wanted)
         if self._constant():
             return self._checked(self.as_is(f"the projector gives {self.tokens:.0f} tokens at any size"), wanted)
         return self._checked(self._budget_for(wanted) if self.naflex else self._square_for(wanted), wanted)
@@ -110,7 +117,7 @@ class _Tower:
     def with_side(self, side: int) -> Matched:
         """Images of `side` pixels, rounded to whole patches."""
         if self.pinned:
-            return replace(self.as_is("size given in its settings"), exact=self.side == side)
+            return replace(self.as_is(self.why_pinned), exact=self.side == side)
         if self.side == side:
             return self.as_is("its own")
         patch = self.transform.patch_size
@@ -130,7 +137,13 @@ class _Tower:
     def _square_for(self, wanted: float) -> Matched:
         own = self.transform.grid(0, 0)[0]
         sides = range(1, math.isqrt(MOST_PATCHES) + 1)
-        rows = min(sides, key=lambda n: (abs(self.count((n, n)) - wanted), abs(n - own)))
+
+        def cost(n: int) -> tuple[float, bool, bool, int]:
+            tokens = self.count((n, n))
+            # A projector's last blocks are full where one patch more would be one token more.
+            return abs(tokens - wanted), n != own, tokens == self.count((n + 1, n + 1)), abs(n - own)
+
+        rows = min(sides, key=cost)
         return self.as_is("its own") if rows == own else self._changed({"image_size": rows * self.transform.patch_size})
 
     def _budget_for(self, wanted: float) -> Matched:

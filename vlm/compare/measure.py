@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import platform
 import shutil
@@ -33,11 +32,9 @@ from vlm.eval.store import write_json
 from vlm.model import VLM
 from vlm.processor import Processor
 from vlm.train import metrics, parts
-from vlm.train.config import RunConfig
+from vlm.train.config import RunConfig, load_config
 from vlm.train.quiet import quiet_transformers
 from vlm.train.stages import data_digest, read_sources
-
-log = logging.getLogger(__name__)
 
 TOKEN_IMAGES = 500
 """Images whose tokens are counted."""
@@ -176,7 +173,7 @@ def probes(model: VLM, processor: Processor, spec: Spec, config: ProbeConfig, de
     train = read_labelled(config.train, config.image_root)
     test = read_labelled(config.test, config.image_root)
     data = labelled_digest([*train, *test])
-    after = _probed(model, processor, spec, config, (train, test), device)
+    after, reason = _probed(model, processor, spec, config, (train, test), device)
     start, start_processor = load(spec.run.out / "start", device=device)
     key = hashlib.sha256(
         json.dumps(
@@ -195,12 +192,12 @@ def probes(model: VLM, processor: Processor, spec: Spec, config: ProbeConfig, de
     if kept.is_file():
         before = json.loads(kept.read_text(encoding="utf-8"))
     else:
-        before = _probed(start, start_processor, spec, config, (train, test), device)
+        before, _ = _probed(start, start_processor, spec, config, (train, test), device)
         kept.parent.mkdir(exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(before), encoding="utf-8")
         partial.replace(kept)
-    return {"data_sha256": data, "before": before, "after": after}
+    return {"data_sha256": data, "before": before, "after": after, "no_zero_shot": reason}
 
 
 def _probed(
@@ -210,27 +207,28 @@ def _probed(
     config: ProbeConfig,
     data: tuple[Sequence[Labelled], Sequence[Labelled]],
     device: str,
-) -> dict[str, Any]:
-    """Name of the probe -> accuracy and what it rests on."""
+) -> tuple[dict[str, Any], str | None]:
+    """Name of the probe -> accuracy and what it rests on; and why there is no zero-shot accuracy."""
     tower, transform = model.model.vision_tower, processor.image_transform
     train, test = data
     found = probe(tower, transform, train, test, batch_size=config.batch_size, k=config.k, device=device)
     told = {name: _told(result) for name, result in found.items()}
     source = _text_tower(spec)
     if source is None:
-        return told
+        return told, "the tower comes from no checkpoint"
+    classes = sorted({item.label for item in train})
     try:
         reason = why_no_zero_shot(source, tower)
-        classes = sorted({item.label for item in train})
-        if reason is None:
-            result = zero_shot(
-                source, tower, transform, test, classes, config.templates, batch_size=config.batch_size, device=device
-            )
-            return told if result is None else {**told, "zero_shot": _told(result)}
-    except CheckpointError as error:
-        reason = str(error)
-    log.info("no zero-shot accuracy: %s", reason)
-    return told
+        if reason is not None:
+            return told, reason
+        result = zero_shot(
+            source, tower, transform, test, classes, config.templates, batch_size=config.batch_size, device=device
+        )
+    except (
+        CheckpointError
+    ) as error:  # the texts are an extra: a tower without its tokenizer can be compared all the same
+        return told, str(error)
+    return (told if result is None else {**told, "zero_shot": _told(result)}), None
 
 
 def _text_tower(spec: Spec) -> str | None:
@@ -265,7 +263,7 @@ def fixed_facts(spec: Spec) -> dict[str, Any]:
 
     Raises `DataError`: the training data is not what the run was trained on any more.
     """
-    run = spec.run
+    run = load_config(spec.run.out / "config.yaml")  # as the training run itself recorded it
     recorded = json.loads((run.out / "model" / "training.json").read_text(encoding="utf-8"))["data_sha256"]
     examples, counts, _ = read_sources(run, skip_bad=False)
     if data_digest(examples) != recorded:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.compare import table
+from vlm.compare.answer import answer, names, shown
 from vlm.compare.disagreements import cards
 from vlm.compare.runs import Spec
 from vlm.compare.statistics import p_text
@@ -36,11 +37,11 @@ def write(path: Path, result: dict[str, Any], finished: Sequence[Spec], tasks: M
     sections.append(Curves(_plots(arms, short, list(tasks)), title="Quality against cost", note=SCATTER_NOTE))
     sections.append(_table("What it costs", table.cost(arms), short, COST_NOTE))
     if any(arm["probes"] for arm in arms):
-        sections.append(_table("Did training hurt the tower?", table.probes(arms), short, PROBE_NOTE))
+        sections.append(_table("Did training hurt the tower?", table.probes(arms), short, _probe_note(arms, short)))
     sections += _pairs(result, short)
     sections += [_fixed(result), _matching(result, short)]
-    sections.append(Curves([_losses(finished, short)], title="Training", note="Mean over seeds, smoothed."))
-    sections += _galleries(finished, tasks, arms[0]["tasks"])
+    sections.append(Curves(_losses(finished, short), title="Training", note=LOSS_NOTE))
+    sections += _galleries(finished, tasks, arms[0]["tasks"], short)
     return write_report(
         path,
         title="Which vision tower?",
@@ -50,22 +51,20 @@ def write(path: Path, result: dict[str, Any], finished: Sequence[Spec], tasks: M
     )
 
 
-SCATTER_NOTE = "Whiskers: 95 % t-interval of the mean over seeds. Points of one place are set side by side."
+SCATTER_NOTE = (
+    "Whiskers: 95 % t-interval of the mean over seeds, without a cap where it leaves the frame; small points: single"
+    " seeds. Towers of the same cost are set side by side."
+)
 COST_NOTE = (
     "Tokens: mean over test images, after the projector. GFLOP: tower, projector and reading the prompt, 2 per"
     " multiply-add. Speeds: training, images of the whole run per second of its steps; inference, whole answers in"
     " batches. Memory: the largest of each phase, in a process of its own, libraries included on a CPU."
 )
+LOSS_NOTE = "Mean over seeds, smoothed. Seconds are those of the steps, at the median speed of each stage."
 PROBE_NOTE = (
     "Accuracy on labelled images of classifiers on the tower's mean patch feature (zero-shot: with the checkpoint's"
-    " text tower), as the run began -> after training (change, with its 95 % interval over seeds)."
+    " text tower), as the run began → after training (change, with its 95 % interval over seeds)."
 )
-
-
-def names(arms: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Name of an arm -> name on the page: without the projector where all have the same."""
-    one = len({arm["projector"] for arm in arms}) == 1
-    return {arm["name"]: arm["encoder"] if one else arm["name"] for arm in arms}
 
 
 def _subtitle(arms: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
@@ -75,51 +74,12 @@ def _subtitle(arms: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
     return f"{', '.join(what)}; {'everything else the same' if result['all_held'] else 'not everything held fixed'}"
 
 
-# --- the answer -------------------------------------------------------------------------------------------------------
-
-
-def answer(result: dict[str, Any], short: Mapping[str, str]) -> list[str]:
-    """What the comparison says, a sentence or two per task."""
-    if not result["all_held"]:
-        broken = ", ".join(item["what"] for item in result["held_fixed"] if not item["held"])
-        return [f"Nothing can be said about which is better: not held fixed: {broken}. See below."]
-    told = [_verdict(verdict, result, short) for verdict in result["verdicts"]]
-    if max(len(arm["seeds"]) for arm in result["arms"]) < 2:
-        told.append("With one seed, how much training varies by chance is not known.")
-    if result["failed"]:
-        told.append("Failed, and left out: " + "; ".join(f"{run} ({why})" for run, why in result["failed"].items()))
-    return told
-
-
-def _verdict(verdict: dict[str, Any], result: dict[str, Any], short: Mapping[str, str]) -> str:
-    value = _shown(verdict["mean"], verdict["maximum"])
-    text = f"{verdict['task']} ({verdict['metric']}): {short[verdict['best']]} has the best mean, {value}."
-    if verdict["better_than"]:
-        text += f" It is shown to be better than {_listed(short[name] for name in verdict['better_than'])}."
-    rest = verdict["not_shown_better_than"]
-    if rest:
-        text += f" It is not shown to be better than {_listed(short[name] for name in rest)}"
-        flops = {arm["name"]: arm["flops"]["total"] for arm in result["arms"] if arm["seeds"]}
-        cheapest = min([verdict["best"], *rest], key=lambda name: flops[name])
-        if cheapest != verdict["best"]:
-            share = 1 - flops[cheapest] / flops[verdict["best"]]
-            text += f", of which {short[cheapest]} costs {100 * share:.0f} % fewer operations per image"
-        text += "."
-    return text
-
-
-def _listed(items: Any) -> str:
-    *most, last = items
-    return f"{', '.join(most)} or {last}" if most else str(last)
-
-
-def _shown(value: float, maximum: float | None) -> str:
-    return f"{100 * value:.1f} %" if maximum == 1.0 else f"{value:.3f}"
+# --- tiles, tables and charts -----------------------------------------------------------------------------------------
 
 
 def _tiles(result: dict[str, Any], short: Mapping[str, str]) -> Stats:
     tiles = [
-        Stat(f"best on {verdict['task']}", short[verdict["best"]], _shown(verdict["mean"], verdict["maximum"]))
+        Stat(f"best on {verdict['task']}", short[verdict["best"]], shown(verdict["mean"], verdict["maximum"]))
         for verdict in result["verdicts"]
     ]
     held = sum(item["held"] for item in result["held_fixed"])
@@ -132,16 +92,14 @@ def _tiles(result: dict[str, Any], short: Mapping[str, str]) -> Stats:
     return Stats(tiles)
 
 
-# --- tables and charts ------------------------------------------------------------------------------------------------
-
-
 def _quality(task: str, arms: Sequence[dict[str, Any]], short: Mapping[str, str]) -> Scores:
     """Every metric of a task, the best arm first."""
     rows = []
     for metric, one in arms[0]["tasks"][task].items():
         sign = -1 if one["higher_is_better"] else 1
         several = len(arms[0]["tasks"][task]) > 1
-        top = one["maximum"] or max(arm["tasks"][task][metric]["mean"] for arm in arms) * 1.1 or None
+        largest = max(arm["tasks"][task][metric]["mean"] for arm in arms)
+        top = 1.0 if one["maximum"] == 1.0 else 1.5 * largest if largest > 0 else None
         for arm in sorted(arms, key=lambda arm: sign * arm["tasks"][task][metric]["mean"]):
             found = arm["tasks"][task][metric]
             ends = found["interval_95"]
@@ -174,27 +132,45 @@ def _plots(arms: Sequence[dict[str, Any]], short: Mapping[str, str], tasks: Sequ
             dots = []
             for arm in arms:
                 found = arm["tasks"][task][metric]
+                each = [scale * value for value in found["per_seed"].values()]
                 low, high = (scale * end for end in found["interval_95"]) if found["interval_95"] else (None, None)
-                dots.append(Dot(short[arm["name"]], cost(arm), scale * found["mean"], low, high))
+                dots.append(Dot(short[arm["name"]], cost(arm), scale * found["mean"], low, high, each))
             plots.append(Scatter(f"{task} against {title}", dots, label, unit))
     return plots
 
 
-def _losses(finished: Sequence[Spec], short: Mapping[str, str]) -> Curve:
-    """The loss of every arm, mean over its seeds, at the optimizer steps of all stages end to end."""
-    by_arm: dict[str, list[list[float]]] = {}
-    marks: list[Point | tuple[float, str]] = []
+def _losses(finished: Sequence[Spec], short: Mapping[str, str]) -> list[Curve]:
+    """The loss of every arm, mean over its seeds, against the steps of all stages end to end and against their time."""
+    losses: dict[str, list[list[float]]] = {}
+    seconds: dict[str, list[float]] = {}
     for spec in finished:
         rows = metrics.read(spec.run.out / "metrics.csv")
-        by_arm.setdefault(spec.arm, []).append([float(row["loss"]) for row in rows])
-        if not marks:
+        losses.setdefault(spec.arm, []).append([float(row["loss"]) for row in rows])
+        if spec.arm not in seconds:
+            seconds[spec.arm] = _clock(spec.measurements()["training"]["stages"])
             stages = [row["stage"] for row in rows]
-            marks = [(float(stages.index(stage.name)), stage.name) for stage in spec.run.stages if stage.name in stages]
-    series = {}
-    for arm, curves in by_arm.items():
+    marks = [(float(stages.index(name)), name) for name in dict.fromkeys(stages)]
+    by_step, by_time = dict[str, list[Point]](), dict[str, list[Point]]()
+    for arm, curves in losses.items():
         means = [math.fsum(values) / len(values) for values in zip(*curves, strict=False)]
-        series[short[arm]] = list(enumerate(_running_mean(means), 1))
-    return Curve("Training loss", series, "optimizer step", "loss", log_y=True, marks=marks)  # type: ignore[arg-type]
+        smooth = _running_mean(means)
+        by_step[short[arm]] = [(float(step), value) for step, value in enumerate(smooth, 1)]
+        by_time[short[arm]] = list(zip(seconds[arm], smooth, strict=False))
+    return [
+        Curve("Training loss against steps", by_step, "optimizer step", "loss", log_y=True, marks=marks),
+        Curve("Training loss against time", by_time, "seconds", "loss", log_y=True),
+    ]
+
+
+def _clock(stages: Sequence[dict[str, Any]]) -> list[float]:
+    """Seconds after each step of all stages."""
+    now, times = 0.0, []
+    for stage in stages:
+        per_step = stage["images"] / stage["images_per_second"] / stage["steps"]
+        for _ in range(stage["steps"]):
+            now += per_step
+            times.append(now)
+    return times
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
@@ -205,6 +181,15 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 def _table(title: str, rows: Sequence[Sequence[str]], short: Mapping[str, str], note: str) -> Table:
     head, *body = rows
     return Table(title, ["", *head[1:]], [[short[row[0]], *row[1:]] for row in body], note)
+
+
+def _probe_note(arms: Sequence[dict[str, Any]], short: Mapping[str, str]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for arm in arms:
+        if arm["no_zero_shot"]:
+            reasons.setdefault(arm["no_zero_shot"], []).append(short[arm["name"]])
+    told = [f"No zero-shot for {', '.join(who)}: {why}." for why, who in reasons.items()]
+    return " ".join([PROBE_NOTE, *told])
 
 
 def _pairs(result: dict[str, Any], short: Mapping[str, str]) -> list[Section]:
@@ -273,11 +258,14 @@ def _matching(result: dict[str, Any], short: Mapping[str, str]) -> Table:
 
 
 def _galleries(
-    finished: Sequence[Spec], tasks: Mapping[str, Sequence[Example]], metrics_of: Mapping[str, Any]
+    finished: Sequence[Spec],
+    tasks: Mapping[str, Sequence[Example]],
+    metrics_of: Mapping[str, Any],
+    short: Mapping[str, str],
 ) -> list[Section]:
     sections: list[Section] = []
     for task, examples in tasks.items():
-        found = cards(finished, task, next(iter(metrics_of[task])), examples, CARDS // len(tasks))
+        found = cards(finished, task, next(iter(metrics_of[task])), examples, CARDS // len(tasks), short)
         if found:
             note = f"Items on which towers differ, drawn at random (one seed: {finished[0].seed})."
             sections.append(Gallery(found, title=f"Where towers disagree: {task}", note=note))

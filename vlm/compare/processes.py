@@ -132,13 +132,15 @@ class _Active:
 def slots(jobs: int | None, gpus: Sequence[str]) -> list[Slot]:
     """Places for `jobs` runs at once (by default one per GPU, or one).
 
-    GPUs are dealt out like cards; with more jobs than GPUs they share. Without GPUs the cores are shared equally.
+    GPUs are dealt out like cards; with more jobs than GPUs they share. Without GPUs the cores are shared equally,
+    unless OMP_NUM_THREADS says how many threads a run has.
     """
     count = jobs or max(1, len(gpus))
     if gpus:
         own = [list(gpus[i::count]) or [gpus[i % len(gpus)]] for i in range(count)]
         return [Slot({"CUDA_VISIBLE_DEVICES": ",".join(ids)}, None, f"GPU {','.join(ids)}") for ids in own]
-    threads = max(1, num_cores() // count)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(given) if given.isdecimal() and int(given) else max(1, num_cores() // count)
     environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return [Slot(environment, threads, "1 thread" if threads == 1 else f"{threads} threads")] * count
 

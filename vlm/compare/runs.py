@@ -89,7 +89,7 @@ def make_specs(
 def claim(spec: Spec) -> None:
     """Make the folder of a run, or check that the one there is of the same run. Raises `ConfigError`."""
     path = spec.folder / SPEC
-    new = settings.to_dict(spec)
+    new, old = settings.to_dict(spec), None
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
         diff = differences(_identity(old), _identity(new))
@@ -98,8 +98,9 @@ def claim(spec: Spec) -> None:
                 f"{spec.folder} holds a run with other settings; use another --out, undo this, or delete that folder to"
                 f" run it again:\n{diff}"
             )
-    spec.folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, new)
+    if old != new:
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, new)
 
 
 def read(path: Path) -> Spec:

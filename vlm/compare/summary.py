@@ -82,6 +82,7 @@ def _arm(matched: Matched, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "training": _execution([run["training"] for run in runs]),
         "inference": _execution([run["inference"] for run in runs]),
         "probes": _probes(runs),
+        "no_zero_shot": (first.get("probes") or {}).get("no_zero_shot"),
     }
 
 
@@ -193,7 +194,8 @@ def verdict(task: str, arms: Sequence[dict[str, Any]], pairs: Sequence[dict[str,
     metric = next(iter(arms[0]["tasks"][task]))
     sign = 1 if arms[0]["tasks"][task][metric]["higher_is_better"] else -1
     best = max(arms, key=lambda arm: sign * arm["tasks"][task][metric]["mean"])
-    worse, open_ = [], []
+    worse: list[str] = []
+    open_: list[str] = []
     for arm in arms:
         if arm is best:
             continue

@@ -7,6 +7,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from vlm.compare.answer import answer, names
+
 PROBES = {"knn": "k-NN", "linear": "linear", "zero_shot": "zero-shot"}
 
 
@@ -15,14 +17,11 @@ def text(result: dict[str, Any]) -> str:
     arms = [arm for arm in result["arms"] if arm["seeds"]]
     blocks = [_grid(quality(arms)), _grid(cost(arms))]
     if any(arm["probes"] for arm in arms):
-        blocks.append("Towers alone, before -> after training (% of labelled test images)\n" + _grid(probes(arms)))
-    if max(len(arm["seeds"]) for arm in arms) < 2:
-        blocks.append("One seed: no interval over seeds can be given. Add some with --seeds 0 1 2.")
+        blocks.append("Towers alone, before → after training (% of labelled test images)\n" + _grid(probes(arms)))
     blocks.append(fixed_lines(result))
     if result["pairs"]:
         blocks.append(f"{pairs_note(result)}\n" + "\n".join(pair["says"] for pair in result["pairs"]))
-    if result["failed"]:
-        blocks.append("\n".join(["Failed:", *(f"  {name}: {why}" for name, why in result["failed"].items())]))
+    blocks.append("\n".join(answer(result, names(arms))))
     return "\n\n".join(blocks)
 
 
@@ -80,7 +79,7 @@ def _probe(found: dict[str, Any] | None) -> str:
         return "-"
     change = found["change"]
     half = "" if change["half_width"] is None else f" ± {100 * change['half_width']:.1f}"
-    return f"{100 * found['before']:.1f} -> {100 * found['after']['mean']:.1f} ({100 * change['mean']:+.1f}{half})"
+    return f"{100 * found['before']:.1f} → {100 * found['after']['mean']:.1f} ({100 * change['mean']:+.1f}{half})"
 
 
 def fixed_lines(result: dict[str, Any]) -> str:
@@ -89,7 +88,7 @@ def fixed_lines(result: dict[str, Any]) -> str:
     if broken:
         lines = [f"  {item['what']}: {item['detail']}" for item in broken]
         return "\n".join(["NOT HELD FIXED, so nothing is said about which is better:", *lines])
-    lines = [f"Held fixed: {', '.join(item['what'] for item in result['held_fixed'])}."]
+    lines = [f"Held fixed: {'; '.join(item['what'] for item in result['held_fixed'])}."]
     other = [f"  {item['what']}: {item['detail']}" for item in result["conditions"] if not item["held"]]
     if other:
         lines += ["Speeds and memory were measured under different conditions:", *other]
@@ -100,7 +99,7 @@ def pairs_note(result: dict[str, Any]) -> str:
     """What the p values rest on."""
     return (
         "Pairs, on the same test items (bootstrap and sign-flip test over images; p corrected by Holm over"
-        f" {len(result['pairs'])} tests):"
+        f" {len(result['pairs'])} tests), for the seeds that were trained:"
     )
 
 
@@ -115,7 +114,7 @@ def number(value: float) -> str:
     """Three digits that count, without exponents."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+    return f"{value:.3g}"
 
 
 def _grid(rows: Sequence[Sequence[str]]) -> str:

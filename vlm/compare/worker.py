@@ -53,7 +53,9 @@ def serve() -> None:
     # The comparison decides when to stop; a signal to the whole group must not end the runs before they have saved.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-    # Imported once, for all. Nothing may be computed here: threads and CUDA contexts do not survive a fork.
+    # Imported once, for all. Nothing may be computed here: threads and CUDA contexts do not survive a fork. Not even a
+    # library that asks whether there is a GPU may start CUDA.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import vlm.compare.measure
     import vlm.train.stages  # noqa: F401
 
@@ -121,7 +123,7 @@ def _become(request: dict[str, Any], server: int) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Be killed when the parent process ends (Linux); elsewhere a run's lock refuses the next start until it is over."""
+    """Be killed when the parent process ends (Linux); elsewhere a run's lock refuses the next start until then."""
     if not Path("/proc/self").exists():
         return
     import ctypes

@@ -39,13 +39,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Dot:
-    """A named point of a scatter plot, with a whisker from `low` to `high` where they are given."""
+    """A named point of a scatter plot, with a whisker from `low` to `high` where they are given.
+
+    Attributes:
+        each: values behind `y`, such as one per seed, drawn as small marks beside it.
+    """
 
     name: str
     x: float
     y: float
     low: float | None = None
     high: float | None = None
+    each: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class Scatter:
 
     Attributes:
         title: heading above the chart.
-        dots: one per name; those of one x are set side by side, so that all whiskers are seen.
+        dots: one per name; those of one x are set side by side, so that all whiskers are seen. The y axis is made for
+            `y` and `each`: whiskers much wider than these are cut at the frame, and have no cap there.
         x_label, y_label: axis names; say the unit.
     """
 
@@ -105,18 +111,25 @@ def draw_scatter(scatter: Scatter) -> str:
     """The chart as a self-contained `<svg>` element followed by its legend."""
     if not scatter.dots:
         return '<p class="empty">no points to draw</p>'
-    heights = [y for dot in scatter.dots for y in (dot.y, dot.low, dot.high) if y is not None]
-    # A little room at both ends, so that no point sits on the frame.
+    core = [y for dot in scatter.dots for y in (dot.y, *dot.each)]
+    room = max(max(core) - min(core), 0.02 * max(map(abs, core)))
+    floor, ceiling = min(core) - room, max(core) + room
+    if min(core) >= 0:  # scores that cannot be negative
+        floor = max(0.0, floor)
+    ends = [y for dot in scatter.dots for y in (dot.low, dot.high) if y is not None]
+    heights = [*core, *(min(max(y, floor), ceiling) for y in ends)]
     xs = [dot.x for dot in scatter.dots]
-    room = (max(xs) - min(xs)) * 0.06
-    x_axis = _axis([min(xs) - room, max(xs) + room], _LEFT, _WIDTH - _RIGHT)
+    margin = (max(xs) - min(xs)) * 0.06  # so that no point sits on the frame
+    x_axis = _axis([min(xs) - margin, max(xs) + margin], _LEFT, _WIDTH - _RIGHT)
     y_axis = _axis(heights, _HEIGHT - _BOTTOM, _TOP)
     parts = [_grid(x_axis, y_axis, Curve(scatter.title, {}, scatter.x_label, scatter.y_label))]
     for index, (dot, x) in enumerate(zip(scatter.dots, _side_by_side([x_axis.at(x) for x in xs]), strict=True)):
         if dot.low is not None and dot.high is not None:
-            top, bottom = y_axis.at(dot.high), y_axis.at(dot.low)
-            line = f"M{x - 4:.1f},{top:.1f}h8M{x:.1f},{top:.1f}V{bottom:.1f}M{x - 4:.1f},{bottom:.1f}h8"
-            parts.append(f'<path d="{line}" stroke="{_colour(index)}" stroke-width="1.5" fill="none"/>')
+            parts.append(_whisker(index, x, y_axis, dot.low, dot.high))
+        parts += [
+            f'<circle cx="{x + 9:.1f}" cy="{y_axis.at(y):.1f}" r="2" fill="{_colour(index)}" opacity=".7"/>'
+            for y in dot.each
+        ]
         parts.append(_symbol(index, x, y_axis.at(dot.y)))
     label = escape(scatter.title)
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
@@ -127,7 +140,17 @@ def draw_scatter(scatter: Scatter) -> str:
     return svg + f'<div class="legend">{"".join(keys)}</div>'
 
 
-def _side_by_side(places: Sequence[float], gap: float = 12) -> list[float]:
+def _whisker(index: int, x: float, axis: _Axis, low: float, high: float) -> str:
+    """A line between two values; an end outside the frame has no cap."""
+    top, bottom = axis.at(min(high, axis.high)), axis.at(max(low, axis.low))
+    line = f"M{x:.1f},{top:.1f}V{bottom:.1f}"
+    for value, y in ((high, top), (low, bottom)):
+        if axis.low <= value <= axis.high:
+            line += f"M{x - 4:.1f},{y:.1f}h8"
+    return f'<path d="{line}" stroke="{_colour(index)}" stroke-width="1.5" fill="none"/>'
+
+
+def _side_by_side(places: Sequence[float], gap: float = 22) -> list[float]:
     """Pixels moved apart where several are closer than `gap`, each group around its middle."""
     moved, order = list(places), sorted(range(len(places)), key=lambda i: places[i])
     group: list[int] = []

@@ -262,7 +262,7 @@ def write_report(
     subtitle: str = "",
     stats: Sequence[Stat] = (),
     summary: Sequence[Score] = (),
-    curves: Sequence[Curve | Figure | ImageLike] = (),
+    curves: Sequence[Curve | Scatter | Figure | ImageLike] = (),
     gallery: Sequence[GalleryItem] = (),
     sections: Sequence[Section] = (),
     footer: Sequence[str] = (),

@@ -162,7 +162,9 @@ def make_tower(config: ModelConfig) -> Choice:
 
 
 def _towers(config: ModelConfig) -> Any:
-    return [_tower(one, config.encoder_kind) for one in config.encoder] if isinstance(config.encoder, list) else _tower(config.encoder, config.encoder_kind)
+    if isinstance(config.encoder, list):
+        return [_tower(one, config.encoder_kind) for one in config.encoder]
+    return _tower(config.encoder, config.encoder_kind)
 
 
 def _tower_settings(config: ModelConfig) -> dict[str, Any]:
