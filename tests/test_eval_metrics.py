@@ -11,7 +11,7 @@ import pytest
 
 from vlm.errors import ConfigError, DataError
 from vlm.eval import metrics
-from vlm.eval.metrics import captions, exact, tokenizer, vqa
+from vlm.eval.metrics import captions, exact, ptb, vqa
 
 DATA = Path(__file__).parent / "data"
 CAPTION_FILES = json.loads((DATA / "golden_captions.json").read_text(encoding="utf-8"))["files"]
@@ -92,7 +92,7 @@ def test_vqa_contraction_table_has_the_size_of_the_official_one() -> None:
     ],
 )
 def test_tokenizer(text: str, tokens: str) -> None:
-    assert tokenizer.tokenize(text) == tokens
+    assert ptb.tokenize(text) == tokens
 
 
 def _slow_lcs(a: list[str], b: list[str]) -> int:

@@ -6,9 +6,9 @@
 """
 
 from . import captions, exact, vqa
+from .ptb import tokenize
 from .registry import Metric, compute, expand, get, names, register
 from .result import MetricResult, bootstrap
-from .tokenizer import tokenize
 
 __all__ = [
     "Metric",

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlm.errors import DataError
 
-from . import tokenizer
+from . import ptb
 from .registry import Predictions, References, register
 from .result import MetricResult, bootstrap, mean_of
 
@@ -150,13 +150,13 @@ def _similarity(said: _Vector, gold: _Vector) -> float:
 
 # --- Registered metrics ---------------------------------------------------------------------------------------------
 
-_TOKENS = f"tokenizer {tokenizer.VERSION} (equal to PTBTokenizer on plain English text only)"
-_VERSION = f"1+{tokenizer.VERSION}"
+_TOKENS = f"tokenizer {ptb.VERSION} (equal to PTBTokenizer on plain English text only)"
+_VERSION = f"1+{ptb.VERSION}"
 
 
 def _tokenised(predictions: Predictions, references: References) -> tuple[list[str], list[list[str]]]:
-    said = [tokenizer.tokenize(predictions[key]) for key in references]
-    return said, [[tokenizer.tokenize(text) for text in texts] for texts in references.values()]
+    said = [ptb.tokenize(predictions[key]) for key in references]
+    return said, [[ptb.tokenize(text) for text in texts] for texts in references.values()]
 
 
 def _bleu_metric(n: int, predictions: Predictions, references: References) -> MetricResult:
