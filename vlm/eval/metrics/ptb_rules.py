@@ -158,7 +158,7 @@ _NEXT_SENTENCE = rf"{_SP}+(?:{_STARTS}|{_TAG})(?:{_SP}|\n)"
 _rule("Co. Ltd", "a", rf"((?:co|{_PTY})\.){_SP}(?:Ltd|Lim)", _same)
 _rule("abbreviation ends", "a", rf"({_ENDING}){_ENDS}", _ends_sentence)
 # Whatever follows counts as looked at, so "co.w" is "co." and "w", though words joined by a dot are one token.
-_rule("abbreviation", "a", rf"({_ENDING})(?s:[^{_ALNUM}].|.[^{_ALNUM}]|.)", _same)
+_rule("abbreviation", "a", rf"({_ENDING})(?s:[^{_ALNUM}{_MARK_CHARS}].|.[^{_ALNUM}{_MARK_CHARS}]|.)", _same)
 _rule("title", "a", rf"(?:{_any_of(ptb_words.KEEPS_DOT)}|(?-i:[Mm][ft]g))\.", _same)
 _rule("number word", "a", rf"({_any_of(ptb_words.DOT_BEFORE_NUMBER)}\.){_SP}?{_D}", _same)
 _rule("acronym ends", "a", rf"({_ACRONYM}){_NEXT_SENTENCE}", _ends_sentence)
@@ -189,7 +189,7 @@ _rule("before not", "a", f"([a-z{SOFT_HYPHEN}]*[a-mo-z]{SOFT_HYPHEN}*)n{_APOS_LO
 _rule("clitic", "'\x92\u2019&", f"({_APOS}(?:[msd]|re|ve|ll))[^a-z]", _plain_apostrophe)
 _rule("bare clitic", "\x92\u2019&", "(?:[\x92\u2019]|&apos;)(?:[msd]|re|ve|ll)", _plain_apostrophe)
 _rule("d' j' l'", "a", f"[djl]{_APOS}", _same)
-_rule("y'", "a", f"(y{_APOS})[A-Za-z{_LETTER_CHARS}{_MARK_CHARS}]", _same)
+_rule("y'", "a", f"(y{_APOS}){_LETTER}", _same)
 _rule("X'xx", "a", f"(?-i:[A-HJ-XZn]){_APOS_LOOSE}{_LETTER}{{2,}}")
 _rule("xO'X", "a", f"[a-z]+(?-i:O){_APOS_LOOSE}(?-i:[A-Z])[a-z]+")
 _rule("prefix-", "a", "(?:pro|anti)-")
@@ -207,10 +207,11 @@ _rule("US$", "a", r"(?-i:[A-Z]+)\$", _same)
 _URL = r"[^ \t\n\r\f\"<>|(){}]"
 _URL_END = r"[^ \t\n\r\f\"<>|(){}.!?,-]"
 _rule("http", "a", rf"https?://{_URL}+{_URL_END}", _same)
+_PATH = rf"[^ \t\n\r\f\"<>|()]+{_URL_END}"
 _HOST = r"[^ \t\n\r\f\"<>|(){}.!?,]"
-_rule("www", "a", rf"www\.(?:{_HOST}+\.)+[a-z]{{2,4}}(?:/{_URL}+{_URL_END})?", _same)
+_rule("www", "a", rf"www\.(?:{_HOST}+\.)+[a-z]{{2,4}}(?:/{_PATH})?", _same)
 _BARE = r"[^ \t\n\r\f\"'`<>|(){}.!?$,-_]"
-_rule("bare host", "*", rf"(?-i:(?:{_BARE}+\.)+)(?:com|net|org|edu)(?:/{_URL}+{_URL_END})?", _same)
+_rule("bare host", "*", rf"(?-i:(?:{_BARE}+\.)+)(?:com|net|org|edu)(?:/{_PATH})?", _same)
 _rule("@name", "@", "@[a-z_][a-z_0-9]*", _same)
 _rule("#tag", "#", f"#{_L}+", _same)
 _STEM = f"[{_ALNUM}{SOFT_HYPHEN}]+"
@@ -219,9 +220,8 @@ _rule("file", "a0", rf"({_FILE})(?:{_SP}|[\n.?!,])", _same)
 
 # Numbers.
 _SLASH = r"(?:\\?/|\u2044)"
-_DIGITS = f"[{_DIGIT_CHARS}{SOFT_HYPHEN}]*{_D}"
-_MORE_DIGITS = f"{_D}(?:[{_DIGIT_CHARS}{SOFT_HYPHEN}]*{_D})?"
-_GROUP = f"[.:,\u066b\u066c]{_MORE_DIGITS}"
+_DIGITS = f"(?:{SOFT_HYPHEN}?{_D})+"
+_GROUP = f"[.:,\u066b\u066c]{_D}(?:{SOFT_HYPHEN}?{_D})*"
 _rule("number", "0+-.:,\u066b\u066c", rf"[-+]?(?:{_DIGITS}(?:{_GROUP})*|(?:{_GROUP})+)")
 _rule("date", "0", f"{_D}{{1,2}}[-/]{_D}{{1,2}}[-/]{_D}{{2,4}}", _same)
 _rule("fraction", "0", f"(?:{_D}{{1,4}}[- \u00a0])?{_D}{{1,4}}{_SLASH}{_D}{{1,4}}", _no_break_brackets)

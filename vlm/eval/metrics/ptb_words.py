@@ -10,8 +10,6 @@ KEEPS_DOT = """
 """.split()
 """Titles and the like: the dot belongs to the word wherever it stands."""
 
-KEEPS_DOT_AS_SPELT = ("Mfg", "mfg", "Mtg", "mtg")
-
 MAY_END_SENTENCE = """
     al ala apr ariz assn aug bancorp bhd bldg blvd bros calif co colo conn corp cos ct dak dec esq est etc ext feb
     fla fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla penn
@@ -19,14 +17,14 @@ MAY_END_SENTENCE = """
 """.split()
 """As above, but before a capital (or a tag) the dot also ends the sentence."""
 
-MAY_END_SENTENCE_CAPITAL = "ariz ark az del ill la mass miss ore pa tex wash".split()
+MAY_END_SENTENCE_CAPITAL = "ark az del ill la mass miss ore pa tex wash".split()
 """As above where the first letter is a capital: "Ore. coast", but "ore. mine"."""
 
 DOT_BEFORE_NUMBER = "art ca fig figs no nos op p pp prop".split()
 """The dot belongs to the word only before a digit: "no. 5"."""
 
 SENTENCE_STARTS = """
-    A According Additionally After An As At But Cannot Earlier He Her Here However If In It Last Many More Mr. Ms.
+    A According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr. Ms.
     Now Once One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet
     You
 """.split()
