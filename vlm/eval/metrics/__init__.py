@@ -5,7 +5,8 @@
 1.0
 """
 
-from . import captions, exact, vqa
+from . import captions, exact, official, vqa
+from .official import crosscheck
 from .ptb import tokenize
 from .registry import Metric, compute, expand, get, names, register
 from .result import MetricResult, bootstrap
@@ -16,10 +17,12 @@ __all__ = [
     "bootstrap",
     "captions",
     "compute",
+    "crosscheck",
     "exact",
     "expand",
     "get",
     "names",
+    "official",
     "register",
     "tokenize",
     "vqa",

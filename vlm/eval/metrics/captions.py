@@ -17,7 +17,7 @@ import numpy as np
 from vlm.errors import DataError
 
 from . import ptb
-from .registry import Predictions, References, register
+from .registry import MetricFunction, Predictions, References, register
 from .result import MetricResult, bootstrap, mean_of
 
 MAX_N = 4
@@ -150,7 +150,7 @@ def _similarity(said: _Vector, gold: _Vector) -> float:
 
 # --- Registered metrics ---------------------------------------------------------------------------------------------
 
-_TOKENS = f"tokenizer {ptb.VERSION} (equal to PTBTokenizer on plain English text only)"
+_TOKENS = f"tokenizer {ptb.VERSION} (the official PTBTokenizer 3.4.1 and punctuation list, each caption alone)"
 _VERSION = f"1+{ptb.VERSION}"
 
 
@@ -220,3 +220,13 @@ def cider(predictions: Predictions, references: References) -> MetricResult:
         "the interval keeps the frequencies fixed"
     )
     return MetricResult("cider", value, scores, rule, _VERSION, interval, maximum=10.0)
+
+
+METRICS: dict[str, MetricFunction] = {
+    "bleu_1": bleu_1,
+    "bleu_2": bleu_2,
+    "bleu_3": bleu_3,
+    "bleu_4": bleu_4,
+    "rouge_l": rouge_l_metric,
+    "cider": cider,
+}

@@ -23,10 +23,11 @@ _DROPPED = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", 
 # What the rules see after a caption: the golden values were made with a second line "zz", and every real file goes on.
 _NEXT_LINE = "\nzz"
 _LINE_SEPARATORS = dict.fromkeys(map(ord, "\n\r\v\f\u2028\u2029"), " ")
+_INSIDE_WORD = dict.fromkeys(map(ord, "0123456789_-"), "\u00b7")
 _BEYOND_16_BITS = re.compile("[\U00010000-\U0010ffff]")
-# A word of ASCII letters before a blank, or before a comma and a blank. No rule reaches over the blank from there, so
-# it is a token unless it is one of the words that are split; `tokens(..., shortcut=False)` does without.
-_ORDINARY = re.compile("([A-Za-z]+)(,?) ")
+# A word of ASCII letters before a blank, or before a comma and a blank, with all blanks that follow. No rule reaches
+# over a blank from there, so it is a token unless it is one of the words that are split.
+_ORDINARY = re.compile(f"([A-Za-z]+)(,?) [{ptb_rules.SPACES}]*")
 _SPLIT = frozenset(first + second for first, second in ptb_words.ASSIMILATED)
 
 _Compiled = tuple[re.Pattern[str], Emit, bool]  # the pattern, its emit, whether it has a group
@@ -78,7 +79,13 @@ def _longest(text: str, at: int) -> tuple[int, list[str]]:
 def _lower(token: str) -> str:
     if token.isascii():
         return token.lower()
-    return token.encode("utf-16", "surrogatepass").decode("utf-16", "replace").lower()
+    token = token.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if "Σ" not in token or "İ" in token:
+        return token.lower()
+    # Java takes digits, underscores and hyphens for parts of the word when it asks whether a sigma is the last letter;
+    # Python would not, so they are hidden behind a character that both look through.
+    lowered = token.translate(_INSIDE_WORD).lower()
+    return "".join(char if ord(char) in _INSIDE_WORD else low for char, low in zip(token, lowered, strict=True))
 
 
 def _surrogates(match: re.Match[str]) -> str:

@@ -31,7 +31,7 @@ SOFT_HYPHEN = "\u00ad"
 _LETTER_CHARS = _ranges(ptb_chars.LETTERS)
 _MARK_CHARS = _ranges(ptb_chars.MARKS)
 _DIGIT_CHARS = "0-9" + _ranges(ptb_chars.DIGITS)
-_SPACE_CHARS = " \\t\\u00a0\\u2000-\\u200a\\u3000"
+SPACES = " \\t\\u00a0\\u2000-\\u200a\\u3000"
 
 _LETTER = f"[A-Za-z{_LETTER_CHARS}]"
 _ENTITY = r"&[aeiou](?:acute|grave|uml);"
@@ -40,7 +40,7 @@ _L = f"(?:[A-Za-z{SOFT_HYPHEN}{_LETTER_CHARS}{_MARK_CHARS}]|{_ENTITY})"
 _LD = f"(?:[A-Za-z{SOFT_HYPHEN}{_LETTER_CHARS}{_MARK_CHARS}{_DIGIT_CHARS}]|{_ENTITY})"
 _ALNUM = f"A-Za-z{_LETTER_CHARS}{_DIGIT_CHARS}"
 _A = f"[{_ALNUM}]"
-_SP = f"[{_SPACE_CHARS}]"
+_SP = f"[{SPACES}]"
 _APOS = r"(?:['\x92\u2019]|&apos;)"
 _APOS_LOOSE = r"(?:['`\x91\x92\u2018\u2019\u201b]|&apos;)"
 _CAPITAL = f"(?-i:[A-Z{_ranges(ptb_chars.CAPITALS)}])"
@@ -128,11 +128,12 @@ def _any_of(words: Sequence[str], apostrophe: str = "'") -> str:
     return "(?:" + "|".join(re.escape(word).replace("'", apostrophe) for word in longest_first) + ")"
 
 
+_rule("blanks", " \t\u00a0\u3000" + "".join(map(chr, range(0x2000, 0x200B))), f"{_SP}+", _nothing)
+
 # Markup. A tag is one token, with its blanks, if its attributes look plausible.
 _NAME = r"[a-z][a-z0-9_:.-]*"
-_WS = r"[ \t\r\n]"
-_ATTRIBUTE = rf"{_WS}+{_NAME}(?:{_WS}*=\s*(?:'[^']*'|\"[^\"]*\"))?"
-_TAG = rf"<(?:/{_NAME}{_WS}*|{_NAME}(?:{_ATTRIBUTE})*{_WS}*/?{_WS}*|_|[!?][a-z-][^>]*)>"
+_ATTRIBUTE = rf" +{_NAME}(?: *= *(?:'[^']*'|\"[^\"]*\"))?"
+_TAG = rf"<(?:/{_NAME} *|{_NAME}(?:{_ATTRIBUTE})* */? *|_|[!?][a-z-][^>]*)>"
 _rule("tag", "<", _TAG, _no_break)
 _rule("dash entity", "&", "&(?:MD|mdash|ndash);", _always("--"))
 _rule("&amp;", "&", "&amp;", _always("&"))
@@ -159,9 +160,9 @@ _rule("Co. Ltd", "a", rf"((?:co|{_PTY})\.){_SP}(?:Ltd|Lim)", _same)
 _rule("abbreviation ends", "a", rf"({_ENDING}){_ENDS}", _ends_sentence)
 # Whatever follows counts as looked at, so "co.w" is "co." and "w", though words joined by a dot are one token.
 _rule("abbreviation", "a", rf"({_ENDING})(?s:[^{_ALNUM}{_MARK_CHARS}].|.[^{_ALNUM}{_MARK_CHARS}]|.)", _same)
-_rule("title", "a", rf"(?:{_any_of(ptb_words.KEEPS_DOT)}|(?-i:[Mm][ft]g))\.", _same)
+_rule("title", "a", rf"(?:{_any_of(ptb_words.KEEPS_DOT)}|cont'd|(?-i:[Mm][ft]g))\.", _same)
 _rule("number word", "a", rf"({_any_of(ptb_words.DOT_BEFORE_NUMBER)}\.){_SP}?{_D}", _same)
-_rule("acronym ends", "a", rf"({_ACRONYM}){_NEXT_SENTENCE}", _ends_sentence)
+_rule("acronym ends", "a", rf"({_ACRONYM}|non-U\.S\.|U\.S\.-U\.K\.){_NEXT_SENTENCE}", _ends_sentence)
 _rule("acronym", "a", _ACRONYM, _same)
 _rule("letter ends", "a", rf"([a-z])\.{_NEXT_SENTENCE}", _same)
 _rule("letter.", "a", r"[a-z]\.", _same)
@@ -178,6 +179,7 @@ for _first, _second in ptb_words.ASSIMILATED:
 _rule("'t is", "'", "('t)is", _same)
 _rule("'t was", "'", "('t)was", _same)
 _rule("apostrophe inside", "a", _any_of(ptb_words.APOSTROPHE_INSIDE, _APOS), _same)
+_rule("o'o", "a", f"o{_APOS_LOOSE}o", _same)
 _rule("before clitic", "a", f"({_WORD}){_APOS}(?:[msd]|re|ve|ll)")
 _rule("vowel'vowel", "a", f"{_LETTER}+[aeiouy]{_APOS_LOOSE}(?-i:[aeiouA-Z]){_LETTER}*")
 _rule("apostrophe first", "'\x92\u2019&", _any_of(ptb_words.APOSTROPHE_FIRST, _APOS), _same)

@@ -34,7 +34,7 @@ ASSIMILATED = (("can", "not"), ("gon", "na"), ("got", "ta"), ("wan", "na"), ("le
 """Two words written as one."""
 
 APOSTROPHE_INSIDE = """
-    c'est c'mon cap'n d'ye e'er ev'ry li'l nat'l nor'easter o'o s'mores
+    c'est c'mon cap'n d'ye e'er ev'ry li'l nat'l nor'easter s'mores
 """.split()
 APOSTROPHE_FIRST = "'cause 'em 'n 'n' 'til 'till".split()
 APOSTROPHE_LAST = "dunkin' ol' somethin'".split()
