@@ -6,7 +6,6 @@ where they differ. SPICE is left out: it needs model files of 2015 that are no l
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import shutil
 from dataclasses import dataclass
@@ -30,12 +29,16 @@ def missing() -> str | None:
     return None
 
 
-def _scorer(wanted_for: str, module: str, name: str) -> Any:
-    """A new scorer object of the official package; ConfigError that says what to install if there is none."""
+def _require(wanted_for: str) -> None:
     lack = missing()
     if lack:
         raise ConfigError(f"{wanted_for} runs the official scorer, but {lack}")
-    return getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)()
+
+
+def _meteor_process() -> Any:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    return Meteor()
 
 
 @register("meteor", summary="METEOR 1.5 of pycocoevalcap; needs the extra `coco` and Java", reads="references")
@@ -46,7 +49,8 @@ def meteor(predictions: Predictions, references: References) -> MetricResult:
         ConfigError: pycocoevalcap or Java is missing.
         DataError: METEOR gave no answer.
     """
-    scorer = _scorer("meteor", "meteor.meteor", "Meteor")
+    _require("meteor")
+    scorer = _meteor_process()
     said = {key: [ptb.tokenize(predictions[key])] for key in references}
     golds = {key: [ptb.tokenize(text) for text in texts] for key, texts in references.items()}
     try:
@@ -101,6 +105,7 @@ def crosscheck(predictions: Predictions, references: References) -> CrosscheckRe
         ConfigError: pycocoevalcap or Java is missing.
         DataError: the ids differ, an item has no reference, or no reference holds a word.
     """
+    _require("crosscheck")
     check_pairs(predictions, references)
     ours = {name: captions.METRICS[name](predictions, references) for name in _COMPARED}
     said = {key: [predictions[key]] for key in references}
@@ -117,10 +122,10 @@ def crosscheck(predictions: Predictions, references: References) -> CrosscheckRe
 
 
 def _official_tokens(texts: dict[str, list[str]]) -> dict[str, list[str]]:
-    tokenizer = _scorer("crosscheck", "tokenizer.ptbtokenizer", "PTBTokenizer")
-    tokenised: dict[str, list[str]] = tokenizer.tokenize(
-        {key: [{"caption": text} for text in group] for key, group in texts.items()}
-    )
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    captions_of = {key: [{"caption": text} for text in group] for key, group in texts.items()}
+    tokenised: dict[str, list[str]] = PTBTokenizer().tokenize(captions_of)
     return tokenised
 
 
@@ -128,12 +133,16 @@ def _official_scores(
     golds: dict[str, list[str]], said: dict[str, list[str]]
 ) -> dict[str, tuple[float, dict[str, float]]]:
     """Metric name -> (corpus value, id -> score), for the six metrics that we compute, too."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
     scores: dict[str, tuple[float, dict[str, float]]] = {}
-    bleu_of_n, bleu_items = _scorer("crosscheck", "bleu.bleu", "Bleu").compute_score(golds, said, verbose=0)
+    bleu_of_n, bleu_items = Bleu(4).compute_score(golds, said, verbose=0)
     for n, (value, items) in enumerate(zip(bleu_of_n, bleu_items, strict=True), start=1):
         scores[f"bleu_{n}"] = value, dict(zip(golds, map(float, items), strict=True))
-    for name, module, kind in (("rouge_l", "rouge.rouge", "Rouge"), ("cider", "cider.cider", "Cider")):
-        value, items = _scorer("crosscheck", module, kind).compute_score(golds, said)
+    for name, scorer in (("rouge_l", Rouge()), ("cider", Cider())):
+        value, items = scorer.compute_score(golds, said)
         scores[name] = float(value), dict(zip(golds, map(float, items), strict=True))
     return scores
 

@@ -193,7 +193,6 @@ _rule("bare clitic", "\x92\u2019&", "(?:[\x92\u2019]|&apos;)(?:[msd]|re|ve|ll)",
 _rule("d' j' l'", "a", f"[djl]{_APOS}", _same)
 _rule("y'", "a", f"(y{_APOS}){_LETTER}", _same)
 _rule("X'xx", "a", f"(?-i:[A-HJ-XZn]){_APOS_LOOSE}{_LETTER}{{2,}}")
-_rule("xO'X", "a", f"[a-z]+(?-i:O){_APOS_LOOSE}(?-i:[A-Z])[a-z]+")
 _rule("prefix-", "a", "(?:pro|anti)-")
 _rule("word", "a", _WORD)
 _rule("thing", "a0", _THING)
