@@ -166,7 +166,8 @@ def test_crosscheck_finds_ours_equal() -> None:
     assert list(report.other_tokens) == [
         "Peculiar street sign showing intersection of 23 3/4 St and 8th Ave/CTH D."  # its neighbour begins with "A "
     ]
-    assert all(abs(row.ours - row.official) < 1e-9 and row.largest_difference < 1e-9 for row in report.metrics)
+    assert all(abs(row.ours - row.official) < 1e-9 for row in report.metrics)
+    assert all(abs(row.ours - row.same_tokens) < 1e-9 and row.largest_difference < 1e-9 for row in report.metrics)
 
 
 @pytest.mark.parametrize(
