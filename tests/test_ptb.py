@@ -82,7 +82,7 @@ def test_the_index_by_first_character_hides_no_rule() -> None:
     """`Rule.starts` only saves time: with every rule tried everywhere the tokens are the same."""
     hidden = []
     for text in strings()[::15]:
-        line = text.translate(ptb._LINE_SEPARATORS) + "\nzz"
+        line = ptb.one_line(text) + "\nzz"
         for at in range(len(line) - 3):
             tried = ptb._rules_for(line[at])
             for compiled in ptb._compiled():
@@ -95,7 +95,7 @@ def test_every_rule_decides_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     used: set[str] = set()
     texts = [text for name in ("probes", "mixed") for text, _ in load(DATA / "ptb" / f"{name}.json")]
     for text in texts:
-        line = text.translate(ptb._LINE_SEPARATORS) + "\nzz"
+        line = ptb.one_line(text) + "\nzz"
         at = 0
         while at < len(line) - 3:
             matches = [

@@ -117,7 +117,7 @@ def crosscheck(predictions: Predictions, references: References) -> CrosscheckRe
     other: dict[str, tuple[str, str]] = {}
     for texts, tokenised in ((said, official_said), (golds, official_golds)):
         for key in texts:
-            pairs = zip(texts[key], tokenised.get(key, []), strict=False)  # a line separator makes it drop captions
+            pairs = zip(texts[key], tokenised[key], strict=True)
             other |= {text: (ptb.tokenize(text), theirs) for text, theirs in pairs if ptb.tokenize(text) != theirs}
     official = _official_scores(official_golds, official_said)
     same_tokens = _official_scores(_our_tokens(golds), _our_tokens(said))
@@ -132,7 +132,8 @@ def _our_tokens(texts: dict[str, list[str]]) -> dict[str, list[str]]:
 def _official_tokens(texts: dict[str, list[str]]) -> dict[str, list[str]]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    captions_of = {key: [{"caption": text} for text in group] for key, group in texts.items()}
+    # A line separator inside a caption would shift all captions that follow, so it is a blank here, as it is for ours.
+    captions_of = {key: [{"caption": ptb.one_line(text)} for text in group] for key, group in texts.items()}
     tokenised: dict[str, list[str]] = PTBTokenizer().tokenize(captions_of)
     return tokenised
 

@@ -49,7 +49,7 @@ def tokens(text: str, *, shortcut: bool = True) -> list[str]:
     """
     if not text.isascii():
         text = _BEYOND_16_BITS.sub(_surrogates, text)
-    text = text.translate(_LINE_SEPARATORS)
+    text = one_line(text)
     end = len(text)
     text += _NEXT_LINE
     found: list[str] = []
@@ -63,6 +63,11 @@ def tokens(text: str, *, shortcut: bool = True) -> list[str]:
             at, emitted = _longest(text, at)
             found += emitted
     return [_lower(token) for token in found]
+
+
+def one_line(text: str) -> str:
+    """The text with every line separator made a blank."""
+    return text.translate(_LINE_SEPARATORS)
 
 
 def _longest(text: str, at: int) -> tuple[int, list[str]]:
