@@ -5,10 +5,11 @@
 1.0
 """
 
-from . import anls, aokvqa, boxes, captions, chartqa, choices, exact, pope, tallyqa, textvqa, vizwiz, vqa
+from . import anls, aokvqa, boxes, captions, chartqa, choices, exact, official, pope, tallyqa, textvqa, vizwiz, vqa
+from .official import crosscheck
+from .ptb import tokenize
 from .registry import Info, Metric, Predictions, References, compute, expand, get, names, register
 from .result import MetricResult, bootstrap
-from .tokenizer import tokenize
 
 __all__ = [
     "Info",
@@ -19,10 +20,12 @@ __all__ = [
     "bootstrap",
     "captions",
     "compute",
+    "crosscheck",
     "exact",
     "expand",
     "get",
     "names",
+    "official",
     "register",
     "tokenize",
     "vqa",

@@ -16,8 +16,8 @@ import numpy as np
 
 from vlm.errors import DataError
 
-from . import tokenizer
-from .registry import Predictions, References, register
+from . import ptb
+from .registry import MetricFunction, Predictions, References, register
 from .result import MetricResult, bootstrap, mean_of
 
 MAX_N = 4
@@ -150,13 +150,13 @@ def _similarity(said: _Vector, gold: _Vector) -> float:
 
 # --- Registered metrics ---------------------------------------------------------------------------------------------
 
-_TOKENS = f"tokenizer {tokenizer.VERSION} (equal to PTBTokenizer on plain English text only)"
-_VERSION = f"1+{tokenizer.VERSION}"
+_TOKENS = f"tokenizer {ptb.VERSION} (the official PTBTokenizer 3.4.1 and punctuation list, each caption alone)"
+_VERSION = f"1+{ptb.VERSION}"
 
 
 def _tokenised(predictions: Predictions, references: References) -> tuple[list[str], list[list[str]]]:
-    said = [tokenizer.tokenize(predictions[key]) for key in references]
-    return said, [[tokenizer.tokenize(text) for text in texts] for texts in references.values()]
+    said = [ptb.tokenize(predictions[key]) for key in references]
+    return said, [[ptb.tokenize(text) for text in texts] for texts in references.values()]
 
 
 def _bleu_metric(n: int, predictions: Predictions, references: References) -> MetricResult:
@@ -220,3 +220,13 @@ def cider(predictions: Predictions, references: References) -> MetricResult:
         "the interval keeps the frequencies fixed"
     )
     return MetricResult("cider", value, scores, rule, _VERSION, interval, maximum=10.0)
+
+
+METRICS: dict[str, MetricFunction] = {
+    "bleu_1": bleu_1,
+    "bleu_2": bleu_2,
+    "bleu_3": bleu_3,
+    "bleu_4": bleu_4,
+    "rouge_l": rouge_l_metric,
+    "cider": cider,
+}
