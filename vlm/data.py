@@ -10,7 +10,7 @@
     answers     answers of different people to the same question (a list of text)
     id          text or a whole number, unique in the file; the line number by default
 
-Other keys are left alone, unless they look like a misspelt one of these. Probes of a vision tower read
+Other keys are kept in `Example.info`, unless they look like a misspelt one of these. Probes of a vision tower read
 `{"image": ..., "label": ...}` instead.
 """
 
