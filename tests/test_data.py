@@ -264,7 +264,7 @@ def test_nothing_usable_is_refused_even_when_skipping(folder: Path) -> None:
     [
         (b"", "no annotation in the file"),
         (b"\n \n", "no annotation in the file"),
-        (gzip.compress(json.dumps(GOOD).encode()), "a compressed file; unpack it first"),
+        (gzip.compress(json.dumps(GOOD).encode(), mtime=0), "a compressed file; unpack it first"),
         (json.dumps(GOOD).encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         (json.dumps(GOOD).encode("utf-16-le"), "UTF-16 text; save it as UTF-8"),
         (json.dumps([GOOD], indent=1).encode(), "a JSON list; expected JSONL"),
