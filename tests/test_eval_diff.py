@@ -138,6 +138,27 @@ def test_a_metric_that_is_no_mean_is_computed_anew(tmp_path: Path) -> None:
     assert "scored anew" in one["method"]
 
 
+def test_an_unanswered_item_stays_wrong_in_every_resample(tmp_path: Path) -> None:
+    """A could decode no image but one, whose answer is wrong; B is right: the F1 is 0 against 1 on every draw."""
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(b"torn")
+    good = [replace(example, suffix="yes") for example in examples_of(list(COLOURS))]
+    bad = [good[0], *(replace(example, image=torn) for example in good[1:])]
+    for out, examples, said in (("a", bad, "no"), ("b", good, "yes")):
+        says = Says(dict.fromkeys((example.id for example in good), said))
+        evaluate(says, examples, "pope_f1", tmp_path / out, report=False, progress=False)
+    one = diff.compare(tmp_path / "a", tmp_path / "b")["metrics"]["pope_f1"]
+    assert (one["a"], one["b"], one["interval_95"]) == (0.0, 1.0, [1.0, 1.0])
+
+
+def test_nothing_changed(tmp_path: Path) -> None:
+    """BLEU is the corpus score of every resample even where the items' scores happen to have its mean, as here."""
+    a = results(tmp_path / "a", {}, metrics="bleu_1")
+    found = diff.compare(a, a)
+    assert diff.table(found).endswith("\n0 of 4 items changed")
+    assert found["metrics"]["bleu_1"]["method"].endswith("corpus score of every resample")
+
+
 def test_groups_are_resampled_inside_themselves() -> None:
     """Group x has one item with d = 1, y three with d = 0: every resample keeps that, so the mean of means is 1/2.
 

@@ -204,7 +204,7 @@ def test_bad_image_counts_as_wrong_and_is_listed(data: Path, tmp_path: Path) -> 
     assert results["metrics"]["exact_match"]["value"] == pytest.approx(18 / 20)
     assert results["num_items"] == 20 and results["skipped"] == 2 and results["num_empty_predictions"] == 2
     assert [failure["id"] for failure in results["failures"]] == ["q0", "q1"]
-    assert "2 images could not be decoded" in table(results)
+    assert "2 items count as wrong, because an image could not be decoded" in table(results)
     again = ColourPredictor()
     evaluate(again, data, "exact_match", tmp_path / "out", batch_size=4, progress=False)
     assert again.batches == []  # a failure is a record too; it is not tried for ever

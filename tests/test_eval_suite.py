@@ -101,6 +101,23 @@ def test_tasks_are_scored_broken_down_and_put_beside_published_figures(root: Pat
     assert "All metrics by split" in (out / "pope" / "report.html").read_text()
 
 
+def test_an_image_that_cannot_be_decoded_is_never_right(root: Path, tmp_path: Path) -> None:
+    """POPE's script reads an empty answer as yes, and to VQA v2 an empty answer equals "a": neither may count."""
+    (root / "coco" / "val2014" / "COCO_val2014_000000000002.jpg").write_bytes(b"torn")
+    path = root / "vqav2" / "v2_mscoco_val2014_annotations.json"
+    path.write_text(path.read_text().replace('"answer": "blue"', '"answer": "a"').replace('"a"', '"A"', 1))
+    outcome = evaluate_tasks(Answers(look), "pope,vqav2", root, tmp_path / "out", options=QUIET)
+    pope, vqa = outcome["tasks"]["pope"], outcome["tasks"]["vqav2"]
+    # Questions 1 and 3 of each part, a no and a yes, show the torn image; of 0 and 2 the model gets 0 right.
+    assert pope["skipped"] == 6 and pope["metrics"]["pope"]["value"] == 1 / 4
+    details = pope["metrics"]["pope_f1"]["details"]
+    assert (details["precision"], details["recall"], details["yes_ratio"]) == (1 / 2, 1 / 2, 1 / 2)
+    assert pope["metrics"]["pope_f1"]["value"] == pope["breakdown"]["split"]["pope_f1"]["random"]["value"] == 1 / 2
+    assert "its image could not be decoded, is wrong and no yes" in pope["metrics"]["pope"]["rule"]
+    assert vqa["metrics"]["vqa_accuracy"]["value"] == vqa["metrics"]["vqa_accuracy"]["details"]["other"] == 1 / 2
+    assert lines_of(tmp_path / "out" / "vqav2" / "items.jsonl")[1]["prediction"] == ""
+
+
 def test_published_figures_stand_beside_ours(tmp_path: Path) -> None:
     """In the table, the results and the page; not those of another split, metric or group."""
     write_own(tmp_path)
@@ -203,6 +220,8 @@ def test_missing_files_and_unknown_tasks_are_refused_before_anything_is_predicte
     predictor = Answers(look)
     with pytest.raises(DataError, match="gqa"):
         evaluate_tasks(predictor, "pope,gqa", root, tmp_path / "out", options=QUIET)
+    with pytest.raises(DataError, match="task 'vqav2', item '0': there is nothing to choose from"):
+        evaluate_tasks(predictor, "pope,vqav2", root, tmp_path / "out", options=QUIET, decoding={"by": "likelihood"})
     with pytest.raises(ConfigError, match="unknown task 'popo'"):
         evaluate_tasks(predictor, "popo", root, tmp_path / "out", options=QUIET)
     assert predictor.batches == [] and not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from PIL import Image
 from tasktools import Root, gold_scores_all, load, values
 
 from vlm.errors import ConfigError, DataError
-from vlm.eval import tasks
+from vlm.eval import metrics, tasks
 from vlm.eval.tasks import Task, loaders
 from vlm.eval.tasks.loaders import countbenchqa, mmmu
 from vlm.eval.tasks.loaders.refcoco import box_text
@@ -51,6 +51,18 @@ def test_ai2d_draws_letters_over_labels(root: Root) -> None:
     assert {(255, 255, 255), (0, 0, 0)} <= box and (0, 128, 128) not in box
     assert (drawn[:10] == (0, 128, 128)).all() and (drawn[:, 41:] == (0, 128, 128)).all()
     gold_scores_all("ai2d", [letter, plain])
+
+
+def test_the_right_choice_is_known_where_its_text_is_the_letter_of_another(root: Root) -> None:
+    """The right choice is called B and stands first; "B" alone could mean either."""
+    ai2d_files(root)
+    question = {"questionId": "q", "answerTexts": ["B", "A"], "correctAnswer": 0, "abcLabel": False}
+    root.json("ai2d/questions/0.png.json", {"imageName": "0.png", "questions": {"Which?": question}})
+    (example,) = load("ai2d", root)
+    info = {"q": example.info}
+    assert metrics.compute("scienceqa_llava", {"q": "A"}, {"q": example.answers}, info).value == 1
+    with pytest.raises(DataError, match="fits several choices; give 'answer_index'"):
+        metrics.compute("scienceqa_llava", {"q": "A"}, {"q": example.answers}, {"q": {"choices": ["B", "A"]}})
 
 
 def test_ai2d_draws_once(root: Root) -> None:

@@ -126,7 +126,7 @@ def test_a_broken_image_is_told_and_a_broken_file_stops_the_run_before_it_begins
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = config(tmp_path / "run", align(steps=1), **asked(data=path))
     vlm.train.run(run)
-    assert "asked: 1 images could not be decoded and count as wrong" in caplog.text
+    assert "asked: items that count as wrong, because an image could not be decoded: 1" in caplog.text
     assert {row["num_items"] for row in evaluations(run.out)} == {"2"}
     path.write_text('{"image": "good.png"}\n')
     broken = config(tmp_path / "broken", align(steps=1), **asked(data=path))

@@ -34,6 +34,8 @@ _GALLERY = 60
 
 _Statistic = Callable[[np.ndarray], np.ndarray]
 """int64[R, N] drawn positions -> float[R], the differences B - A of the resamples."""
+_Scored = tuple[dict[str, str], dict[str, tuple[str, ...]], dict[str, Any]]
+"""What was said, the gold texts and further facts, by item."""
 
 
 @dataclass(frozen=True)
@@ -190,14 +192,14 @@ def _strata(side: Side) -> list[np.ndarray]:
 
 def _statistic(name: str, left: Side, right: Side, scores: Sequence[np.ndarray]) -> tuple[_Statistic, int, str]:
     """How a resample's difference is computed in one group, how many resamples, and the method in words."""
+    if name.startswith("bleu_"):
+        return _bleu(name, left, right), NUM_RESAMPLES, "paired bootstrap over items, corpus score of every resample"
     values = [side.results["metrics"][name]["value"] for side in (left, right)]
     means = [np.mean([score[positions].mean() for positions in _strata(left)]) for score in scores]
     if all(abs(mean - value) <= 1e-9 * max(1.0, abs(value)) for mean, value in zip(means, values, strict=True)):
         change = scores[1] - scores[0]
         fixed = "; document frequencies stay those of all items, an approximation" if name.startswith("cider") else ""
         return lambda draws: change[draws].mean(axis=1), NUM_RESAMPLES, f"paired bootstrap over items{fixed}"
-    if name.startswith("bleu_"):
-        return _bleu(name, left, right), NUM_RESAMPLES, "paired bootstrap over items, corpus score of every resample"
     resamples = max(200, min(NUM_RESAMPLES, _WORK // len(left.items)))
     return _recomputed(name, left, right), resamples, "paired bootstrap over items, every resample scored anew"
 
@@ -219,13 +221,12 @@ def _bleu(name: str, left: Side, right: Side) -> _Statistic:
 
 def _recomputed(name: str, left: Side, right: Side) -> _Statistic:
     metric = registry.get(name)
-    sides = [_texts(side, metric.reads) for side in (left, right)]
+    sides = [(*_texts(side, metric.reads), _info(side)) for side in (left, right)]
     keys = list(left.items)
-    info = {key: item.get("info", {}) for key, item in left.items.items()}
 
-    def value(side: tuple[dict[str, str], dict[str, tuple[str, ...]]], draw: np.ndarray) -> float:
+    def value(side: _Scored, draw: np.ndarray) -> float:
         drawn = {str(place): keys[position] for place, position in enumerate(draw)}  # an item may be drawn twice
-        said, gold, facts = ({place: part[key] for place, key in drawn.items()} for part in (*side, info))
+        said, gold, facts = ({place: part[key] for place, key in drawn.items()} for part in side)
         return registry.compute(name, said, gold, facts).value  # type: ignore[arg-type]
 
     return lambda draws: np.array([value(sides[1], draw) - value(sides[0], draw) for draw in draws])
@@ -235,6 +236,11 @@ def _texts(side: Side, reads: Any) -> tuple[dict[str, str], dict[str, tuple[str,
     """What was scored, and what it was compared with, by item."""
     said = {key: item.get("scored_as", item["prediction"]) for key, item in side.items.items()}
     return said, {key: items.gold_texts(_example(item), reads) for key, item in side.items.items()}
+
+
+def _info(side: Side) -> dict[str, Any]:
+    """The facts of each item as they were scored, see `results.compute`."""
+    return {key: {**item.get("info", {}), "answered": "error" not in item} for key, item in side.items.items()}
 
 
 def _example(item: Mapping[str, Any]) -> Example:
@@ -308,7 +314,8 @@ def table(found: Mapping[str, Any]) -> str:
     lines += [f"{name}: {one['method']}" for name, one in found["metrics"].items()]
     lines += [f"{name}: not compared, {reason}" for name, reason in found["left_out"].items()]
     lines += [f"note: {note}" for note in found["notes"]]
-    lines.append(f"{len(found['changed'])} of {found['num_items']} items changed, the largest changes first:")
+    order = ", the largest changes first:" if found["changed"] else ""
+    lines.append(f"{len(found['changed'])} of {found['num_items']} items changed{order}")
     for item in found["changed"][:_LISTED]:
         lines.append(f"  {item['id']}: {item['change']} ({item['by']:+.3f}): {item['a']!r} -> {item['b']!r}")
     if len(found["changed"]) > _LISTED:

@@ -168,14 +168,14 @@ def _science_qa(document: Document) -> Pairs:
 def _aokvqa(document: Document) -> Pairs:
     for row in _records(document):
         choices = row.texts("choices")
-        right = choices[row.index("correct_choice_idx", len(choices))]
+        right = row.index("correct_choice_idx", len(choices))
         difficult = row.flag("difficult_direct_answer") if "difficult_direct_answer" in row.values else False
         yield (
             row.id("question_id"),
             Gold(
-                references=(right,),
+                references=(choices[right],),
                 answers=row.texts("direct_answers"),
-                info={"choices": list(choices)},
+                info={"choices": list(choices), "answer_index": right},
                 left_out="marked difficult_direct_answer" if difficult else "",
                 left_out_of="answers",
             ),

@@ -160,10 +160,11 @@ def _write(
     """Score, and write items, results and page."""
     _refuse_if_all_bad(records)
     said = {record["id"]: job.post(record["prediction"]) for record in records}
-    scored = results.score(job.metrics, job.examples, said, job.groups.get(job.average_over), job.average_over)
+    wrong = results.unanswered(records)
+    scored = results.score(job.metrics, job.examples, said, wrong, job.groups.get(job.average_over), job.average_over)
     outcome = {
         **results.figures(scored, job.kinds, records, job.problems),
-        "breakdown": results.breakdown(scored, job.groups, job.examples, said),
+        "breakdown": results.breakdown(scored, job.groups, job.examples, said, wrong),
         "task": job.task,
         "model": {"name": name, **settings["model"]},
         "data": {"source": job.source, "sha256": settings["data_sha256"], "limit": job.limit},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -25,11 +25,21 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 """One prediction: `id`, `prefix`, `prediction`, and `error` (`code`, `message`) where the image was not decodable."""
 
+NO_ANSWER = "\N{REPLACEMENT CHARACTER}"
+"""Scored for an item without an answer where a metric would call the empty text right: VQA's "a" is nothing, too, once
+articles are dropped."""
+
+
+def unanswered(records: Sequence[Record]) -> frozenset[str]:
+    """Ids of the items that the model was never asked, because an image could not be decoded."""
+    return frozenset(record["id"] for record in records if "error" in record)
+
 
 def score(
     chosen: Sequence[Metric],
     examples: Sequence[Example],
     said: Mapping[str, str],
+    wrong: Collection[str],
     groups: Mapping[str, str] | None = None,
     over: str = "",
 ) -> list[MetricResult]:
@@ -37,24 +47,34 @@ def score(
 
     Args:
         said: item id -> answer, cleaned up.
+        wrong: ids of the items that were not answered (`unanswered`): they are wrong, whatever a metric makes of the
+            empty text.
         groups: item id -> group; each group is scored alone then, and a value is the mean over groups, unweighted.
         over: what the groups are called.
     """
     if groups is None:
-        return [_compute(metric, examples, said) for metric in chosen]
+        return [compute(metric, examples, said, wrong) for metric in chosen]
     members: dict[str, list[Example]] = {}
     for example in examples:
         members.setdefault(groups[example.id], []).append(example)
     return [
-        _average({name: _compute(metric, group, said) for name, group in sorted(members.items())}, examples, over)
+        _average({name: compute(metric, group, said, wrong) for name, group in sorted(members.items())}, examples, over)
         for metric in chosen
     ]
 
 
-def _compute(metric: Metric, examples: Sequence[Example], said: Mapping[str, str]) -> MetricResult:
+def compute(
+    metric: Metric, examples: Sequence[Example], said: Mapping[str, str], wrong: Collection[str]
+) -> MetricResult:
+    """One metric over some items; see `score`."""
     predictions = {example.id: said[example.id] for example in examples}
     gold = {example.id: items.gold_texts(example, metric.reads) for example in examples}
-    return registry.compute(metric.name, predictions, gold, {example.id: example.info for example in examples})
+    info = {example.id: {**example.info, "answered": example.id not in wrong} for example in examples}
+    result = registry.compute(metric.name, predictions, gold, info)
+    credited = [key for key, score in result.per_item.items() if key in wrong and score > 0]
+    if not credited:
+        return result
+    return registry.compute(metric.name, predictions | dict.fromkeys(credited, NO_ANSWER), gold, info)
 
 
 def _average(parts: Mapping[str, MetricResult], examples: Sequence[Example], over: str) -> MetricResult:
@@ -108,6 +128,7 @@ def breakdown(
     groups: Mapping[str, Mapping[str, str]],
     examples: Sequence[Example],
     said: Mapping[str, str],
+    wrong: Collection[str],
 ) -> dict[str, Any]:
     """Name of a breakdown -> metric -> group -> `mean` of the items' scores, and `num_items`.
 
@@ -124,7 +145,7 @@ def breakdown(
             if not is_mean(result):
                 for kind, group in members.items():
                     with suppress(DataError):
-                        value = _compute(registry.get(result.name), group, said).value
+                        value = compute(registry.get(result.name), group, said, wrong).value
                         found[name][result.name][kind]["value"] = value
     return found
 

@@ -85,6 +85,9 @@ def make_job(selected: Selected, root: Path, limit: int | None, decoding: Mappin
     items.check(examples)
     groups = {key: task.groups(examples, key) for key in dict.fromkeys([*task.breakdown, *_average(task)])}
     how = replace(_decoding(task), **decoding)
+    if how.by == "likelihood":
+        for example in examples:
+            task.candidates_of(example)  # raises where an item has none, before another task is predicted
     return Job(
         examples=examples,
         source=f"{label} below {root}",

@@ -89,7 +89,7 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
     if results["images_shuffled_with_seed"] is not None:
         lines.append("control: every item was shown another item's image")
     if results["failures"]:
-        lines.append(f"{len(results['failures'])} images could not be decoded and count as wrong:")
+        lines.append(f"{len(results['failures'])} items count as wrong, because an image could not be decoded:")
         lines += [f"  {one['id']}: {one['code']}: {one['message']}" for one in results["failures"][:_LISTED]]
     if results["skipped_annotations"]:
         lines.append(f"{len(results['skipped_annotations'])} broken annotations were left out (see results.json)")

@@ -106,10 +106,12 @@ def _scored(name: str, job: Job, records: Sequence[dict[str, Any]]) -> list[Eval
     failed = [record["error"]["message"] for record in records if "error" in record]
     if failed:
         log.warning(
-            "%s: %d images could not be decoded and count as wrong; the first: %s", name, len(failed), failed[0]
+            "%s: items that count as wrong, because an image could not be decoded: %d; the first: %s",
+            *(name, len(failed), failed[0]),
         )
     said = {record["id"]: job.post(record["prediction"]) for record in records}
-    scored = results.score(job.metrics, job.examples, said, job.groups.get(job.average_over), job.average_over)
+    wrong = results.unanswered(records)
+    scored = results.score(job.metrics, job.examples, said, wrong, job.groups.get(job.average_over), job.average_over)
     return [Evaluation(name, result.name, result.value, result.num_items) for result in scored]
 
 

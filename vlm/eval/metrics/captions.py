@@ -152,6 +152,7 @@ def _similarity(said: _Vector, gold: _Vector) -> float:
 
 _TOKENS = f"tokenizer {ptb.VERSION} (the official PTBTokenizer 3.4.1 and punctuation list, each caption alone)"
 _VERSION = f"1+{ptb.VERSION}"
+NORMALIZER = "PTB tokens"
 
 
 def _tokenised(predictions: Predictions, references: References) -> tuple[list[str], list[list[str]]]:
@@ -171,7 +172,7 @@ def _bleu_metric(n: int, predictions: Predictions, references: References) -> Me
         f"brevity penalty); {_TOKENS}; the interval resamples items and recomputes the corpus score"
     )
     value = float(bleu_of(statistics.sum(axis=0))[n - 1])
-    return MetricResult(f"bleu_{n}", value, per_item, rule, _VERSION, interval)
+    return MetricResult(f"bleu_{n}", value, per_item, rule, _VERSION, interval, normalizer=NORMALIZER)
 
 
 @register("bleu_1", summary="corpus BLEU-1 of pycocoevalcap", reads="references")
@@ -205,7 +206,7 @@ def rouge_l_metric(predictions: Predictions, references: References) -> MetricRe
     scores = {key: rouge_l(text, gold) for key, text, gold in zip(references, said, golds, strict=True)}
     value, interval = mean_of(scores)
     rule = f"ROUGE-L of pycocoevalcap 1.2 (beta 1.2, best precision and best recall over references); {_TOKENS}"
-    return MetricResult("rouge_l", value, scores, rule, _VERSION, interval)
+    return MetricResult("rouge_l", value, scores, rule, _VERSION, interval, normalizer=NORMALIZER)
 
 
 @register("cider", summary="CIDEr-D of pycocoevalcap, 0 to 10", reads="references")
@@ -219,7 +220,7 @@ def cider(predictions: Predictions, references: References) -> MetricResult:
         f"{len(scores)} items, so it must not be averaged over parts); {_TOKENS}; "
         "the interval keeps the frequencies fixed"
     )
-    return MetricResult("cider", value, scores, rule, _VERSION, interval, maximum=10.0)
+    return MetricResult("cider", value, scores, rule, _VERSION, interval, maximum=10.0, normalizer=NORMALIZER)
 
 
 METRICS: dict[str, MetricFunction] = {

@@ -1,8 +1,8 @@
 """Multiple choice: whose reading of the answer decides what is right.
 
 Each rule is a function `(prediction, choices) -> index or -1`. The official scripts of ScienceQA and MMMU answer at
-random where they cannot read a prediction; here such a prediction is wrong and counted, and `with_random_guess` says
-what the official figure would be on average.
+random where they cannot read a prediction; here such a prediction is wrong and counted, and
+`official_value_on_average` says what the official figure would be over many runs of that guessing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _THE_ANSWER_IS = re.compile(r"The answer is ([A-Z]).")  # the last dot is any ch
 _LETTER_FIRST = re.compile(r"([A-Za-z])(?:[.:)]?|[.:)]\s.*)", re.DOTALL)
 _BRACKETED = re.compile(r"\(([A-Za-z])\)(?:\s.*)?", re.DOTALL)
 _UNREAD = (
-    "; a prediction that cannot be read is wrong and counted (num_unparsed) where the official script guesses at random"
-    " (with_random_guess: its value on average)"
+    "; a prediction that cannot be read is wrong and counted (num_unparsed), where the official script guesses one of"
+    " the choices at random (official_value_on_average: its mean value over such guesses)"
 )
 
 
@@ -172,11 +172,11 @@ def _score(
         scores[key] = float(said == right)
         if said == FAILED:
             unread += 1
-            guess += 1 / len(choices)
+            guess += 1 / len(choices) if info[key].get("answered", True) else 0.0
     details: dict[str, float] = means_by(scores, info, "subject")
     details["num_unparsed"] = unread
     if guesses:
-        details["with_random_guess"] = (sum(scores.values()) + guess) / len(scores)
+        details["official_value_on_average"] = (sum(scores.values()) + guess) / len(scores)
     return mean_result(name, scores, rule, normalizer="choice", details=details)
 
 
@@ -186,7 +186,7 @@ def _score(
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
-    uses=("answer_index", "subject"),
+    uses=("answer_index", "subject", "answered"),
 )
 def scienceqa(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right choices under `science_qa`. Raises DataError as `right_choice`."""
@@ -236,7 +236,7 @@ def scienceqa_paligemma(predictions: Predictions, references: References, info: 
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
-    uses=("answer_index", "subject"),
+    uses=("answer_index", "subject", "answered"),
 )
 def mmmu_metric(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right choices under `mmmu`. Raises DataError as `right_choice`."""

@@ -65,7 +65,8 @@ def meteor(predictions: Predictions, references: References) -> MetricResult:
         "METEOR 1.5 as pycocoevalcap 1.2 runs it (-l en -norm; Java); the value is METEOR's aggregate over the corpus, "
         f"not the mean of the items, so it has no interval; tokenizer {ptb.VERSION}"
     )
-    return MetricResult("meteor", float(value), dict(zip(references, scores, strict=True)), rule, "1", None)
+    per_item = dict(zip(references, scores, strict=True))
+    return MetricResult("meteor", float(value), per_item, rule, "1", None, normalizer=captions.NORMALIZER)
 
 
 class _NoLock:

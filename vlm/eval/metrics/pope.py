@@ -3,6 +3,9 @@
 The official script (RUCAIBox/POPE, `evaluate.py`) reads an answer generously: "no" if the first sentence holds the word
 No, no or not, else "yes". So "NO", "No!", "doesn't" and the empty text all count as yes. Where it divides by zero
 (precision when nothing is answered yes, F1 when nothing is right), the value is 0 here.
+
+An item that the model was never asked (the fact `answered` is false: its image could not be decoded) has no answer at
+all. It is wrong, and no claim of yes.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ _READING = (
     "deleted, split at blanks), else 'yes', an empty answer included (num_empty counts them); positive class yes; "
     "precision, recall and F1 are 0 where the official script divides by zero"
 )
+
+
+_UNANSWERED = "; an item that was not answered, because its image could not be decoded, is wrong and no yes"
 
 
 def answer(prediction: str) -> str:
@@ -67,6 +73,15 @@ def _details(said: dict[str, str], labels: dict[str, str], info: Info) -> dict[s
     return details
 
 
+def _read(predictions: Predictions, labels: dict[str, str], info: Info) -> dict[str, str]:
+    """Every answer as the official script reads it; "" for an item that was not answered."""
+    return {key: answer(predictions[key]) if info[key].get("answered", True) else "" for key in labels}
+
+
+def _reading(info: Info) -> str:
+    return _READING + (_UNANSWERED if all("answered" in facts for facts in info.values()) else "")
+
+
 def _official_details(
     predictions: Predictions, said: dict[str, str], labels: dict[str, str], info: Info
 ) -> dict[str, float]:
@@ -79,15 +94,15 @@ def _official_details(
     summary="POPE accuracy, official reading of answers; details: precision, recall, F1, yes ratio, each split",
     reads="references",
     per_item_is_right=True,
-    uses=("split",),
+    uses=("split", "answered"),
 )
 def pope(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right answers. Raises DataError for labels other than yes and no."""
     labels = _labels("pope", references)
-    said = {key: answer(predictions[key]) for key in labels}
+    said = _read(predictions, labels, info)
     right = {key: float(said[key] == label) for key, label in labels.items()}
     details = _official_details(predictions, said, labels, info)
-    return mean_result("pope", right, f"accuracy; {_READING}", normalizer="POPE", details=details)
+    return mean_result("pope", right, f"accuracy; {_reading(info)}", normalizer="POPE", details=details)
 
 
 @register(
@@ -95,15 +110,15 @@ def pope(predictions: Predictions, references: References, info: Info) -> Metric
     summary="POPE F1 of the class yes, official reading of answers",
     reads="references",
     per_item_is_right=True,
-    uses=("split",),
+    uses=("split", "answered"),
 )
 def pope_f1(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """F1 over all items; the per-item score is 1 for a right answer. Raises DataError as `pope`."""
     labels = _labels("pope_f1", references)
-    said = {key: answer(predictions[key]) for key in labels}
+    said = _read(predictions, labels, info)
     right = {key: float(said[key] == label) for key, label in labels.items()}
     details = _official_details(predictions, said, labels, info)
-    rule = f"F1 of the class yes; {_READING}; the per-item score is 1 for a right answer"
+    rule = f"F1 of the class yes; {_reading(info)}; the per-item score is 1 for a right answer"
     counts = np.array(
         [(said[key] == labels[key] == "yes", said[key] == "yes", labels[key] == "yes") for key in sorted(labels)], float
     )

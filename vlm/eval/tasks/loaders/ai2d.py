@@ -50,7 +50,7 @@ def _item(source: Source, image: str, question: str, row: Row) -> Item:
         images=(_lettered(source, image) if lettered else source.images() / image,),
         fields={"question": question, **choice_fields(choices)},
         answers=(choices[right],),
-        info={"choices": choices, "lettered": lettered},
+        info={"choices": choices, "answer_index": right, "lettered": lettered},
     )
 
 

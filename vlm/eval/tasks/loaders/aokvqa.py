@@ -38,5 +38,5 @@ def _choice(row: Row) -> dict[str, Any]:
     return {
         "fields": {"question": row.text("question"), **choice_fields(choices)},
         "answers": (choices[right],),
-        "info": {"choices": choices},
+        "info": {"choices": choices, "answer_index": right},
     }
