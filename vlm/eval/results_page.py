@@ -72,22 +72,33 @@ def percent_of(maximum: float | None) -> bool:
 
 
 def _published(results: Mapping[str, Any]) -> Scores | None:
-    """Ours above what others have published for the same metric and split."""
+    """Ours above what others have published for the same metric, split and, where they say one, group of items."""
     task = results["task"]
     entries = [entry for entry in (task or {}).get("published", ()) if entry["metric"] in results["metrics"]]
     if not entries:
         return None
     rows = []
-    for metric in dict.fromkeys(entry["metric"] for entry in entries):
-        result = results["metrics"][metric]
-        scale: dict[str, Any] = {"maximum": result["maximum"], "percent": percent_of(result["maximum"])}
-        rows.append(Score(f"{metric} · this model", result["value"], num_items=result["num_items"], **scale))
+    for metric, group in dict.fromkeys((entry["metric"], entry["group"]) for entry in entries):
+        maximum, about = results["metrics"][metric]["maximum"], f", {group}" if group else ""
+        scale: dict[str, Any] = {"maximum": maximum, "percent": percent_of(maximum)}
+        if ours := _ours(results, metric, group):
+            value, count = ours
+            rows.append(Score(f"{metric} · this model{about}", value, num_items=count, **scale))
         for entry in entries:
-            if entry["metric"] == metric:
-                about = f", {entry['group']}" if entry["group"] else ""
+            if (entry["metric"], entry["group"]) == (metric, group):
                 note = "; ".join(part for part in (entry["source"], entry["note"]) if part)
                 rows.append(Score(tables.model_of(entry) + about, entry["value"] / 100, note=note, **scale))
     return Scores(rows, title="Beside published figures", note=_not_comparable(results))
+
+
+def _ours(results: Mapping[str, Any], metric: str, group: str) -> tuple[float, int] | None:
+    """Our value for a group of a breakdown ("" for all items) and its number of items; None without such a group."""
+    if not group:
+        result = results["metrics"][metric]
+        return result["value"], result["num_items"]
+    cells = (found[metric].get(group) for found in results["breakdown"].values())
+    cell = next((cell for cell in cells if cell), None)
+    return None if cell is None else (cell.get("value", cell["mean"]), cell["num_items"])
 
 
 def _not_comparable(results: Mapping[str, Any]) -> str:
