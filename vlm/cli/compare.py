@@ -1,7 +1,6 @@
 """`vlm compare`: which vision tower, and which projector?"""
 
 import json
-import logging
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 
 from vlm.cli import console
 from vlm.cli.options import at_least, command
-
-log = logging.getLogger(__name__)
 
 DETAILS = (
     "Trains the same run once per tower, projector and seed, and measures quality, cost and the towers alone."

@@ -201,7 +201,8 @@ def _run(
                 _stop(active, server)
                 raise Stopped(stop.signum)
             for name, code in server.ended(TICK_S).items():
-                if _over(active[name], code, failed, on_finished):
+                # A shared server may still tell of a run that an earlier comparison had to give up.
+                if name in active and _over(active[name], code, failed, on_finished):
                     free.append(active.pop(name).slot)
     return failed
 

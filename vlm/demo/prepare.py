@@ -120,7 +120,7 @@ def comparison(encoders: Sequence[str]) -> dict[str, Any]:
         stage["steps"] = RUN_STEPS[stage["name"]]
     run["model"] = {"decoder": "gemma", "projector": "linear"}
     run["data"] = {"train": "data/train.jsonl"}
-    run["checkpoint_every"] = sum(RUN_STEPS.values())
+    run["checkpoint_every"] = 200
     towers: dict[str, Any] = {kind: of_kind(kind, "towers") for kind in encoders}
     for kind in encoders:
         if reads_siglip(kind, encoders):

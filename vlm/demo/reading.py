@@ -29,9 +29,9 @@ log = logging.getLogger("vlm")
 
 PROMPT = "ocr"
 TOWERS = ("siglip", "siglip2_naflex")
-TRAIN = 5000
+TRAIN = 8000
 TEST = 420
-STEPS = 450
+STEPS = 750
 
 
 @dataclass(frozen=True)

@@ -139,10 +139,12 @@ def _common_grid(config: Config) -> tuple[int, int]:
     wanted = first if config.grid is None else (int(config.grid[0]), int(config.grid[1]))
     if config.resample is None and set(grids.values()) != {wanted}:
         shown = ", ".join(f"{name} gives {rows}x{columns}" for name, (rows, columns) in grids.items())
+        towers: list[Any] = config.towers
+        alike = " + ".join(f"{kind}@{first[0] * member.patch_size}" for kind, member in towers)
         asked = "" if config.grid is None else f" for grid {wanted[0]}x{wanted[1]}"
         raise ConfigError(
             f"the members of a fused tower have different grids{asked}: {shown}; choose image sizes with equal grids"
-            f" (A@{first[0] * 14}+B@{first[0] * 16} for patches of 14 and 16), or resample the features:"
+            f" ({alike}), or resample the features:"
             f" grid [{first[0]}, {first[1]}], resample bilinear"
         )
     return wanted

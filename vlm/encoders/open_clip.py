@@ -214,8 +214,6 @@ def _measure(config: Config) -> dict[str, Any]:
             features = raw_features(visual, torch.empty(1, 3, config.image_size, config.image_size))
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(f"the tower does not read {config.image_size} px images: {error}") from error
-    with torch.enable_grad():
-        features.sum().backward()
     trunk = getattr(visual, "trunk", visual)
     if features.ndim == 3:
         layout, prefix = "NLC", int(trunk.num_prefix_tokens) if trunk is not visual else 1
@@ -233,6 +231,8 @@ def _measure(config: Config) -> dict[str, Any]:
             f"the tower gives {tuple(features.shape)} at {config.image_size} px, which is no square grid of cells of"
             f" {patch} px; take a multiple of {patch} as image_size"
         )
+    with torch.enable_grad():  # of the patches alone: what only a class token goes through is unused
+        row_order(features, layout, prefix).sum().backward()
     measured = (layout, patch, int(width), depth, prefix, unused_names(visual))
     return dict(zip(MEASURED, measured, strict=True))
 

@@ -202,28 +202,37 @@ def _measure(config: Config) -> dict[str, Any]:
             raise ConfigError(f"{config.architecture} does not read {config.image_size} px images: {error}") from error
     if not isinstance(features, Tensor) or features.ndim not in (3, 4):
         raise ConfigError(f"{config.architecture} gives no grid of features, and cannot be a vision tower here")
-    with torch.enable_grad():
-        features.sum().backward()
-    if features.ndim == 3 and not (hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed")):
+    measured = _of_tokens(trunk, features, config) if features.ndim == 3 else _of_map(trunk, features)
+    with torch.enable_grad():  # of the patches alone: what only a class token goes through is unused
+        row_order(features, measured["layout"], measured["num_prefix_tokens"]).sum().backward()
+    return {**measured, "unused": unused_names(trunk)}
+
+
+def _of_tokens(trunk: Any, features: Tensor, config: Config) -> dict[str, Any]:
+    """A transformer's numbers."""
+    patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
+    patch = patch[0] if isinstance(patch, list | tuple) else patch
+    if not isinstance(patch, int) or not hasattr(trunk, "blocks"):
         raise ConfigError(f"{config.architecture} gives tokens, but has no patch_embed and blocks that say of what")
-    if features.ndim == 3:
-        layout, prefix = "NLC", int(getattr(trunk, "num_prefix_tokens", 0))
-        width, side = features.shape[2], math.isqrt(features.shape[1] - prefix)
-        square = side * side == features.shape[1] - prefix
-        patch, depth = int(trunk.patch_embed.patch_size[0]), len(trunk.blocks)
-    else:
-        layout, prefix = str(getattr(trunk, "output_fmt", "NCHW")), 0
-        sides = features.shape[2:] if layout == "NCHW" else features.shape[1:3]
-        width, side = features.shape[1 if layout == "NCHW" else 3], int(sides[0])
-        square = len(set(sides)) == 1
-        patch, depth = int(trunk.feature_info[-1]["reduction"]), len(trunk.feature_info)
-    if not square or side != config.image_size // patch:
+    prefix = int(getattr(trunk, "num_prefix_tokens", 0))
+    if features.shape[1] - prefix != (config.image_size // patch) ** 2:
         raise ConfigError(
-            f"{config.architecture} gives {tuple(features.shape)} at {config.image_size} px, which is no square grid of"
-            f" cells of {patch} px; take a multiple of {patch} as image_size"
+            f"{config.architecture} gives {features.shape[1] - prefix} patch tokens at {config.image_size} px, expected"
+            f" one for each patch of {patch} px"
         )
-    measured = (layout, patch, int(width), depth, prefix, unused_names(trunk))
-    return dict(zip(MEASURED, measured, strict=True))
+    sizes = {"patch_size": patch, "hidden_size": int(features.shape[2]), "num_hidden_layers": len(trunk.blocks)}
+    return {"layout": "NLC", "num_prefix_tokens": prefix, **sizes}
+
+
+def _of_map(trunk: Any, features: Tensor) -> dict[str, Any]:
+    """A ConvNet's numbers; its cells may not divide the image (`check_whole_cells`, when it is built)."""
+    layout = str(getattr(trunk, "output_fmt", "NCHW"))
+    stages = trunk.feature_info
+    sizes = {
+        "patch_size": int(stages[-1]["reduction"]),
+        "hidden_size": int(features.shape[1 if layout == "NCHW" else 3]),
+    }
+    return {"layout": layout, "num_prefix_tokens": 0, **sizes, "num_hidden_layers": len(stages)}
 
 
 def choose_layers(config: Config, layer: int | list[int]) -> PreTrainedConfig:
