@@ -15,6 +15,7 @@ from PIL import Image
 from vlm.data import Example
 from vlm.errors import ConfigError, DataError
 from vlm.eval import evaluate, items, table
+from vlm.eval.metrics import official
 from vlm.eval.predictor import Decoding
 from vlm.eval.store import PREDICTIONS, SETTINGS, PredictionStore
 
@@ -243,6 +244,24 @@ def test_equal_pictures_in_memory_count_as_one_image() -> None:
     ]
     with pytest.raises(DataError, match="3 of 4 items have the image"):
         items.shuffle_images(examples_of(["red", "red", "red", "blue"]), 0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "error", "message"),
+    [
+        ("vqa_accuracy", DataError, "each question needs at least 4 answers"),
+        ("multiple_choice", DataError, "20 of 20 items have no 'choices'"),
+        ("meteor", ConfigError, "no Java here"),
+    ],
+)
+def test_what_a_metric_refuses_is_refused_before_anything_is_predicted(
+    metric: str, error: type[Exception], message: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(official, "missing", lambda: "there is no Java here")
+    predictor = ColourPredictor()
+    with pytest.raises(error, match=message):
+        evaluate(predictor, data, f"exact_match,{metric}", tmp_path / "out", progress=False)
+    assert predictor.batches == [] and not (tmp_path / "out").exists()
 
 
 def test_items_without_gold_and_repeated_ids_are_refused(tmp_path: Path) -> None:

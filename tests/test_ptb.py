@@ -191,7 +191,7 @@ def test_meteor_that_dies_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) 
         def compute_score(self, golds: object, said: object) -> None:
             raise ValueError("could not convert string to float: b''")
 
-    monkeypatch.setattr(official, "_require", lambda wanted_for: None)
+    monkeypatch.setattr(official, "require", lambda wanted_for: None)
     monkeypatch.setattr(official, "_meteor_process", Dead)
     with pytest.raises(DataError, match="stopped before it had scored all 1 items"):
         metrics.compute("meteor", {"1": "a cat"}, {"1": ("a cat",)})

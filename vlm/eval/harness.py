@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlm.data import Example, Problem, read_jsonl
 from vlm.errors import ConfigError
 
-from . import items
+from . import items, results
 from .batch_size import BatchSize
 from .job import Job, Options, run
 from .metrics import registry
@@ -119,6 +119,7 @@ def file_job(
     check_limit(limit)
     chosen = registry.expand(metrics)
     examples, problems = _examples(data, limit, skip_bad, image_root)
+    results.check(chosen, examples)
     kind = kind_of or (lambda example: items.prompt_kind(example.prefix))
     return Job(
         examples=examples,

@@ -16,7 +16,7 @@ from vlm.data import Example, Problem
 from vlm.errors import DataError
 
 from . import items
-from .metrics import Metric, MetricResult, registry
+from .metrics import Metric, MetricResult, captions, official, registry
 from .metrics.result import NUM_RESAMPLES
 
 if TYPE_CHECKING:
@@ -61,6 +61,25 @@ def score(
         _average({name: compute(metric, group, said, wrong) for name, group in sorted(members.items())}, examples, over)
         for metric in chosen
     ]
+
+
+def check(
+    chosen: Sequence[Metric], examples: Sequence[Example], groups: Mapping[str, str] | None = None, over: str = ""
+) -> None:
+    """Score the first gold text of every item as if the model had said it, so that what a metric refuses (too few
+    answers, a missing fact, METEOR without Java) is refused before anything is predicted and not hours later.
+
+    Caption metrics are left out: they refuse next to nothing, and take long.
+
+    Raises:
+        ConfigError, DataError: as the metrics.
+    """
+    if any(metric.name == "meteor" for metric in chosen):
+        official.require("meteor")
+    quick = [metric for metric in chosen if metric.name not in captions.METRICS and metric.name != "meteor"]
+    for metric in quick:
+        said = {example.id: items.gold_texts(example, metric.reads)[0] for example in examples}
+        score([metric], examples, said, (), groups, over)
 
 
 def compute(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.data import Example
 
-from . import items, overview, processes
+from . import items, overview, processes, results
 from .harness import check_limit
 from .job import REPORT, RESULTS, Job, Options, run
 from .metrics import registry
@@ -84,6 +84,8 @@ def make_job(selected: Selected, root: Path, limit: int | None, decoding: Mappin
     examples = task.load(root, selected.split, limit)
     items.check(examples)
     groups = {key: task.groups(examples, key) for key in dict.fromkeys([*task.breakdown, *_average(task)])}
+    metrics = registry.expand(task.metrics)
+    results.check(metrics, examples, groups.get(task.average_over), task.average_over)
     how = replace(_decoding(task), **decoding)
     if how.by == "likelihood":
         for example in examples:
@@ -91,7 +93,7 @@ def make_job(selected: Selected, root: Path, limit: int | None, decoding: Mappin
     return Job(
         examples=examples,
         source=f"{label} below {root}",
-        metrics=registry.expand(task.metrics),
+        metrics=metrics,
         decoding=how,
         candidates=task.candidates_of if how.by == "likelihood" else None,
         post=task.post_process,

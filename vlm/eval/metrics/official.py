@@ -29,7 +29,8 @@ def missing() -> str | None:
     return None
 
 
-def _require(wanted_for: str) -> None:
+def require(wanted_for: str) -> None:
+    """Raise ConfigError that says what is missing, unless the official scorer can run here."""
     lack = missing()
     if lack:
         raise ConfigError(f"{wanted_for} runs the official scorer, but {lack}")
@@ -49,7 +50,7 @@ def meteor(predictions: Predictions, references: References) -> MetricResult:
         ConfigError: pycocoevalcap or Java is missing.
         DataError: METEOR gave no answer.
     """
-    _require("meteor")
+    require("meteor")
     scorer = _meteor_process()
     said = _our_tokens({key: [predictions[key]] for key in references})
     golds = _our_tokens({key: list(texts) for key, texts in references.items()})
@@ -109,7 +110,7 @@ def crosscheck(predictions: Predictions, references: References) -> CrosscheckRe
         ConfigError: pycocoevalcap or Java is missing.
         DataError: the ids differ, an item has no reference, or no reference holds a word.
     """
-    _require("crosscheck")
+    require("crosscheck")
     check_pairs(predictions, references)
     ours = {name: captions.METRICS[name](predictions, references) for name in _COMPARED}
     said = {key: [predictions[key]] for key in references}
