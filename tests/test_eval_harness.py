@@ -178,7 +178,7 @@ def test_killed_process_loses_nothing_and_repeats_nothing(data: Path, tmp_path: 
     ("change", "message"),
     [
         ({"max_new_tokens": 5}, "decoding.max_new_tokens: there 64, now 5"),
-        ({"limit": 7}, "data_sha256"),
+        ({"limit": 7}, r"other items, prompts, images or number of items \(data_sha256\)"),
         ({"shuffle_images": True}, "images_shuffled_with_seed: there null, now 0"),
         ({"model": ColourPredictor(version=2)}, "model.version: there 1, now 2"),
     ],

@@ -17,9 +17,9 @@ from tasktools import Root, gold_scores_all, load, values
 
 from vlm.errors import ConfigError, DataError
 from vlm.eval import metrics, tasks
+from vlm.eval.metrics.boxes import box_to_loc
 from vlm.eval.tasks import Task, loaders
 from vlm.eval.tasks.loaders import countbenchqa, mmmu
-from vlm.eval.tasks.loaders.refcoco import box_text
 from vlm.eval.tasks.source import Folder, Row
 
 
@@ -110,7 +110,7 @@ def test_refcoco(root: Root) -> None:
 
 
 def test_refcoco_boxes_stay_in_the_image() -> None:
-    assert box_text((-3.0, 0.0, 41.0, 30.0), 40, 30) == "<loc0000><loc0000><loc1023><loc1023>"
+    assert box_to_loc((-3.0, 0.0, 41.0, 30.0), 40, 30) == "<loc0000><loc0000><loc1023><loc1023>"
 
 
 def test_refcoco_pickles_are_refused(root: Root) -> None:

@@ -125,20 +125,16 @@ def _check_items(left: Side, right: Side) -> None:
     for one, other in ((left, right), (right, left)):
         alone = [key for key in one.items if key not in other.items]
         if alone:
-            problems.append(f"{len(alone)} items are only in {one.folder}: {_listed(alone)}")
+            problems.append(f"{len(alone)} items are only in {one.folder}: {items.listed(alone)}")
     gold = [key for key, item in left.items.items() if key in right.items and _gold(item) != _gold(right.items[key])]
     if gold:
-        problems.append(f"{len(gold)} items have other gold texts: {_listed(gold)}")
+        problems.append(f"{len(gold)} items have other gold texts: {items.listed(gold)}")
     if problems:
         raise DataError(f"{left.folder} and {right.folder} are not about the same items: {'; '.join(problems)}")
 
 
 def _gold(item: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(item.get(name) for name in ("suffix", "references", "answers"))
-
-
-def _listed(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:_LISTED]) + (f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else "")
 
 
 def _notes(left: Side, right: Side) -> list[str]:

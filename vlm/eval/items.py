@@ -35,13 +35,13 @@ def check(examples: Sequence[Example]) -> None:
         raise DataError("there is nothing to evaluate: the data holds no items")
     twice = [key for key, count in Counter(example.id for example in examples).items() if count > 1]
     if twice:
-        raise DataError(f"every item needs an id of its own; occurring more than once: {_listed(twice)}")
+        raise DataError(f"every item needs an id of its own; occurring more than once: {listed(twice)}")
     bare = [
         f"{example.file}:{example.line} ({example.id})" for example in examples if not gold_texts(example, "references")
     ]
     if bare:
         raise DataError(
-            f"{len(bare)} items have nothing to be compared with: {_listed(bare)}; add suffix, references or answers"
+            f"{len(bare)} items have nothing to be compared with: {listed(bare)}; add suffix, references or answers"
         )
 
 
@@ -53,7 +53,8 @@ def choices_of(example: Example) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many follow."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 

@@ -25,6 +25,13 @@ from .processes import ALONE, Processes
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "predictions.settings.json"
 _SHARES = "predictions.rank*.jsonl"
+_HASHES = {
+    "data_sha256": "items, prompts, images or number of items",
+    "candidates_sha256": "candidates to choose from",
+    "model.weights_sha256": "weights of the model",
+    "model.processor_sha256": "tokenizer or image settings",
+}
+"""Settings that are hashes -> what they are of; the hashes themselves tell a reader nothing."""
 
 Records = dict[str, dict[str, Any]]
 
@@ -215,7 +222,8 @@ def _difference(key: str, found: Any, wanted: Any) -> str:
     if isinstance(found, dict) and isinstance(wanted, dict):
         inner = (_difference(f"{key}.{name}", found.get(name), wanted.get(name)) for name in sorted({*found, *wanted}))
         return "; ".join(line for line in inner if line)
-    return f"{key}: there {_short(found)}, now {_short(wanted)}"
+    about = _HASHES.get(key)
+    return f"other {about} ({key})" if about else f"{key}: there {_short(found)}, now {_short(wanted)}"
 
 
 def _short(value: Any) -> str:

@@ -18,11 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlm.errors import DataError
+from vlm.eval.metrics.boxes import box_to_loc
 
 from ..source import Item, Source
-
-_BINS = 1023
-"""Coordinates in [0, 1] become round(coordinate * 1023) (big_vision `pp/proj/paligemma/segmentation.py`)."""
 
 
 def read(source: Source) -> Iterator[Item]:
@@ -47,16 +45,9 @@ def read(source: Source) -> Iterator[Item]:
                 id=sentence.key("sent_id"),
                 images=(folder / row.text("file_name"),),
                 fields={"expression": expression},
-                answers=(box_text(box, width, height),),
+                answers=(box_to_loc(box, width, height),),
                 info={"box": box, "image_size": (width, height)},
             )
-
-
-def box_text(box: tuple[float, float, float, float], width: int, height: int) -> str:
-    """A pixel box as four location tokens, top, left, bottom, right: "<loc0256><loc0000><loc0767><loc1023>"."""
-    x1, y1, x2, y2 = box
-    shares = (y1 / height, x1 / width, y2 / height, x2 / width)
-    return "".join(f"<loc{min(_BINS, max(0, round(share * _BINS))):04d}>" for share in shares)
 
 
 def _refuse_pickle(source: Source) -> None:
