@@ -39,6 +39,8 @@ def write(
     sections: list[Section] = []
     if published := _published(results):
         sections.append(published)
+    if elsewhere := _published_elsewhere(results):
+        sections.append(elsewhere)
     for name, kind_of in (groups or {"kind of prompt": kinds}).items():
         if len(set(kind_of.values())) > 1:
             sections.append(
@@ -89,6 +91,18 @@ def _published(results: Mapping[str, Any]) -> Scores | None:
                 note = "; ".join(part for part in (entry["source"], entry["note"]) if part)
                 rows.append(Score(tables.model_of(entry) + about, entry["value"] / 100, note=note, **scale))
     return Scores(rows, title="Beside published figures", note=_not_comparable(results))
+
+
+def _published_elsewhere(results: Mapping[str, Any]) -> Table | None:
+    """What others have published for splits that were not evaluated here, such as those of a test server."""
+    rows = []
+    for entry in (results["task"] or {}).get("published_for_other_splits", ()):
+        split = f"{entry['split']}, {entry['group']}" if entry["group"] else entry["split"]
+        rows.append([tables.model_of(entry), entry["metric"], split, f"{entry['value']:g}", entry["source"]])
+    if not rows:
+        return None
+    note = "These items are not ours, so the figures may not be set beside ours; as printed, 100 stands for 1."
+    return Table("Published for other splits", ["model", "metric", "split", "value", "source"], rows, note)
 
 
 def _ours(results: Mapping[str, Any], metric: str, group: str) -> tuple[float, int] | None:

@@ -132,4 +132,5 @@ def _facts(selected: Selected, how: Decoding) -> dict[str, Any]:
         "average_over": task.average_over,
         "decoding_is_the_tasks": how == _decoding(task),
         "published": [asdict(entry) for entry in task.published if entry.split == split],
+        "published_for_other_splits": [asdict(entry) for entry in task.published if entry.split != split],
     }
