@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlm.data import Example
 from vlm.eval import items, metrics, tasks
+from vlm.eval.gold_files import read_gold
 from vlm.eval.tasks import Task
 
 
@@ -66,3 +67,16 @@ def gold_scores_all(name: str, examples: list[Example], said: Sequence[str] | No
     assert set(values(task, examples, answers).values()) == {1.0}
     for key in task.breakdown:
         assert task.groups(examples, key)
+
+
+def as_scored_files(name: str, examples: list[Example], path: Path) -> None:
+    """`vlm score` reads the same items, gold texts and facts of choice from the official file as the task does."""
+    gold, _ = read_gold(path)
+    for metric in metrics.expand(tasks.get(name).metrics):
+        kept = {key: item for key, item in gold.items() if item.scored(metric.reads)}
+        told = {key: item.texts(metric.reads) for key, item in kept.items()}
+        assert {example.id: items.gold_texts(example, metric.reads) for example in examples} == told
+    for example in examples:
+        for fact in gold[example.id].info.keys() & example.info.keys():
+            ours, theirs = example.info[fact], gold[example.id].info[fact]
+            assert list(ours) == theirs if isinstance(theirs, list) else ours == theirs, fact

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tasktools import Root, load
+from tasktools import Root, as_scored_files, load
 
 from vlm.errors import DataError
 from vlm.eval import tasks
@@ -62,6 +62,7 @@ def test_coco_captions_and_nocaps(root: Root) -> None:
     root.json("nocaps/nocaps_val_4500_captions.json", {"images": [novel], "annotations": captions})
     [example] = load("nocaps", root)
     assert example.info == {"domain": "out-domain"} and example.references == ("a dog", "dog")
+    as_scored_files("nocaps", [example], root.path / "nocaps/nocaps_val_4500_captions.json")
 
 
 def test_textcaps_brings_the_captions_of_an_image_together(root: Root) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tasktools import Root, gold_scores_all, load
+from tasktools import Root, as_scored_files, gold_scores_all, load
 
 from vlm.errors import DataError
 from vlm.eval import tasks
@@ -32,6 +32,7 @@ def test_vqav2_and_okvqa(root: Root) -> None:
     [example] = load("vqav2", root)
     assert (example.id, example.prefix, example.answers) == ("42000", "answer en What colour?", ("red",) * 10)
     gold_scores_all("vqav2", [example])
+    as_scored_files("vqav2", [example], root.path / "vqav2/v2_mscoco_val2014_annotations.json")
     vqa_files(root, "okvqa", "")
     gold_scores_all("okvqa", load("okvqa", root))
 
@@ -64,11 +65,13 @@ def test_aokvqa(root: Root) -> None:
     [direct] = load("aokvqa_da", root)
     assert direct.answers.count("geese") == 3 and direct.prefix == "answer en What is by the truck?"
     gold_scores_all("aokvqa_da", [direct])
+    as_scored_files("aokvqa_da", [direct], root.path / "aokvqa/aokvqa_v1p0_val.json")
     assert [ex.id for ex in load("aokvqa_da", root, "val_all")] == ["22MexNkBPpdZGX6sxbxVBH", "hard"]
     choice, _ = load("aokvqa_mc", root)
     assert choice.prefix == "answer en  What is by the truck? choose from: mice \t dogs \t ducks \t lady"
     assert choice.answers == ("lady",) and tasks.get("aokvqa_mc").candidates_of(choice)[0] == "mice"
     gold_scores_all("aokvqa_mc", [choice])
+    as_scored_files("aokvqa_mc", load("aokvqa_mc", root), root.path / "aokvqa/aokvqa_v1p0_val.json")
 
 
 def test_a_choice_out_of_range_is_named(root: Root) -> None:
@@ -99,6 +102,7 @@ def test_gqa(root: Root) -> None:
         ("201640614", ("pipe",), "open"),
     ]
     gold_scores_all("gqa", examples)
+    as_scored_files("gqa", examples, root.path / "gqa/testdev_balanced_questions.json")
 
 
 def test_xgqa(root: Root) -> None:
@@ -131,6 +135,7 @@ def test_textvqa(root: Root) -> None:
     examples = load("textvqa", root)
     assert [ex.id for ex in examples] == ["34602", "34603"] and examples[0].prefix == "answer en what brand?"
     gold_scores_all("textvqa", examples)
+    as_scored_files("textvqa", examples, root.path / "textvqa/TextVQA_0.5.1_val.json")
 
 
 def test_textvqa_turns_images_the_right_way_up(root: Root) -> None:
@@ -233,6 +238,7 @@ def test_docvqa_in_both_layouts(root: Root) -> None:
     assert (example.id, example.prefix, example.answers) == ("49153", "What is the actual value?", ("0.28",))
     assert example.info == {"question_type": "figure, table/list"} and example.file.endswith("qas/val_v1.0_withQT.json")
     gold_scores_all("docvqa", [example])
+    as_scored_files("docvqa", [example], root.path / "docvqa/spdocvqa_qas/val_v1.0_withQT.json")
     older = Root(root.path / "older")
     del row["question_types"]
     older.json("docvqa/val/val_v1.0.json", {"data": [row]})
@@ -297,6 +303,7 @@ def test_vizwiz(root: Root) -> None:
         ("VizWiz_val_00000001", False),
     ]
     gold_scores_all("vizwiz", examples)
+    as_scored_files("vizwiz", examples, root.path / "vizwiz/val.json")
 
 
 def test_scienceqa_takes_the_questions_with_an_image(root: Root) -> None:
@@ -342,6 +349,7 @@ def test_tallyqa(root: Root) -> None:
         ("92410408-2", ("4",), "simple"),
     ]
     gold_scores_all("tallyqa", examples)
+    as_scored_files("tallyqa", examples, root.path / "tallyqa/test.json")
 
 
 def test_pope(root: Root) -> None:
@@ -380,3 +388,4 @@ def test_nlvr2_has_two_images(root: Root) -> None:
     assert [example.image for example in examples] == [root.path / "nlvr2/test1/test1-0-1-img0.png"] * 2
     assert examples[0].more_images == (root.path / "nlvr2/test1/test1-0-1-img1.png",)
     gold_scores_all("nlvr2", examples)
+    as_scored_files("nlvr2", examples, root.path / "nlvr2/test1.json")
