@@ -311,6 +311,12 @@ def test_store_keeps_any_text(tmp_path: Path) -> None:
         assert [store.records[str(i)]["prediction"] for i in range(len(texts))] == texts
 
 
+def test_store_needs_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(ConfigError, match="out is a file; results are written into a folder"):
+        PredictionStore(tmp_path / "out", {})
+
+
 def test_store_refuses_a_second_writer_and_damage(tmp_path: Path) -> None:
     with PredictionStore(tmp_path, {}) as store:
         store.append([{"id": "1", "prediction": "a"}])

@@ -243,6 +243,8 @@ def test_the_command_line_lists_tasks_and_asks_for_metrics_or_tasks(capsys: pyte
     assert "not allowed with argument --metrics" in capsys.readouterr().err
     assert main([*words, "--tasks", "vqav2", "--skip-bad"]) == 2
     assert "--image-root and --skip-bad are for a JSONL file" in capsys.readouterr().err
+    assert main([*words, "--metrics", "cider", "--by", "likelihood", "--num-beams", "2"]) == 2
+    assert "--by likelihood does not read --num-beams" in capsys.readouterr().err
     assert main([*words, "--metrics", "cider", "--batch", "some"]) == 2
     assert "expected a whole number, got 'some'" in capsys.readouterr().err
 

@@ -89,6 +89,7 @@ def run_eval(options: Namespace) -> int:
 
     if options.tasks is not None and (options.image_root or options.skip_bad):
         raise ConfigError("--image-root and --skip-bad are for a JSONL file; with --tasks the tasks name their files")
+    _refuse_unread(_given(options))
     check_device(options.device)
     console.quiet_transformers()
     with processes.joined() as group:
@@ -146,6 +147,17 @@ def _on_tasks(options: Namespace) -> dict[str, Any]:
 def _given(options: Namespace) -> dict[str, Any]:
     """The settings of decoding that were asked for."""
     return {name: getattr(options, name) for name in _DECODING if getattr(options, name) is not None}
+
+
+def _refuse_unread(given: dict[str, Any]) -> None:
+    """Raise ConfigError for settings that the chosen way of answering would not read."""
+    from vlm.errors import ConfigError
+
+    by = given.get("by")
+    unread = {"likelihood": ("max_new_tokens", "num_beams", "beam_search"), "generate": ("normalization",)}
+    names = [f"--{name.replace('_', '-')}" for name in unread.get(by or "", ()) if name in given]
+    if names:
+        raise ConfigError(f"--by {by} does not read {', '.join(names)}; leave one of the two out")
 
 
 # --- diff -------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,10 @@ class PredictionStore:
 
     def _open(self, settings: Mapping[str, Any]) -> VLMError | None:
         """Read and check what is there; returns why it cannot be continued."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            return ConfigError(f"{self.folder} is a file; results are written into a folder")
         self._main = open(self.path, "ab+")  # noqa: SIM115 - closed by __exit__
         try:
             self._lock()
