@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Siglip2VisionModel
 
 from vlm.encoders import siglip2_naflex
-from vlm.encoders.siglip2_naflex import Encoder, Group, packing
+from vlm.encoders.siglip2_naflex import Encoder, Group, packing, portions
 
 GRIDS = [(2, 8), (3, 4), (8, 2), (1, 5), (3, 4), (2, 6)]
 """Equal grids, equal lengths of different grids, and a length of its own; none of width 1, where transformers errs."""
@@ -45,8 +45,11 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("head", [True, False])
-def test_values_and_gradients_are_transformers(attention: str, head: bool) -> None:
+@pytest.mark.parametrize(("head", "together"), [(True, 2048), (False, 2048), (False, 30), (False, 1)])
+def test_values_and_gradients_are_transformers(
+    attention: str, head: bool, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(siglip2_naflex, "CPU_PATCHES", together)
     ours, theirs = towers(attention, vision_use_head=head)
     batch, real = inputs(), inputs()["pixel_attention_mask"].bool()
     got, wanted = ours(**batch), theirs(**batch).last_hidden_state
@@ -74,6 +77,11 @@ def test_each_image_as_if_alone_in_the_order_given() -> None:
             length = grid[0] * grid[1]
             alone = ours(batch["pixel_values"][i : i + 1, :length], torch.ones(1, length), torch.tensor([grid]))
             assert relative(together[i, :length], alone.features[0]) < 1e-5
+
+
+def test_portions() -> None:
+    assert portions([0, 2, 1], [4, 6, 4], 8) == [[0, 2], [1]]
+    assert portions([1, 0], [9, 5], 8) == [[1], [0]] and portions([0, 1], [3, 5], 8) == [[0, 1]]
 
 
 def test_packing() -> None:

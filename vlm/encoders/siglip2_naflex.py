@@ -36,6 +36,8 @@ FIXED = {"vision_use_head": False}  # the pooling head would never get a gradien
 
 DEFAULT_MAX_NUM_PATCHES = 256
 """The patch budget of Google's NaFlex demo; an explicit setting wherever a model is built."""
+CPU_PATCHES = 2048
+"""Patches that go through the layers together on a CPU: more fall out of its caches between two operations."""
 
 
 def resize_position_grid(table: Tensor, rows: int, columns: int) -> Tensor:
@@ -107,6 +109,19 @@ def packing(lengths: list[int]) -> tuple[list[int], list[Group]]:
     return order, groups
 
 
+def portions(order: list[int], lengths: list[int], most: int) -> list[list[int]]:
+    """`order` cut into runs of images that have at most `most` patches together; a longer image is a run of its own."""
+    runs: list[list[int]] = []
+    total = 0
+    for image in order:
+        if not runs or total + lengths[image] > most:
+            runs.append([])
+            total = 0
+        runs[-1].append(image)
+        total += lengths[image]
+    return runs
+
+
 class PackedAttention(Siglip2Attention):
     """Attention inside each image of a packed line of patches, without a mask."""
 
@@ -162,15 +177,23 @@ class Encoder(Siglip2VisionModel):
                 f"pixel_attention_mask marks {counted} patches per image, spatial_shapes give {lengths};"
                 " both come from the processor, pass them unchanged"
             )
-        order, groups = packing(lengths)
+        order, _ = packing(lengths)
         by_image = mask.flatten().nonzero().squeeze(1).split(lengths)
-        places = torch.cat([by_image[i] for i in order])
-        hidden = self.embeddings(pixel_values.flatten(0, 1)[places], [grids[i] for i in order])
+        flat, lines, hidden = pixel_values.flatten(0, 1), [], []
+        for images in portions(order, lengths, CPU_PATCHES if flat.device.type == "cpu" else mask.numel()):
+            lines.append(torch.cat([by_image[i] for i in images]))
+            hidden.append(self._run(flat[lines[-1]], [grids[i] for i in images]))
+        features = hidden[0].new_zeros(mask.numel(), hidden[0].shape[1])
+        features = features.index_copy(0, torch.cat(lines), torch.cat(hidden))
+        return EncoderOutput(features.view(*mask.shape, -1), mask, spatial_shapes)
+
+    def _run(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+        """float[T, P*P*3], images end to end and shorter ones first, and their grids -> float[T, E]."""
+        _, groups = packing([rows * columns for rows, columns in grids])
+        hidden = self.embeddings(patches, grids)
         for layer in self.encoder.layers:
             hidden = layer(hidden, None, groups=groups)
-        hidden = self.post_layernorm(hidden)
-        features = hidden.new_zeros(mask.numel(), hidden.shape[1]).index_copy(0, places, hidden)
-        return EncoderOutput(features.view(*mask.shape, -1), mask, spatial_shapes)
+        return self.post_layernorm(hidden)
 
 
 def transform(config: Config, **settings: Any) -> ImageTransform:
