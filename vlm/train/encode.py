@@ -9,7 +9,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -122,9 +124,10 @@ class Encoding:
         if not missing or self.rank:
             return
         plan = self.plan
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        for path in set(plan.folder.iterdir()) - {plan.path(shard) for shard in range(plan.shards)}:
-            path.unlink()
+        with self._writing(plan.folder):
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            for path in set(plan.folder.iterdir()) - {plan.path(shard) for shard in range(plan.shards)}:
+                path.unlink()
         # The tower says what it gives: mixed precision decides about the dtype.
         sample = self.tower(self.transform([Image.new("RGB", (8, 8))])).features
         images = [number for shard in missing for number in plan.members(shard)]
@@ -180,12 +183,18 @@ class Encoding:
                 encoded = self.tower(item.pixels)
                 masked |= encoded.mask is not None
                 outputs.update(zip(item.numbers, per_image(encoded), strict=True))
-        try:
+        with self._writing(self.plan.path(shard)):
             self.plan.write(shard, outputs, failures, identity=identity, masked=masked)
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Turn a disk's refusal into one `CheckpointError`."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"stage {self.stage}: cannot write {self.plan.path(shard)}: {error}; make room or fix the disk, then"
-                f" run again with --resume"
+                f"stage {self.stage}: cannot write {path}: {error}; make room or fix the disk, then run again with"
+                f" --resume"
             ) from error
 
     def _agree(self, work: Callable[[], None]) -> bool:
