@@ -32,7 +32,7 @@ from vlm.train.encode import Encoding, ImageBatches
 from vlm.train.features import FeatureBatches, FeatureStore, Plan
 from vlm.train.plan import Key, Mixture
 
-ENCODERS = {"siglip": SigLIP, "siglip2_naflex": NaFlex}
+ENCODERS: dict[str, Any] = {"siglip": SigLIP, "siglip2_naflex": NaFlex}
 QUESTIONS = 3
 """Examples of each image."""
 
@@ -330,7 +330,7 @@ def test_what_changed_is_encoded_again_and_nothing_else(
     assert "1 of 3 files of cached features are not of what is there now (images)" in caplog.text
     plan = encoding(tmp_path, model, processor, examples).plan
     with torch.no_grad():
-        fresh = model.encode(processor([picture], ["x"]).pixel_values).features[0]
+        fresh = model.encode(processor([picture], ["x"])["pixel_values"]).features[0]
     torch.testing.assert_close(FeatureStore(plan).read(5 * QUESTIONS), fresh, rtol=1e-5, atol=1e-6)
     for name, value in {"transform": {"mode": "squash"}, "tower": "b", "precision": "bf16"}.items():
         changes = {name: value}

@@ -154,8 +154,8 @@ class Processor:
         prefixes = [text] if isinstance(text, str) else list(text)
         suffixes = [suffix] if isinstance(suffix, str) else None if suffix is None else list(suffix)
         names = [str(i) for i in range(len(prefixes))] if ids is None else [str(i) for i in ids]
-        groups = self._image_groups(images, len(prefixes)) if grids is None else [list(group) for group in grids]
-        self._check_lengths(prefixes, suffixes, names, groups)
+        groups = self._image_groups(images, len(prefixes)) if grids is None else []
+        self._check_lengths(prefixes, suffixes, names, groups if grids is None else list(grids))
         pixels = self._pixels(groups, names) if grids is None else None
         targets: Sequence[str | None] = [None] * len(prefixes) if suffixes is None else suffixes
         texts = [
