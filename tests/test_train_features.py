@@ -166,7 +166,8 @@ def test_where_the_batches_are_the_same_the_bits_are(
         for cache in (False, True):
             stage = cached(accumulate=8, cache_features=cache)
             files = {"train": data, "val": data}  # validation runs the tower in any case
-            runs.append(config(tmp_path / f"{encoder}{cache}", stage, model={"path": start}, data=files))
+            out = tmp_path / f"{encoder}{cache}"
+            runs.append(config(out, stage, model={"path": start}, data=files, workers=int(cache)))
             vlm.train.run(runs[-1])
         assert rows(runs[1].out)[-1]["val_loss"] == rows(runs[0].out)[-1]["val_loss"] != ""
         assert [row["loss"] for row in rows(runs[0].out)] == [row["loss"] for row in rows(runs[1].out)]

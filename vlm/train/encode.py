@@ -100,10 +100,20 @@ class Encoding:
                 told = time.monotonic()
                 done = min((first + self.world) * self.plan.per_shard, len(self.plan.images))
                 log.info("stage %s: %d of %d images encoded", self.stage, done, len(self.plan.images))
-        store = FeatureStore(self.plan)
+        stores: list[FeatureStore] = []
+        self._agree(lambda: stores.append(self._open()))
         if missing and self.rank == 0:
-            self._tell(store, time.monotonic() - began)
-        return store
+            self._tell(stores[0], time.monotonic() - began)
+        return stores[0]
+
+    def _open(self) -> FeatureStore:
+        try:
+            return FeatureStore(self.plan)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"stage {self.stage}: process {self.rank} cannot read the features that were just made ({error}); the"
+                f" run directory must be on a disk that all processes share"
+            ) from error
 
     def _missing(self) -> list[int]:
         """Shards to be made; says why where that is not plain."""
