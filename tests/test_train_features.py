@@ -124,7 +124,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("encoder", "cutting"),
     [
         ("siglip", {"accumulate": 2}),
-        ("siglip2_naflex", {}),
         ("siglip2_naflex", {"batch_tokens": 90}),
         ("siglip2_naflex", {"precision": "bf16"}),
     ],
