@@ -1,10 +1,12 @@
 """Features of a frozen tower, made once and kept on the disk: the same training, and never a stale feature."""
 
 import csv
+import functools
 import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -252,18 +254,20 @@ def test_two_processes_share_the_images_and_their_errors(starts: dict[str, Path]
 # --- killed
 
 
-def slow_encoding() -> None:
-    """Small shards, and a pause after each."""
-    import time
-
+def pause_after(shard: int, seconds: float) -> None:
+    """Small shards, and a pause after the one with this number and those that follow."""
     small_shards()
     write = Plan.write
 
-    def slow(self: Plan, *arguments: Any, **named: Any) -> None:
-        write(self, *arguments, **named)
-        time.sleep(0.2)
+    def slow(self: Plan, number: int, *arguments: Any, **named: Any) -> None:
+        write(self, number, *arguments, **named)
+        time.sleep(seconds if number >= shard else 0)
 
     Plan.write = slow  # type: ignore[method-assign]
+
+
+hang = functools.partial(pause_after, 2, 60)
+linger = functools.partial(pause_after, 3, 1)
 
 
 def shards(out: Path) -> dict[str, int]:
@@ -275,18 +279,18 @@ def test_killed_while_encoding_and_while_training_it_ends_with_the_same_bits(
     starts: dict[str, Path], data: Path, tmp_path: Path, small: None, calls: list[tuple[int, bool]]
 ) -> None:
     start = starts["siglip2_naflex"]
-    whole = a_run(tmp_path / "whole", start, data)
+    whole = a_run(tmp_path / "whole", start, data, stages=[cached(steps=16)])
     vlm.train.run(whole)
-    run = a_run(tmp_path / "killed", start, data)
-    with training(run, prepare=slow_encoding) as process:
-        wait(lambda: len(shards(run.out)) >= 3)
+    run = a_run(tmp_path / "killed", start, data, stages=[cached(steps=16)])
+    with training(run, prepare=hang) as process:
+        wait(lambda: len(shards(run.out)) == 3)
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
     before = shards(run.out)
-    assert 3 <= len(before) < 6 and steps_done(run.out) == 0
+    assert len(before) == 3 and steps_done(run.out) == 0
     (run.out / "align" / "features" / "shard-00005.part").write_bytes(b"torn by a kill")
     # Each kind of stop keeps what is there: a signal while encoding, then a kill in training.
-    with training(run, resume=True, prepare=slow_encoding) as process:
+    with training(run, resume=True, prepare=linger) as process:
         wait(lambda: len(shards(run.out)) > len(before))
         process.terminate()
         process.join(60)
@@ -347,8 +351,8 @@ def test_what_changed_is_encoded_again_and_nothing_else(
 def test_a_run_notices_another_image_file(starts: dict[str, Path], tmp_path: Path, small: None) -> None:
     data = mixed(tmp_path / "data")
     run = a_run(tmp_path / "out", starts["siglip2_naflex"], data, checkpoint_every=100)
-    with training(run, prepare=slow_encoding) as process:
-        wait(lambda: len(shards(run.out)) >= 3)
+    with training(run, prepare=hang) as process:
+        wait(lambda: len(shards(run.out)) == 3)
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
     Image.new("RGB", (28, 28), "red").save(data.parent / "0.png")
