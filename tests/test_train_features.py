@@ -254,14 +254,14 @@ def test_two_processes_share_the_images_and_their_errors(starts: dict[str, Path]
 # --- killed
 
 
-def pause_after(shard: int, seconds: float) -> None:
+def pause_after(first: int, seconds: float) -> None:
     """Small shards, and a pause after the one with this number and those that follow."""
     small_shards()
     write = Plan.write
 
-    def slow(self: Plan, number: int, *arguments: Any, **named: Any) -> None:
-        write(self, number, *arguments, **named)
-        time.sleep(seconds if number >= shard else 0)
+    def slow(self: Plan, shard: int, *arguments: Any, **named: Any) -> None:
+        write(self, shard, *arguments, **named)
+        time.sleep(seconds if shard >= first else 0)
 
     Plan.write = slow  # type: ignore[method-assign]
 
