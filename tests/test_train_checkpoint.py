@@ -79,7 +79,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
     assert checkpoint.newest(tmp_path).step == 2  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("stage", ["save_file", "publish", "_sync", "_write_json"])
+@pytest.mark.parametrize("stage", ["save_file", "publish", "sync", "_write_json"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EROFS])
 def test_a_full_disk_is_one_line_and_costs_nothing(
     stage: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -143,7 +143,7 @@ def test_the_manifest_is_written_after_everything_else_and_before_the_rename(
 
         monkeypatch.setattr(checkpoint, name, watched)
 
-    for name in ("save_file", "_sync", "_write_json", "_remove", "publish", "_delete_old"):
+    for name in ("save_file", "sync", "_write_json", "_remove", "publish", "_delete_old"):
         watch(name)
     save(tmp_path, 2, keep=1)
     assert len(states) > 10

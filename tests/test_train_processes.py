@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 
 @contextmanager
-def two_processes(run: RunConfig, *, resume: bool = False) -> Iterator[list[Any]]:
-    """Two ranks, started at once as torchrun does."""
+def two_processes(
+    run: RunConfig, *, resume: bool = False, prepare: Callable[[], None] | None = None
+) -> Iterator[list[Any]]:
+    """Two ranks, started at once as torchrun does; each calls `prepare` first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -38,7 +40,12 @@ def two_processes(run: RunConfig, *, resume: bool = False) -> Iterator[list[Any]
     with ExitStack() as stack:
         yield [
             stack.enter_context(
-                training(run, resume=resume, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+                training(
+                    run,
+                    resume=resume,
+                    environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    prepare=prepare,
+                )
             )
             for rank in (0, 1)
         ]

@@ -130,6 +130,7 @@ class Processor:
         *,
         ids: Sequence[str] | None = None,
         max_text_length: int | None = None,
+        grids: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> Batch:
         """Build a batch: for training when suffixes are given (padding right, labels), else for generation (padding
         left, no labels).
@@ -142,6 +143,8 @@ class Processor:
             ids: names of the samples for error messages; their numbers by default.
             max_text_length: most text tokens of a sample (BOS, newline, EOS included; image tokens not). Only a suffix
                 is cut, and that is reported.
+            grids: instead of `images`, for each sample the (rows, columns) of its images, whose features are there
+                already (`VLM.forward(encoded=...)`): the batch has their placeholders, and no pixels.
 
         Raises:
             DataError: an empty batch, unequal lengths, a prefix that does not fit, nothing to supervise. The sample is
@@ -151,15 +154,19 @@ class Processor:
         prefixes = [text] if isinstance(text, str) else list(text)
         suffixes = [suffix] if isinstance(suffix, str) else None if suffix is None else list(suffix)
         names = [str(i) for i in range(len(prefixes))] if ids is None else [str(i) for i in ids]
-        groups = self._image_groups(images, len(prefixes))
-        self._check_lengths(prefixes, suffixes, names, groups)
-        pixels = self._pixels(groups, names)
+        groups = self._image_groups(images, len(prefixes)) if grids is None else []
+        self._check_lengths(prefixes, suffixes, names, groups if grids is None else list(grids))
+        pixels = self._pixels(groups, names) if grids is None else None
         targets: Sequence[str | None] = [None] * len(prefixes) if suffixes is None else suffixes
         texts = [
             self._encode(prefix, target, sample=name, max_length=max_text_length)
             for prefix, target, name in zip(prefixes, targets, names, strict=True)
         ]
-        batch = self._assemble(texts, self._image_tokens(groups, pixels), names, training=suffixes is not None)
+        if grids is None:
+            counts = self._image_tokens(groups, pixels)
+        else:
+            counts = [sum(self.num_image_tokens(grid) for grid in group) for group in grids]
+        batch = self._assemble(texts, counts, names, training=suffixes is not None)
         if batch.truncated:
             logger.warning("suffix cut to %s text tokens in %s", max_text_length, ", ".join(batch.truncated))
         if pixels is None:

@@ -86,11 +86,11 @@ def publish(temporary: Path, target: Path) -> None:
     way."""
     manifest.write(temporary)
     for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
+        sync(path)
+    sync(temporary)
     _remove(target)
     temporary.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def problem(path: Path) -> str | None:
@@ -158,10 +158,11 @@ def _reason(error: Exception) -> str:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -182,10 +182,14 @@ class StageConfig:
     """Longest text in tokens, images not counted; a longer answer is cut and counted, a longer prompt is refused."""
     augment: list[str] = field(default_factory=list)
     """Names from `vlm.train.augment.AUGMENTATIONS`; list only those that cannot change the answer."""
+    cache_features: bool = False
+    """Encode each image once, before the first step, and keep the features on the disk until the stage is finished.
+    For a frozen tower, and worth it where an image is seen several times."""
 
     def __post_init__(self) -> None:
         _check_name(self.name)
         self._check_parts()
+        self._check_cache()
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError(f"stage {self.name}: give either `steps` or `epochs`")
         _positive(f"stage {self.name}", steps=self.steps, epochs=self.epochs, batch_size=self.batch_size)
@@ -223,6 +227,18 @@ class StageConfig:
         if self.module == "frozen_encoder" and "encoder" in self.train:
             raise ConfigError(
                 f"stage {self.name}: module frozen_encoder freezes the encoder; use module full to train it"
+            )
+
+    def _check_cache(self) -> None:
+        if self.cache_features and self.module != "frozen_encoder":
+            raise ConfigError(
+                f"stage {self.name}: cache_features needs a tower that does not change: use module frozen_encoder, or"
+                f" leave cache_features out"
+            )
+        if self.cache_features and self.augment:
+            raise ConfigError(
+                f"stage {self.name}: cache_features encodes each image once, but augment ({', '.join(self.augment)})"
+                f" changes it every time; leave one of them out"
             )
 
 
@@ -267,6 +283,7 @@ class RunConfig:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ConfigError(f"stages: every stage needs its own name, got {', '.join(names)}")
+        self._check_caches()
         _positive("run", nodes=self.nodes, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
         _positive("run", keep_checkpoints=self.keep_checkpoints, validate_every=self.validate_every)
         _positive("run", evaluate_every=self.evaluate_every)
@@ -280,6 +297,14 @@ class RunConfig:
             raise ConfigError("workers must be 0 or more, and bad_image_share between 0 and 1")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be at least 0 and below 2**63, got {self.seed}")
+
+    def _check_caches(self) -> None:
+        cached = [stage.name for stage in self.stages if stage.cache_features]
+        if cached and len(self.data.budgets()) > 1:
+            raise ConfigError(
+                f"stage {cached[0]}: cache_features encodes each image at one size, but data.max_num_patches has"
+                f" {len(self.data.budgets())}; give one number, or leave cache_features out"
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

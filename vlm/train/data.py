@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from vlm.errors import ConfigError, DataError, ImageError, VLMError
 from vlm.images import load_image
 from vlm.processor import Batch, Processor
 from vlm.train.augment import Augmentation
-from vlm.train.plan import Key, Mixture, StepSampler, drawn
+from vlm.train.plan import Key, Mixture, drawn
 
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 300
 """The run stops when a micro-batch takes longer to load."""
 IN_A_ROW = 100
+Chosen = tuple[int, Any]
+"""Index of an example and its image (or what stands for it where features were made before, `vlm.train.features`)."""
 
 
 @dataclass
@@ -104,34 +106,34 @@ class MicroBatches(Dataset[MicroBatch]):
             item.error = error
         return item
 
-    def _batch(self, processor: Processor, chosen: Sequence[tuple[int, Image.Image]]) -> Batch:
-        examples = [self.examples[index] for index, _ in chosen]
-        return processor(
-            [image for _, image in chosen],
-            [example.prefix for example in examples],
-            [example.suffix or "" for example in examples],
-            ids=[example.id for example in examples],
-            max_text_length=self.max_text_length,
-        )
+    def _batch(self, processor: Processor, chosen: Sequence[Chosen]) -> Batch:
+        return processor([image for _, image in chosen], **self._texts(chosen))
 
-    def _cut(
-        self, processor: Processor, chosen: Sequence[tuple[int, Image.Image]], item: MicroBatch
-    ) -> list[list[int]]:
+    def _texts(self, chosen: Sequence[Chosen]) -> dict[str, Any]:
+        """What the processor is told of the examples, beside their images."""
+        examples = [self.examples[index] for index, _ in chosen]
+        return {
+            "text": [example.prefix for example in examples],
+            "suffix": [example.suffix or "" for example in examples],
+            "ids": [example.id for example in examples],
+            "max_text_length": self.max_text_length,
+        }
+
+    def _cut(self, processor: Processor, chosen: Sequence[Chosen], item: MicroBatch) -> list[list[int]]:
         """Places in `chosen`, in batches."""
         if self.batch_tokens is None:
             return [list(range(len(chosen)))]
-        examples = [self.examples[index] for index, _ in chosen]
-        lengths = processor.lengths(
-            [[image.size] for _, image in chosen],
-            [example.prefix for example in examples],
-            [example.suffix or "" for example in examples],
-            ids=[example.id for example in examples],
-            max_text_length=self.max_text_length,
-        )
+        lengths = self._lengths(processor, chosen)
         item.over_budget = [
-            example.id for example, length in zip(examples, lengths, strict=True) if length > self.batch_tokens
+            self.examples[index].id
+            for (index, _), length in zip(chosen, lengths, strict=True)
+            if length > self.batch_tokens
         ]
         return cut(lengths, self.batch_tokens)
+
+    def _lengths(self, processor: Processor, chosen: Sequence[Chosen]) -> list[int]:
+        """Tokens of each example, image and text."""
+        return processor.lengths([[image.size] for _, image in chosen], **self._texts(chosen))
 
     def _processor(self, key: Key) -> Processor:
         """The processor with the patch budget of the key's optimizer step."""
@@ -139,7 +141,7 @@ class MicroBatches(Dataset[MicroBatch]):
             return self.processor
         return self._by_budget[drawn(self.mixture.seed, key.step, list(self._by_budget))]
 
-    def _pick(self, position: int, item: MicroBatch) -> tuple[int, Image.Image]:
+    def _pick(self, position: int, item: MicroBatch) -> Chosen:
         """The example at a position and its image; while images fail, the position's next substitute."""
         index = self.mixture.example(position)
         for attempt in range(IN_A_ROW):
@@ -155,7 +157,8 @@ class MicroBatches(Dataset[MicroBatch]):
             f"{IN_A_ROW} images in a row could not be decoded (see failures.jsonl); last: {item.failures[-1].message}"
         )
 
-    def _image(self, index: int) -> Image.Image:
+    def _image(self, index: int) -> Any:
+        """The image of an example."""
         source = self.examples[index].image
         key = source if isinstance(source, Path) else index
         if key in self._cache:
@@ -167,7 +170,7 @@ class MicroBatches(Dataset[MicroBatch]):
             self._cache_left -= size
         return image
 
-    def _augment(self, image: Image.Image, position: int, index: int) -> Image.Image:
+    def _augment(self, image: Any, position: int, index: int) -> Any:
         if self.augmentations:
             seed = (self.mixture.seed, self.mixture.epoch(position), index)
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
@@ -218,8 +221,10 @@ def check_lengths(examples: Sequence[Example], processor: Processor, max_text_le
     return cut
 
 
-def loader(dataset: MicroBatches, sampler: StepSampler, *, workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """A loader that gives one `MicroBatch` per key, in order, from `workers` processes (0: this one)."""
+def loader(
+    dataset: Dataset[Any], sampler: Iterable[Any], *, workers: int = 0, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """A loader that gives one item per key (a `MicroBatch`), in order, from `workers` processes (0: this one)."""
     options: dict[str, Any] = {}
     if workers:
         # Torch installs its SIGCHLD handler once, and Lightning takes it away at the end of each stage: without it a

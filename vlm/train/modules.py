@@ -26,13 +26,16 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
+from vlm.encoders import EncoderOutput
 from vlm.errors import TrainingError, VLMError
 from vlm.processor import Batch
 from vlm.train import optim, parts
 from vlm.train.config import StageConfig
 from vlm.train.data import MicroBatch
+from vlm.train.features import FeatureBatch
 from vlm.train.plan import Key
 from vlm.train.schedule import multiplier
+from vlm.transforms import Pixels
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +65,8 @@ class StageModule(pl.LightningModule):
     Args:
         model: a `vlm.VLM`, already frozen as the stage says (see `vlm.train.parts.frozen`). stage: the stage. rows: the
         manifest of `model`. steps: optimizer steps of the whole stage (the schedule's length). seed: of dropout.
-        make_loader: called as `make_loader(rank, world_size)` once the processes exist; gives an iterable of
-        `MicroBatch`. optimizer_state: what `optim.state_tensors` gave, to resume. should_stop: asked once per step on
+        make_loader: called with this module once the processes exist; gives an iterable of `MicroBatch`.
+        optimizer_state: what `optim.state_tensors` gave, to resume. should_stop: asked once per step on
         every rank; when any says True, all stop after that step.
     """
 
@@ -75,7 +78,7 @@ class StageModule(pl.LightningModule):
         *,
         steps: int,
         seed: int,
-        make_loader: Callable[[int, int], Any],
+        make_loader: Callable[["StageModule"], Any],
         optimizer_state: Mapping[str, Tensor] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         inspect: Callable[[MicroBatch], VLMError | None] = lambda item: item.error,
@@ -95,7 +98,7 @@ class StageModule(pl.LightningModule):
     # --- what Lightning asks for ------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> Any:
-        return self.make_loader(self.global_rank, self.trainer.world_size)
+        return self.make_loader(self)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = optim.adamw(self.model, self.rows, self.stage, fused=self.fused)
@@ -256,7 +259,10 @@ class FrozenEncoderModule(StageModule):
     """A stage whose vision tower is frozen: the tower runs in eval mode, and no graph is built through it."""
 
     def compute(self, batch: Batch) -> Any:
-        """The model's output, with the tower run beforehand under `no_grad`."""
+        """The model's output, with the tower run beforehand under `no_grad`, unless the batch holds its features."""
+        if isinstance(batch, FeatureBatch):
+            texts, features = batch.split()
+            return self.model(**texts, encoded=features, reduction=self.stage.loss_reduction)
         tensors = {name: batch[name] for name in batch.keys()}
         pixels = {name: tensors.pop(name) for name in PIXELS if name in tensors}
         encoded = None
@@ -264,6 +270,13 @@ class FrozenEncoderModule(StageModule):
             with torch.no_grad():
                 encoded = self.model.encode(**pixels)  # type: ignore[operator]
         return self.model(**tensors, encoded=encoded, reduction=self.stage.loss_reduction)
+
+    def encode(self, pixels: Pixels) -> EncoderOutput:
+        """The tower's features, in the precision in which the stage trains."""
+        inputs = [None if tensor is None else tensor.to(self.device) for tensor in pixels[:3]]
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            encoded: EncoderOutput = self.model.encode(*inputs)  # type: ignore[operator]
+        return encoded
 
 
 class FullModule(StageModule):

@@ -66,7 +66,6 @@ class Recorder(pl.Callback):
             self._evaluations = MetricsFile(path, self.finished, name, start, metrics.EVALUATION_COLUMNS)
         self._board = TensorBoard(out / "tensorboard" / name)
         self._progress = Progress(name, start, stage.steps, stage.run.log_every)
-        self._speed = Speed()
 
     def end(self, frozen: dict[str, str]) -> None:
         """Called after the last step, when the frozen parts were compared."""
@@ -99,6 +98,7 @@ class Recorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._device = pl_module.device
+        self._speed = Speed()  # not counting the time in which a tower's features were made
         if self._scaler is not None:
             trainer.precision_plugin.load_state_dict(self._scaler)
 

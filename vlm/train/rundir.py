@@ -4,7 +4,8 @@ OUT/
   config.yaml       the run as configured (resuming with another configuration is refused)
   versions.json     one entry per start: time, host, library versions
   start/            the model before the first stage
-  STAGE/            manifest.json, checkpoints/, model/ (once the stage is finished)
+  STAGE/            manifest.json, checkpoints/, features/ (with cache_features, while it trains), model/ (once the
+                    stage is finished)
   model             link to the last stage's model
   metrics.csv       one row per optimizer step
   evaluations.csv   scores of answers during training, if `evaluate` is given

@@ -12,16 +12,19 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from vlm.data import Example
+from vlm.encoders import feature_width
 from vlm.errors import CheckpointError, ConfigError
 from vlm.eval.job import Job
 from vlm.processor import Processor
 from vlm.train import checkpoint, parts
 from vlm.train.augment import pipeline
 from vlm.train.config import RunConfig, StageConfig
-from vlm.train.data import MicroBatches, loader
+from vlm.train.data import MicroBatches, loader, with_budget
+from vlm.train.encode import Encoding
 from vlm.train.evaluate import Evaluator
 from vlm.train.failures import explain
-from vlm.train.modules import StageModule, module_class
+from vlm.train.features import FeatureBatches, FeatureStore, Plan
+from vlm.train.modules import FrozenEncoderModule, StageModule, module_class
 from vlm.train.plan import Mixture, StepSampler, stage_seed, steps_of
 from vlm.train.quiet import quiet_lightning
 from vlm.train.recorder import Recorder
@@ -63,17 +66,23 @@ class Stage:
     def precision(self) -> str:
         return self.config.precision or self.run.precision
 
-    def dataset(self, processor: Processor) -> MicroBatches:
-        return MicroBatches(
-            self.examples,
-            self.mixture,
-            processor,
-            max_text_length=self.config.max_text_length,
-            augmentations=pipeline(self.config.augment),
-            cache_images_mb=self.run.data.cache_images_mb,
-            budgets=self.run.data.budgets(),
-            batch_tokens=self.config.batch_tokens,
-        )
+    def dataset(self, processor: Processor, store: FeatureStore | None = None) -> MicroBatches:
+        """What trains, with the features of the images if there is a store of them."""
+        settings: dict[str, Any] = {
+            "max_text_length": self.config.max_text_length,
+            "augmentations": pipeline(self.config.augment),
+            "cache_images_mb": self.run.data.cache_images_mb,
+            "budgets": self.run.data.budgets(),
+            "batch_tokens": self.config.batch_tokens,
+        }
+        if store is not None:
+            return FeatureBatches(self.examples, self.mixture, processor, store=store, **settings)
+        return MicroBatches(self.examples, self.mixture, processor, **settings)
+
+    @property
+    def features(self) -> Path:
+        """Folder of the cached features, while the stage trains."""
+        return self.folder / "features"
 
 
 def make_stage(
@@ -105,7 +114,7 @@ def train_stage(stage: Stage, model: nn.Module, processor: Processor, recorder: 
         resumed = _restore(stage, model, frozen)
         parts.check_manifest(model, stage.config, rows, "while the checkpoint was read")
         start = resumed.step if resumed else 0
-        module = _module(stage, model, processor, rows, resumed, recorder, stop)
+        module = _module(stage, model, processor, rows, frozen, resumed, recorder, stop)
         validator = _validator(stage, processor, trainer.world_size)
         scaler = resumed.state.get("scaler") if resumed else None
         recorder.begin(stage, rows, frozen, start, scaler, validator, _evaluator(stage, processor))
@@ -195,24 +204,28 @@ def _module(
     model: nn.Module,
     processor: Processor,
     rows: list[parts.Row],
+    frozen: dict[str, str],
     resumed: checkpoint.Checkpoint | None,
     recorder: Recorder,
     stop: StopSignal,
 ) -> StageModule:
     dataset = stage.dataset(processor)
 
-    def make_loader(rank: int, world: int) -> Any:
+    def make_loader(module: StageModule) -> Any:
         # Lightning has just put its own signal handlers in; ours save first and give the right exit code.
         stop.install()
+        data = dataset
+        if stage.config.cache_features:
+            data = stage.dataset(processor, _features(stage, module, processor, frozen, stop))
         sampler = StepSampler(
             resumed.step if resumed else 0,
             stage.steps,
             stage.config.batch_size,
             accumulate=stage.config.accumulate,
-            rank=rank,
-            world=world,
+            rank=module.global_rank,
+            world=module.trainer.world_size,
         )
-        return loader(dataset, sampler, workers=stage.run.workers, pin_memory=torch.cuda.is_available())
+        return loader(data, sampler, workers=stage.run.workers, pin_memory=torch.cuda.is_available())
 
     return module_class(stage.config)(
         model,
@@ -227,6 +240,46 @@ def _module(
         # The gradient scaler of fp16 cannot look at the gradients before a fused step.
         fused=stage.precision != "fp16",
     )
+
+
+def _features(
+    stage: Stage, module: StageModule, processor: Processor, frozen: dict[str, str], stop: StopSignal
+) -> FeatureStore:
+    """The features of all images of the stage, made now where they are not on the disk. Called on every rank."""
+    assert isinstance(module, FrozenEncoderModule)
+    config: Any = module.model.config
+    budgets = stage.run.data.budgets()
+    transform = (with_budget(processor, budgets[0]) if budgets else processor).image_transform
+    plan = Plan(
+        stage.features,
+        stage.examples,
+        image_bytes=transform.max_patches * feature_width(config.vision_config) * 4,
+        identity={
+            "tower": [frozen["encoder"], config.encoder, config.vision_config.to_dict()],
+            "transform": transform.to_dict(),
+            "precision": stage.precision,
+        },
+    )
+    if stage.steps * stage.config.batch_size < len(plan.images):
+        log.warning(
+            "stage %s: cache_features encodes %d images, but only %d are seen; without it the stage is faster",
+            *(stage.config.name, len(plan.images), stage.steps * stage.config.batch_size),
+        )
+    making = Encoding(
+        stage.config.name,
+        plan,
+        transform,
+        module.encode,
+        module.device,
+        rank=module.global_rank,
+        world=module.trainer.world_size,
+        workers=stage.run.workers,
+        should_stop=lambda: stop.signum != 0,
+    )
+    store = making.run()
+    if store is None:
+        raise Stopped(stop.signum or signal.SIGTERM)
+    return store
 
 
 def _restore(stage: Stage, model: nn.Module, frozen: dict[str, str]) -> checkpoint.Checkpoint | None:

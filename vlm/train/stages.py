@@ -25,7 +25,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.model import VLM
 from vlm.processor import Processor
 from vlm.towers import Choice, choose
-from vlm.train import checkpoint, metrics
+from vlm.train import checkpoint, features, metrics
 from vlm.train.config import ModelConfig, RunConfig
 from vlm.train.data import check_lengths
 from vlm.train.evaluate import read_jobs
@@ -70,6 +70,8 @@ def _run_stage(stage: Stage, start: Path, finished: list[str], main: bool, stop:
     target = stage.folder / "model"
     if checkpoint.problem(target) is None:
         log.info("stage %s: finished before", stage.config.name)
+        if main:
+            features.remove(stage.features, stage.config.name)
         return target
     # Loaded even when it was just saved: a run that was interrupted has no other way, and both must do the same.
     model, processor = load(start, dtype="float32")
@@ -88,6 +90,7 @@ def _run_stage(stage: Stage, start: Path, finished: list[str], main: bool, stop:
     stop.raise_if_stopped()
     if main:
         _publish_model(model, processor, target, _provenance(stage))
+        features.remove(stage.features, stage.config.name)
     barrier()
     return target
 

@@ -1,0 +1,233 @@
+"""Features of a frozen tower on the disk, and batches that carry them in place of pixels.
+
+    STAGE/features/
+        shard-00000.safetensors   `features` float[T, E]: the images of the shard one after the other;
+                                  `lengths` int64[n], `grids` int64[n, 2]: of each image, 0 where it did not decode.
+                                  In its metadata: what it was made of (`Plan.identity`), failures, whether masked
+
+Which image is in which shard depends on the data alone. A shard is written under another name, synced and renamed: it
+is complete or not there, and a run that was killed goes on with the ones that are missing. One that was made of another
+tower, image transform, precision or of other image files is made again.
+
+A sample is read with one read of the file at its place, which the system's page cache serves; nothing stays in memory
+but lengths, offsets and grids. Run directories are on a disk that all ranks share, so each rank reads all shards.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlm.data import Example
+from vlm.encoders import EncoderOutput
+from vlm.errors import ConfigError, ImageError
+from vlm.processor import Batch, Processor
+from vlm.train.checkpoint import sync
+from vlm.train.data import MicroBatches
+
+log = logging.getLogger(__name__)
+
+SHARD_BYTES = 128 * 2**20
+"""About the size of a shard, and so of what a rank holds in memory and a kill costs while features are made."""
+
+
+class Plan:
+    """Which image's features are in which shard.
+
+    Args:
+        folder: of the shards. examples: of the stage; an image that several of them name is encoded once.
+        image_bytes: the most that the features of one image take.
+        identity: what the features depend on beside the images: name -> anything that JSON can hold.
+
+    Raises `ConfigError` for an image that is no file.
+    """
+
+    def __init__(
+        self, folder: Path, examples: Sequence[Example], *, image_bytes: int, identity: Mapping[str, Any]
+    ) -> None:
+        numbers: dict[Path, int] = {}
+        image_of = []
+        for example in examples:
+            if not isinstance(example.image, Path):
+                raise ConfigError(f"example {example.id}: cache_features needs image files, got an image in memory")
+            image_of.append(numbers.setdefault(example.image, len(numbers)))
+        self.folder = folder
+        self.images = list(numbers)
+        self.image_of = np.array(image_of, dtype=np.int64)
+        """Number of the image of each example."""
+        self.per_shard = max(1, SHARD_BYTES // image_bytes)
+        self._identity = {name: _digest(value) for name, value in identity.items()}
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.images) // self.per_shard)
+
+    def members(self, shard: int) -> range:
+        """Numbers of the images in a shard."""
+        return range(len(self.images))[shard * self.per_shard : (shard + 1) * self.per_shard]
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.safetensors"
+
+    def identity(self, shard: int) -> dict[str, str]:
+        """What the features of a shard depend on: digests, that of names, sizes and times of the image files too."""
+        return {**self._identity, "images": _digest([_file_state(self.images[i]) for i in self.members(shard)])}
+
+    def outdated(self, shard: int) -> list[str] | None:
+        """What a shard on the disk was made of that is another now (`["missing"]` without one), or None."""
+        path = self.path(shard)
+        if not path.exists():
+            return ["missing"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}
+        except (OSError, SafetensorError):
+            return ["damaged"]
+        return [name for name, value in self.identity(shard).items() if found.get(name) != value] or None
+
+    def write(
+        self,
+        shard: int,
+        outputs: Mapping[int, tuple[Tensor, tuple[int, int]]],
+        failures: Mapping[int, Any],
+        **extra: Any,
+    ) -> None:
+        """Write a shard.
+
+        Args:
+            outputs: image number -> (float[P, E], grid). failures: image number -> (code, message).
+            extra: more metadata: `identity`, as it was before the images were read, and `masked`.
+        """
+        members = self.members(shard)
+        lengths = torch.tensor([len(outputs[i][0]) if i in outputs else 0 for i in members])
+        grids = torch.tensor([outputs[i][1] if i in outputs else (0, 0) for i in members])
+        features = [outputs[i][0] for i in members if i in outputs]
+        tensors = {"features": torch.cat(features) if features else torch.zeros(0, 1), "lengths": lengths}
+        metadata = {**extra["identity"], "masked": json.dumps(extra["masked"]), "failures": json.dumps(dict(failures))}
+        temporary = self.path(shard).with_suffix(".part")
+        save_file({**tensors, "grids": grids}, temporary, metadata)
+        sync(temporary)
+        os.replace(temporary, self.path(shard))
+        sync(self.folder)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _file_state(path: Path) -> list[Any]:
+    try:
+        state = path.stat()
+    except OSError:  # decoding it will say what is wrong
+        return [str(path)]
+    return [str(path), state.st_size, state.st_mtime_ns]
+
+
+def remove(folder: Path, stage: str) -> None:
+    """Delete the features of a stage that is finished."""
+    if folder.exists():
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        shutil.rmtree(folder)
+        log.info("stage %s: deleted its cached features, %.1f MB", stage, size / 1e6)
+
+
+class FeatureStore:
+    """The features of a plan whose shards are complete."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._failures: dict[int, tuple[str, str]] = {}
+        self.masked = False
+        lengths, grids, offsets = [], [], []
+        for shard in range(plan.shards):
+            with safe_open(plan.path(shard), framework="pt") as file:
+                metadata = file.metadata()
+                lengths.append(file.get_tensor("lengths").numpy())
+                grids.append(file.get_tensor("grids").numpy())
+            offsets.append(np.cumsum(lengths[-1]) - lengths[-1])
+            self.masked |= json.loads(metadata["masked"])
+            self._failures.update({int(i): tuple(said) for i, said in json.loads(metadata["failures"]).items()})
+        self._lengths, self._offsets, self._grids = (np.concatenate(parts) for parts in (lengths, offsets, grids))
+
+    @property
+    def failed(self) -> int:
+        """Images that did not decode."""
+        return len(self._failures)
+
+    def grid(self, example: int) -> tuple[int, int]:
+        """(rows, columns) of an example's image. Raises the `ImageError` with which it did not decode."""
+        image = self._plan.image_of[example]
+        if image in self._failures:
+            raise ImageError(*self._failures[image])
+        rows, columns = self._grids[image]
+        return int(rows), int(columns)
+
+    def read(self, example: int) -> Tensor:
+        """float[P, E]: the features of an example's image, in the dtype that the tower gave."""
+        image = int(self._plan.image_of[example])
+        start = int(self._offsets[image])
+        with safe_open(self._plan.path(image // self._plan.per_shard), framework="pt") as file:
+            features: Tensor = file.get_slice("features")[start : start + int(self._lengths[image])]
+        return features
+
+
+@dataclass
+class FeatureBatch(Batch):
+    """A batch whose images were encoded before.
+
+    Attributes:
+        features: float[M, P, E]. feature_mask: bool[M, P], or None when every row is a patch. feature_grids: int64[M,
+            2]. As `EncoderOutput`.
+    """
+
+    features: Tensor | None = None
+    feature_mask: Tensor | None = None
+    feature_grids: Tensor | None = None
+
+    def split(self) -> tuple[dict[str, Tensor], EncoderOutput]:
+        """The tensors of the text, and what the tower gave."""
+        names = ("features", "feature_mask", "feature_grids")
+        assert self.features is not None and self.feature_grids is not None
+        encoded = EncoderOutput(self.features, self.feature_mask, self.feature_grids)
+        return {name: tensor for name, tensor in self._tensors() if name not in names}, encoded
+
+
+class FeatureBatches(MicroBatches):
+    """`MicroBatches` that reads features where the other decodes images. Images that did not decode when the features
+    were made are reported and replaced in the same way."""
+
+    def __init__(self, *arguments: Any, store: FeatureStore, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._store = store
+
+    def _image(self, index: int) -> Any:
+        """(rows, columns): all that is needed to lay out a batch."""
+        return self._store.grid(index)
+
+    def _lengths(self, processor: Processor, chosen: Sequence[tuple[int, Any]]) -> list[int]:
+        texts = self._texts(chosen)
+        lengths = processor.lengths([[]] * len(chosen), **texts)
+        return [processor.num_image_tokens(grid) + n for (_, grid), n in zip(chosen, lengths, strict=True)]
+
+    def _batch(self, processor: Processor, chosen: Sequence[tuple[int, Any]]) -> FeatureBatch:
+        grids = [grid for _, grid in chosen]
+        batch = processor(grids=[[grid] for grid in grids], **self._texts(chosen))
+        rows = [self._store.read(index) for index, _ in chosen]
+        features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = None
+        if self._store.masked:
+            mask = torch.arange(features.shape[1]) < torch.tensor([[len(row)] for row in rows])
+        return FeatureBatch(
+            **vars(batch), features=features, feature_mask=mask, feature_grids=torch.tensor(grids, dtype=torch.int64)
+        )
