@@ -374,14 +374,8 @@ GOLD: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-<<<<<<< HEAD
 # Not METEOR: it is a Java program that need not be there, and has no interval.
 @pytest.mark.parametrize("name", [name for name in metrics.names() if name != "meteor"])
-=======
-@pytest.mark.parametrize(
-    "name", [name for name in metrics.names() if not name.startswith(("bleu", "rouge", "cider", "meteor"))]
-)
->>>>>>> features
 def test_every_metric_keeps_its_promises(name: str) -> None:
     gold, facts = GOLD.get(name, (TEN, {}))
     keys = [f"{i:03d}" for i in range(60)]
