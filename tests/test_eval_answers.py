@@ -353,7 +353,9 @@ GOLD: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in metrics.names() if not name.startswith(("bleu", "rouge", "cider", "meteor"))])
+@pytest.mark.parametrize(
+    "name", [name for name in metrics.names() if not name.startswith(("bleu", "rouge", "cider", "meteor"))]
+)
 def test_every_metric_keeps_its_promises(name: str) -> None:
     gold, facts = GOLD.get(name, (TEN, {}))
     keys = [f"{i:03d}" for i in range(60)]
