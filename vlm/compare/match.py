@@ -22,6 +22,7 @@ from vlm.compare.config import Arm
 from vlm.errors import ImageError
 from vlm.images import image_size
 from vlm.settings import from_dict
+from vlm.towers import sized
 from vlm.train.config import ModelConfig
 from vlm.train.stages import make_tower
 from vlm.transforms import ImageTransform
@@ -87,8 +88,9 @@ class _Tower:
 
     @property
     def pinned(self) -> bool:
-        image = self.arm.model.get("image") or {}
-        return self.kind == FUSED or "image_size" in self.arm.model or "max_num_patches" in image
+        model, image = self.arm.model, self.arm.model.get("image") or {}
+        given = model.get("image_size") is not None or sized(model["encoder"])[1] is not None
+        return self.kind == FUSED or given or image.get("max_num_patches") is not None
 
     @property
     def why_pinned(self) -> str:
