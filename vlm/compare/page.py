@@ -188,8 +188,10 @@ def _probe_note(arms: Sequence[dict[str, Any]], short: Mapping[str, str]) -> str
     for arm in arms:
         if arm["no_zero_shot"]:
             reasons.setdefault(arm["no_zero_shot"], []).append(short[arm["name"]])
+    both = max((found["images_in_both"] for arm in arms for found in (arm["probes"] or {}).values()), default=0)
+    warning = [f"{both} images are in both the training and the test set, and may be learnt by heart."] if both else []
     told = [f"No zero-shot for {', '.join(who)}: {why}." for why, who in reasons.items()]
-    return " ".join([PROBE_NOTE, *told])
+    return " ".join([PROBE_NOTE, *warning, *told])
 
 
 def _pairs(result: dict[str, Any], short: Mapping[str, str]) -> list[Section]:
