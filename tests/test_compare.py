@@ -211,7 +211,7 @@ def test_other_settings_and_other_data_are_noticed(ran: tuple[Path, dict[str, An
     other["fixed"]["seen"] = "f" * 64
     other["tasks"]["words"]["data_sha256"] = "e" * 64
     broken = {item.what: item.detail for item in fixed.check([one, other]) if not item.held}
-    assert set(broken) == {"settings of the run", "text seen in every step, per seed", "test items of words"}
+    assert set(broken) == {"settings of the run", "examples and text of every step, per seed", "test items of words"}
     assert "steps: 99" in broken["settings of the run"]
 
 

@@ -166,7 +166,9 @@ class Recorder(pl.Callback):
         row = {"loss": report.loss, **rates, "grad_norm": report.grad_norm, "examples_per_s": float(f"{rate:.4g}")}
         if val_loss is not None:
             row["val_loss"] = val_loss
-        self._metrics.write(stage=self.stage.config.name, step=report.step, tokens=report.tokens, **row)
+        self._metrics.write(
+            stage=self.stage.config.name, step=report.step, tokens=report.tokens, seen=report.seen, **row
+        )
         self._board.write(report.step, **row)
         self._progress.update(report, rate)
 
