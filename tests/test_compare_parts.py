@@ -187,6 +187,14 @@ def test_a_size_after_the_at_sign_is_kept() -> None:
     assert "image_size" not in other.arm.model and other.note.startswith("size given in its settings; 16 tokens")
 
 
+@pytest.mark.parametrize(("own", "budget"), [(256, None), (4, 16)])
+def test_a_budget_is_not_raised_beyond_its_effect(own: int, budget: int | None) -> None:
+    """64 x 64 px kept as they are have 4 x 4 patches of 16 px, however large the budget."""
+    tower = arm("n", NAFLEX, image={"naflex": "native", "max_num_patches": own})
+    made = match._Tower(tower, {(64, 64): 1})._budget_for(256)
+    assert (made.tokens, made.transform.max_patches) == (16, budget or own)
+
+
 def test_resolution_and_none() -> None:
     arms = [arm("a", SIGLIP), arm("b", {**SIGLIP, "patch_size": 32, "image_size": 384}), arm("n", NAFLEX)]
     # 224 px are 7 patches of 32 px, and 14 x 14 of 16 px for a square image.

@@ -152,9 +152,11 @@ class _Tower:
         own = self.transform.max_patches
         if abs(self.tokens - wanted) < 0.5:
             return self.as_is("its own")
-        upper = _first(lambda n: self._with_budget(n) >= wanted, MOST_PATCHES)
-        budget = min((max(1, upper - 1), upper), key=lambda n: (abs(self._with_budget(n) - wanted), abs(n - own)))
-        return self._changed({"max_num_patches": budget})
+        # Images that keep their resolution stop growing before: no larger budget than has an effect.
+        reachable = min(wanted, self._with_budget(MOST_PATCHES))
+        upper = _first(lambda n: self._with_budget(n) >= reachable, MOST_PATCHES)
+        budget = min((own, max(1, upper - 1), upper), key=lambda n: (abs(self._with_budget(n) - wanted), abs(n - own)))
+        return self.as_is("its own") if budget == own else self._changed({"max_num_patches": budget})
 
     def _with_budget(self, budget: int) -> float:
         return self._mean(replace(self.transform, max_num_patches=budget))
