@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from vlm.cli import main
-from vlm.compare import fixed, match, processes, statistics
+from vlm.compare import compare, fixed, match, processes, statistics
 from vlm.compare.config import Arm, load_config, make_arms, run_config
 from vlm.compare.statistics import Paired
 from vlm.errors import ConfigError
@@ -359,6 +359,12 @@ def test_refusals_of_options(words: list[str], says: str, tmp_path: Path, capsys
     config = str(comparetools.world() / "compare.yaml")
     assert main(["compare", "--config", config, "--out", str(tmp_path / "out"), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_an_encoder_of_ones_own_is_known_before_anything_is_planned(tmp_path: Path) -> None:
+    config = load_config(comparetools.world() / "compare.yaml")
+    with pytest.raises(ConfigError, match="no_such_module.*cannot be imported"):
+        compare(config, tmp_path / "out", encoder_class="no_such_module:Tower")
 
 
 def test_the_example_is_one() -> None:

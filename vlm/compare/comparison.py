@@ -18,6 +18,7 @@ from vlm.compare.processes import Server, run_all, slots, visible_gpus
 from vlm.compare.runs import Spec, claim, make_specs
 from vlm.compare.summary import summarise
 from vlm.data import Example, read_jsonl, read_labelled
+from vlm.encoders import use
 from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.eval import items
 from vlm.eval.metrics import registry
@@ -104,6 +105,8 @@ def compare(
         Stopped: (a SystemExit) a signal came; the runs saved and left.
     """
     folder = Path(out)
+    if encoder_class is not None:
+        use(encoder_class)
     made = plan(config, encoders=encoders, projectors=projectors, seeds=seeds, how=how)
     log.info("%s", match.table(made.arms, how))
     with _locked(folder):
