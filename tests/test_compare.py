@@ -24,10 +24,11 @@ from traintools import context, steps_done, wait
 
 import vlm
 from vlm.cli import main
-from vlm.compare import compare, comparison, fixed, load_config, processes, runs, table, worker
+from vlm.compare import compare, comparison, disagreements, fixed, load_config, page, processes, runs, table, worker
 from vlm.compare.measure import costs, decodable, measure, read_task
 from vlm.compare.statistics import over_seeds
 from vlm.errors import ConfigError, DataError
+from vlm.train import metrics
 
 JOBS = 2
 BOTH = "28 images are in both the training and the test set"
@@ -131,6 +132,26 @@ def test_csv_text_and_page(ran: tuple[Path, dict[str, Any]]) -> None:
     assert not re.search(r"(src|href)=.?(https?:|//)", page)
 
 
+def test_cards_come_from_the_seed_that_most_towers_finished(
+    ran: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, result = ran
+    one, *both = (
+        runs.read(out / f"runs/{name}/spec.json") for name in ("a+linear/seed0", "a+linear/seed1", "b+linear/seed1")
+    )
+    answers = {one.folder: "never read", both[0].folder: 1.0, both[1].folder: 0.0}
+    item = {"id": "test16", "prediction": "", "scores": {"exact_match": 0.0}}
+
+    def read(folder: Path, task: str) -> list[dict[str, Any]]:
+        return [{**item, "scores": {"exact_match": answers[folder]}}]
+
+    monkeypatch.setattr(disagreements, "read_items", read)
+    tasks = {"words": read_task(one.tasks["words"])}
+    short = {"a+linear": "a", "b+linear": "b"}
+    (gallery,) = page._galleries([one, *both], tasks, result["arms"][0]["tasks"], short)
+    assert "one seed: 1" in gallery.note and [card.kind for card in gallery.items] == ["only a right"]
+
+
 def test_running_again_runs_nothing(ran: tuple[Path, dict[str, Any]]) -> None:
     out, result = ran
     before = state(out / "runs")
@@ -167,14 +188,18 @@ def test_an_image_that_cannot_be_decoded_ends_no_run(ran: tuple[Path, dict[str, 
     assert found["image_tokens"]["mean"] == 4 and found["flops"] == spec.measurements()["flops"]
 
 
-def test_a_run_of_two_processes(server: processes.Server, tmp_path: Path) -> None:
-    """Its second process repeats the command of the first, which was forked from the server."""
+def test_a_run_of_two_processes(ran: tuple[Path, dict[str, Any]], server: processes.Server, tmp_path: Path) -> None:
+    """Its second process repeats the command of the first, which was forked from the server; they share the work."""
     words = ["run.devices=2", "run.stages.1.steps=2", "seeds=[0]", "encoders={a: a}", "probes=null"]
     config = load_config(comparetools.world() / "compare.yaml", words)
     result = compare(config, tmp_path / "out", server=server)
     assert result["failed"] == {} and result["arms"][0]["seeds"] == [0]
-    log = (tmp_path / "out/runs/a+linear/seed0/log.txt").read_text()
-    assert "world_size=2" in log or "2 processes" in log
+    alone, shared = (
+        metrics.read(out / "runs/a+linear/seed0/train/metrics.csv")[:4] for out in (ran[0], tmp_path / "out")
+    )
+    assert [row["seen"] for row in shared] == [row["seen"] for row in alone]
+    for one, other in zip(alone, shared, strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-5)
 
 
 def test_another_run_in_the_same_folder_is_refused(ran: tuple[Path, dict[str, Any]]) -> None:

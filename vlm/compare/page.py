@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm.compare import table
 from vlm.compare.answer import answer, names, shown
-from vlm.compare.disagreements import cards
+from vlm.compare.disagreements import cards, one_seed
 from vlm.compare.runs import Spec
 from vlm.compare.statistics import p_text
 from vlm.data import Example
@@ -269,7 +269,7 @@ def _galleries(
     for task, examples in tasks.items():
         found = cards(finished, task, next(iter(metrics_of[task])), examples, CARDS // len(tasks), short)
         if found:
-            note = f"Items on which towers differ, drawn at random (one seed: {finished[0].seed})."
+            note = f"Items on which towers differ, drawn at random (one seed: {one_seed(finished)[0].seed})."
             sections.append(Gallery(found, title=f"Where towers disagree: {task}", note=note))
     return sections
 
