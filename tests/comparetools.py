@@ -51,7 +51,7 @@ def save_decoder(folder: Path) -> None:
 def write_data(folder: Path, train: int = 16, test: int = 12) -> None:
     """Plain pictures of several sizes; two items to each test picture; labelled ones."""
     (folder / "images").mkdir(parents=True)
-    lines: dict[str, list[dict[str, Any]]] = {"train": [], "test": [], "labelled": []}
+    lines: dict[str, list[dict[str, Any]]] = {"train": [], "test": [], "labelled": [], "one_class": []}
     for number in range(train + test):
         color = COLORS[number % 4]
         image = f"images/{number}.png"
@@ -61,6 +61,8 @@ def write_data(folder: Path, train: int = 16, test: int = 12) -> None:
         if kind == "test":
             question = {"image": image, "prefix": "answer en what color is the square?", "suffix": color}
             lines[kind].append({"id": f"question{number}", **question})
+        if color == COLORS[0]:
+            lines["one_class"].append({"image": image, "label": color})
         lines["labelled"].append({"id": str(number), "image": image, "label": color})
     for name, rows in lines.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

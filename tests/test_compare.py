@@ -24,12 +24,14 @@ from traintools import context, steps_done, wait
 
 import vlm
 from vlm.cli import main
-from vlm.compare import compare, fixed, load_config, processes, runs, table, worker
-from vlm.compare.measure import measure
+from vlm.compare import compare, comparison, disagreements, fixed, load_config, page, processes, runs, table, worker
+from vlm.compare.measure import costs, decodable, measure, read_task
 from vlm.compare.statistics import over_seeds
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, DataError
+from vlm.train import metrics
 
 JOBS = 2
+BOTH = "28 images are in both the training and the test set"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,9 +120,36 @@ def test_csv_text_and_page(ran: tuple[Path, dict[str, Any]]) -> None:
     for words in ("words exact_match", "GFLOP/image", "Held fixed: training data", "k-NN", "corrected by Holm"):
         assert words in told
     page = (out / "report.html").read_text()
-    for words in ("Which vision tower?", "words against operations", "Training loss", "Held fixed", "Pair by pair"):
+    for words in (
+        "Which vision tower?",
+        "words against operations",
+        "Training loss",
+        "Held fixed",
+        "Pair by pair",
+        BOTH,
+    ):
         assert words in page
     assert not re.search(r"(src|href)=.?(https?:|//)", page)
+
+
+def test_cards_come_from_the_seed_that_most_towers_finished(
+    ran: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, result = ran
+    one, *both = (
+        runs.read(out / f"runs/{name}/spec.json") for name in ("a+linear/seed0", "a+linear/seed1", "b+linear/seed1")
+    )
+    answers = {one.folder: "never read", both[0].folder: 1.0, both[1].folder: 0.0}
+    item = {"id": "test16", "prediction": "", "scores": {"exact_match": 0.0}}
+
+    def read(folder: Path, task: str) -> list[dict[str, Any]]:
+        return [{**item, "scores": {"exact_match": answers[folder]}}]
+
+    monkeypatch.setattr(disagreements, "read_items", read)
+    tasks = {"words": read_task(one.tasks["words"])}
+    short = {"a+linear": "a", "b+linear": "b"}
+    (gallery,) = page._galleries([one, *both], tasks, result["arms"][0]["tasks"], short)
+    assert "one seed: 1" in gallery.note and [card.kind for card in gallery.items] == ["only a right"]
 
 
 def test_running_again_runs_nothing(ran: tuple[Path, dict[str, Any]]) -> None:
@@ -129,6 +158,48 @@ def test_running_again_runs_nothing(ran: tuple[Path, dict[str, Any]]) -> None:
     config = load_config(comparetools.world() / "compare.yaml")
     assert compare(config, out, jobs=JOBS) == result  # no server is started
     assert state(out / "runs") == before
+
+
+def test_items_that_changed_after_they_were_asked_are_refused(ran: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = ran
+    spec = runs.read(out / "runs/a+linear/seed0/spec.json")
+    asked = read_task(spec.tasks["words"])
+    comparison._check_items([spec], {"words": asked})
+    with pytest.raises(
+        DataError, match=r"tasks.words: the items changed after a\+linear seed 0 .* delete .*eval/words"
+    ):
+        comparison._check_items([spec], {"words": asked[1:]})
+
+
+def test_an_image_that_cannot_be_decoded_ends_no_run(ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """It counts as wrong in the scores; costs are measured on the others."""
+    out, _ = ran
+    spec = runs.read(out / "runs/a+linear/seed0/spec.json")
+    good = read_task(spec.tasks["words"])
+    (tmp_path / "whole.png").write_bytes(b"no picture")
+    assert isinstance(good[0].image, Path)
+    (tmp_path / "half.png").write_bytes(good[0].image.read_bytes()[:-30])  # its header is there
+    bad = [replace(good[0], image=tmp_path / name) for name in ("whole.png", "half.png")]
+    assert decodable([*bad, *good], 3) == [good[0], good[2], good[4]]  # two items to each image
+    with pytest.raises(DataError, match="none of the images can be decoded"):
+        decodable(bad, 3)
+    model, processor = vlm.load(spec.run.out / "model")
+    found = costs(model, processor, spec, {"words": [*bad, *good]})
+    assert found["image_tokens"]["mean"] == 4 and found["flops"] == spec.measurements()["flops"]
+
+
+def test_a_run_of_two_processes(ran: tuple[Path, dict[str, Any]], server: processes.Server, tmp_path: Path) -> None:
+    """Its second process repeats the command of the first, which was forked from the server; they share the work."""
+    words = ["run.devices=2", "run.stages.1.steps=2", "seeds=[0]", "encoders={a: a}", "probes=null"]
+    config = load_config(comparetools.world() / "compare.yaml", words)
+    result = compare(config, tmp_path / "out", server=server)
+    assert result["failed"] == {} and result["arms"][0]["seeds"] == [0]
+    alone, shared = (
+        metrics.read(out / "runs/a+linear/seed0/train/metrics.csv")[:4] for out in (ran[0], tmp_path / "out")
+    )
+    assert [row["seen"] for row in shared] == [row["seen"] for row in alone]
+    for one, other in zip(alone, shared, strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-5)
 
 
 def test_another_run_in_the_same_folder_is_refused(ran: tuple[Path, dict[str, Any]]) -> None:
@@ -165,7 +236,7 @@ def test_other_settings_and_other_data_are_noticed(ran: tuple[Path, dict[str, An
     other["fixed"]["seen"] = "f" * 64
     other["tasks"]["words"]["data_sha256"] = "e" * 64
     broken = {item.what: item.detail for item in fixed.check([one, other]) if not item.held}
-    assert set(broken) == {"settings of the run", "text seen in every step, per seed", "test items of words"}
+    assert set(broken) == {"settings of the run", "examples and text of every step, per seed", "test items of words"}
     assert "steps: 99" in broken["settings of the run"]
 
 

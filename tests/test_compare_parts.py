@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from vlm.cli import main
-from vlm.compare import fixed, match, processes, statistics
+from vlm.compare import compare, fixed, match, processes, statistics
 from vlm.compare.config import Arm, load_config, make_arms, run_config
 from vlm.compare.statistics import Paired
 from vlm.errors import ConfigError
 from vlm.eval.metrics import registry
+from vlm.train.stages import make_tower
 from vlm.transforms import naflex_grid
 
 # --- statistics
@@ -175,6 +176,25 @@ def test_a_naflex_budget_is_the_best_of_all_budgets(target: int) -> None:
     assert abs(tokens - target) == best
 
 
+def test_a_size_after_the_at_sign_is_kept() -> None:
+    """28 px and 56 px, patches of 14: 4 and 16 tokens."""
+    tower = str(comparetools.world() / "a")
+    pinned = Arm("pinned", "p", {"encoder": f"{tower}@56", "decoder": DECODER})
+    one, other = match.match(
+        [Arm("free", "p", {"encoder": tower, "decoder": DECODER}), pinned], "tokens", {(9, 9): 1}, None
+    )
+    assert (one.tokens, other.tokens, other.exact) == (4, 16, False)
+    assert "image_size" not in other.arm.model and other.note.startswith("size given in its settings; 16 tokens")
+
+
+@pytest.mark.parametrize(("own", "budget"), [(256, None), (4, 16)])
+def test_a_budget_is_not_raised_beyond_its_effect(own: int, budget: int | None) -> None:
+    """64 x 64 px kept as they are have 4 x 4 patches of 16 px, however large the budget."""
+    tower = arm("n", NAFLEX, image={"naflex": "native", "max_num_patches": own})
+    made = match._Tower(tower, {(64, 64): 1})._budget_for(256)
+    assert (made.tokens, made.transform.max_patches) == (16, budget or own)
+
+
 def test_resolution_and_none() -> None:
     arms = [arm("a", SIGLIP), arm("b", {**SIGLIP, "patch_size": 32, "image_size": 384}), arm("n", NAFLEX)]
     # 224 px are 7 patches of 32 px, and 14 x 14 of 16 px for a square image.
@@ -241,6 +261,14 @@ def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None
     assert config.encoders == {"a": str(tmp_path / "a"), "hub": "google/siglip-base-patch16-224"}
     assert config.run["data"]["train"] == str(tmp_path / "data" / "train.jsonl")
     assert config.tasks["words"].data == tmp_path / "data" / "test.jsonl"
+    evaluate = {"data": "data/test.jsonl", "image_root": "data", "metrics": ["exact_match"]}
+    values["run"] |= {"evaluate": evaluate, "evaluate_every": 2}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(values))
+    config = load_config(tmp_path / "compare.yaml")
+    found = run_config(config, make_arms(config)[0], 0, Path("out")).evaluate
+    assert (
+        found is not None and found.data == tmp_path / "data" / "test.jsonl" and found.image_root == tmp_path / "data"
+    )
 
 
 def test_every_tower_of_a_fused_one_is_found_beside_the_file(tmp_path: Path) -> None:
@@ -253,6 +281,13 @@ def test_every_tower_of_a_fused_one_is_found_beside_the_file(tmp_path: Path) -> 
     assert config._checkpoint(["a", "org/name", {"model_type": "x"}], tmp_path) == [a, "org/name", {"model_type": "x"}]
     assert config._checkpoint("org/name@224+b", tmp_path) == f"org/name@224+{b}"
     assert config._short("org/one+org/two.npz") == "one-two"
+
+
+def test_a_tower_may_choose_its_layers() -> None:
+    config = load_config(comparetools.world() / "compare.yaml")
+    tower = Arm("a", "p", {"encoder": {**SIGLIP, "num_hidden_layers": 3}, "decoder": DECODER, "layer": [-2, -3]})
+    chosen = make_tower(run_config(config, tower, 0, Path("out")).model).config
+    assert (chosen.feature_layers, chosen.num_hidden_layers, chosen.feature_norm) == ([2, 1], 2, False)
 
 
 def test_arms_are_encoders_times_projectors() -> None:
@@ -282,6 +317,14 @@ def test_arms_are_encoders_times_projectors() -> None:
         ({"seeds": [1, 1]}, "seeds must be different"),
         ({"run": {"model": {}, "data": {"train": "x"}}}, "run.model: `decoder` is missing"),
         ({"probes": {"train": "data/test.jsonl", "test": "data/labelled.jsonl"}}, "'label'"),
+        (
+            {"probes": {"train": "data/labelled.jsonl", "test": "data/labelled.jsonl", "templates": ["a photo"]}},
+            "probes: templates need the place of the class, {}",
+        ),
+        (
+            {"probes": {"train": "data/one_class.jsonl", "test": "data/labelled.jsonl"}},
+            "probes: all 7 training images have the label 'red'",
+        ),
     ],
 )
 def test_refusals(changes: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,6 +347,11 @@ def test_refusals(changes: dict[str, Any], says: str, tmp_path: Path, capsys: py
         (["--jobs", "0"], "expected at least 1, got 0"),
         (["--seeds", "-1"], "expected at least 0"),
         (["--set", "run.seed=3"], "run: leave `seed` out"),
+        (["--set", "run.data.max_num_patches=4"], "run.data.max_num_patches would train towers on other numbers"),
+        (
+            ["--match", "none", "--set", "run.data.max_num_patches=4"],
+            "NaFlex towers, and a+linear, b+linear read squares",
+        ),
         (["--set", "run.stages.0.steps=many"], "stages.0.steps: expected a whole number"),
     ],
 )
@@ -311,6 +359,12 @@ def test_refusals_of_options(words: list[str], says: str, tmp_path: Path, capsys
     config = str(comparetools.world() / "compare.yaml")
     assert main(["compare", "--config", config, "--out", str(tmp_path / "out"), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_an_encoder_of_ones_own_is_known_before_anything_is_planned(tmp_path: Path) -> None:
+    config = load_config(comparetools.world() / "compare.yaml")
+    with pytest.raises(ConfigError, match="no_such_module.*cannot be imported"):
+        compare(config, tmp_path / "out", encoder_class="no_such_module:Tower")
 
 
 def test_the_example_is_one() -> None:

@@ -176,6 +176,9 @@ def test_sizes_of_their_own(folders: Path, caplog: pytest.LogCaptureFixture) -> 
     assert processor.image_transform.grid(0, 0) == (4, 4)
     with pytest.raises(ConfigError, match="each member of a fused tower has its own"):
         new(part("vlm.encoders", "fused").tiny(), image_size=56)
+    for given in (f"{folders / 'siglip'}@56", f"{folders / 'siglip'}@56+{folders / 'dinov2'}@64"):
+        with pytest.raises(ConfigError, match="image_size=28: .* says its image size after the @"):
+            choose(given, image_size=28)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "vlm.towers"):
         choose(f"{folders / 'siglip'}@41+{folders / 'dinov2'}@32")

@@ -13,7 +13,7 @@ from encodertools import needs
 
 import vlm
 from vlm.config import VLMConfig, part
-from vlm.encoders import feature_width, read_config
+from vlm.encoders import feature_width, read_config, without
 from vlm.errors import CheckpointError, ConfigError, VLMError
 from vlm.info import describe
 from vlm.presets import tiny, tiny_decoder
@@ -348,6 +348,17 @@ def test_numbers_that_are_not_the_towers(kind: str) -> None:
         tower = module.Encoder(read_config(kind, {**module.tiny().to_dict(), **change}))
         with pytest.raises(ConfigError, match="is not the architecture's"):
             tower(pixels(28))
+
+
+def test_what_is_left_out_must_be_there() -> None:
+    """Modules become nothing, parameters None; a name of neither is refused, whatever attribute it is."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
+    without(module, ["0", "2.bias"])
+    assert [name for name, _ in module.named_parameters()] == ["1.weight", "1.bias", "2.weight"]
+    assert "1.num_batches_tracked" not in module.state_dict()
+    for name in ("3", "2.forward", "2.biass", ""):
+        with pytest.raises(ConfigError, match="the architecture has no"):
+            without(module, [name])
 
 
 # --- without the libraries --------------------------------------------------------------------------------------------

@@ -148,6 +148,7 @@ def test_stages_that_make_no_sense_are_refused(changes: dict, message: str) -> N
         ({"model": {}}, "give either `path`"),
         ({"model": {"encoder": "a"}}, "needs both"),
         ({"model": {"path": "a", "image_size": 448}}, "`image_size` is for a new model"),
+        ({"model": {"path": "a", "layer": -2}}, "`layer` is for a new model"),
         ({"model": {"path": "a", "image": {"resample": "bicubic"}}}, "`image` is for a new model"),
         ({"data": {"train": []}}, "the list of files is empty"),
         ({"data": {"train": [{"path": "a", "repeat": 0}]}}, "repeat must be above 0"),

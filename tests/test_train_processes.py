@@ -75,7 +75,7 @@ def test_one_batch_of_four_is_two_accumulated_is_two_processes(
     assert run_on_two(both) == [0, 0]
     for other in (two, both):
         for one, row in zip(rows(whole.out), rows(other.out), strict=True):
-            assert row["tokens"] == one["tokens"]
+            assert (row["tokens"], row["seen"]) == (one["tokens"], one["seen"])
             assert float(row["loss"]) == pytest.approx(float(one["loss"]), rel=1e-6)
             assert float(row["grad_norm"]) == pytest.approx(float(one["grad_norm"]), rel=1e-6)
         assert difference(whole.out / "model", other.out / "model") < 2e-5

@@ -1,6 +1,7 @@
 """What one optimizer step does, against a plain torch loop, and what must never change."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,21 @@ def test_accumulation_changes_nothing(
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-6)
         assert float(one["grad_norm"]) == pytest.approx(float(two["grad_norm"]), rel=1e-6)
     assert difference(whole[reduction] / "model", tmp_path / "out" / "model") < 2e-5
+
+
+def test_each_step_records_which_examples_it_saw(whole: dict[str, Path], no_dropout: Path) -> None:
+    """From the plan and the file by hand: 32 bits of the hash of each id and the ids of its suffix and EOS."""
+    examples = read_jsonl(world()[1])[0]
+    tokenizer = vlm.Processor.from_pretrained(no_dropout).tokenizer
+    mixture = Mixture((len(examples),), (1.0,), stage_seed(0, 0))
+
+    def bits(position: int) -> int:
+        example = examples[mixture.example(position)]
+        said = tokenizer(example.suffix, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return int(hashlib.sha256(f"{example.id} {said}".encode()).hexdigest()[:8], 16)
+
+    found = [int(row["seen"]) for row in rows(whole["token"])]
+    assert len(set(found)) == 3 and found == [sum(map(bits, range(4 * step, 4 * step + 4))) for step in range(3)]
 
 
 # --- freezing

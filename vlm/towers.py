@@ -70,7 +70,9 @@ def choose(
         ConfigError: towers that do not fit together, or settings that are unknown.
         CheckpointError: a checkpoint that cannot be opened.
     """
-    sources = [_sized(source) for source in several(encoder)]
+    sources = [sized(source) for source in several(encoder)]
+    if image_size is not None and all(size is not None for _, size in sources):
+        raise ConfigError(f"image_size={image_size}: {encoder} says its image size after the @; give one of the two")
     if len(sources) == 1:
         if fuse:
             raise ConfigError(f"fuse={fuse} is for several towers, and there is one; give A+B, or leave it out")
@@ -106,8 +108,8 @@ def several(encoder: Any) -> list[Any]:
     return [encoder]
 
 
-def _sized(source: Any) -> tuple[Any, int | None]:
-    """`A@378` as (`A`, 378): a checkpoint with an image size of its own."""
+def sized(source: Any) -> tuple[Any, int | None]:
+    """`A@378` as (`A`, 378): a checkpoint with an image size of its own; anything else as (itself, None)."""
     if isinstance(source, str) and not Path(source).exists():
         name, at, size = source.rpartition("@")
         if at and size.isdigit():

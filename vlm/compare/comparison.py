@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from vlm.compare import match, page, table
-from vlm.compare.config import CompareConfig, make_arms, run_config
+from vlm.compare.config import CompareConfig, ProbeConfig, make_arms, run_config
 from vlm.compare.match import How, Matched
 from vlm.compare.processes import Server, run_all, slots, visible_gpus
 from vlm.compare.runs import Spec, claim, make_specs
 from vlm.compare.summary import summarise
 from vlm.data import Example, read_jsonl, read_labelled
+from vlm.encoders import use
 from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.eval import items
 from vlm.eval.metrics import registry
+from vlm.eval.probes import check_sets, images_in_both
 from vlm.eval.store import write_json
+from vlm.eval.zero_shot import check_templates
 from vlm.train.stages import read_sources
 
 log = logging.getLogger(__name__)
@@ -63,12 +66,13 @@ def plan(
     read_sources(run_config(config, arms[0], chosen[0], Path("out")), skip_bad=False)
     tasks = {name: _read_task(config, name) for name in config.tasks}
     if config.probes is not None:
-        for path in (config.probes.train, config.probes.test):
-            read_labelled(path, config.probes.image_root)
+        _check_probes(config.probes)
     sizes = match.sizes_of([example.image for example in next(iter(tasks.values()))])
     if not sizes:
         raise DataError(f"{next(iter(config.tasks.values())).data}: none of the images can be opened")
-    return Plan(match.match(arms, how, sizes, config.tokens), chosen, how, tasks)
+    made = match.match(arms, how, sizes, config.tokens)
+    _check_budgets(config, made, how)
+    return Plan(made, chosen, how, tasks)
 
 
 def compare(
@@ -101,12 +105,15 @@ def compare(
         Stopped: (a SystemExit) a signal came; the runs saved and left.
     """
     folder = Path(out)
+    if encoder_class is not None:
+        use(encoder_class)
     made = plan(config, encoders=encoders, projectors=projectors, seeds=seeds, how=how)
     log.info("%s", match.table(made.arms, how))
     with _locked(folder):
         specs = make_specs(config, [item.arm for item in made.arms], made.seeds, folder, encoder_class)
         for spec in specs:
             claim(spec)
+        _check_items(specs, made.tasks)
         accelerator = specs[0].run.accelerator
         failed = run_all(specs, slots(jobs, visible_gpus(accelerator)), _tell, server)
         if not any(spec.finished for spec in specs):
@@ -152,6 +159,50 @@ def _read_task(config: CompareConfig, name: str) -> list[Example]:
     examples = read_jsonl(task.data, image_root=task.image_root, require=())[0][: task.limit]
     items.check(examples)
     return examples
+
+
+def _check_items(specs: Sequence[Spec], tasks: dict[str, list[Example]]) -> None:
+    """Refuse finished runs that were asked other items than the files hold now."""
+    now = {name: items.digest(examples) for name, examples in tasks.items()}
+    for spec in specs:
+        for name, facts in spec.measurements()["tasks"].items() if spec.finished else ():
+            if facts["data_sha256"] != now[name]:
+                raise DataError(
+                    f"tasks.{name}: the items changed after {spec.name} was measured; put them back, or delete"
+                    f" {spec.folder / 'measurements.json'} and {spec.folder / 'eval' / name} to measure it again"
+                )
+
+
+def _check_budgets(config: CompareConfig, arms: Sequence[Matched], how: How) -> None:
+    """Refuse budgets of training that would undo the match, or that a tower cannot have."""
+    if config.run["data"].get("max_num_patches") is None:
+        return
+    if how != "none":
+        raise ConfigError(
+            f"run.data.max_num_patches would train towers on other numbers of patches than they are matched to ({how});"
+            f" leave it out, or give --match none"
+        )
+    squares = [item.arm.name for item in arms if item.transform.mode != "naflex"]
+    if squares:
+        raise ConfigError(
+            f"run.data.max_num_patches is a budget of NaFlex towers, and {', '.join(squares)} read squares; leave it"
+            f" out"
+        )
+
+
+def _check_probes(probes: ProbeConfig) -> None:
+    """Refuse now what would end every run after it was trained. Raises `VLMError`."""
+    train, test = (read_labelled(path, probes.image_root) for path in (probes.train, probes.test))
+    try:
+        check_sets(train, test, probes.k)
+        check_templates(probes.templates)
+    except DataError as error:
+        raise DataError(f"probes: {error}") from error
+    both = images_in_both(train, test)
+    if both:
+        log.warning(
+            "probes: %d images are in both %s and %s, and may be learnt by heart", both, probes.train, probes.test
+        )
 
 
 def _replace(path: Path, text: str) -> None:

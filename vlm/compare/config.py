@@ -235,6 +235,8 @@ def _at_home(config: CompareConfig, home: Path) -> CompareConfig:
         if key in run["model"]:
             run["model"][key] = _checkpoint(run["model"][key], home)
     run["data"] = _data_at(run.get("data"), home)
+    if isinstance(run.get("evaluate"), dict):
+        run["evaluate"] = _paths_at(run["evaluate"], home, "data", "image_root")
     probes = config.probes
     if probes is not None:
         root = None if probes.image_root is None else home / probes.image_root
@@ -279,7 +281,7 @@ def _checkpoint(value: Any, home: Path) -> Any:
 def _data_at(data: Any, home: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or "train" not in data:
         raise ConfigError("run.data: `train` is missing; give the training file that all towers share")
-    data = {key: str(home / value) if key in ("val", "image_root") and value else value for key, value in data.items()}
+    data = _paths_at(data, home, "val", "image_root")
     if isinstance(data["train"], str):
         data["train"] = str(home / data["train"])
     elif isinstance(data["train"], list):
@@ -290,6 +292,12 @@ def _data_at(data: Any, home: Path) -> dict[str, Any]:
 def _source_at(source: Any, home: Path) -> Any:
     if not isinstance(source, dict):
         return source  # refused with its place when the run is read
+    return _paths_at(source, home, "path", "image_root")
+
+
+def _paths_at(values: dict[str, Any], home: Path, *names: str) -> dict[str, Any]:
+    """The same settings, those of these names that are text as whole paths."""
     return {
-        key: str(home / value) if key in ("path", "image_root") and value else value for key, value in source.items()
+        key: str(home / value) if key in names and isinstance(value, str) and value else value
+        for key, value in values.items()
     }

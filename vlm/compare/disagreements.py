@@ -27,7 +27,7 @@ def cards(
     Where scores are right or wrong, each pattern (which arms are right) gets the same share of the cards; elsewhere the
     items of the widest spread come first. The order is random with a fixed seed, not hand-picked.
     """
-    runs = _one_seed(finished)
+    runs = one_seed(finished)
     if len(runs) < 2:
         return []
     answers = {short[spec.arm]: {item["id"]: item for item in read_items(spec.folder, task)} for spec in runs}
@@ -50,7 +50,7 @@ def cards(
     ]
 
 
-def _one_seed(finished: Sequence[Spec]) -> list[Spec]:
+def one_seed(finished: Sequence[Spec]) -> list[Spec]:
     """The runs of the seed that most arms have, the earlier one among equals."""
     by_seed: dict[int, list[Spec]] = {}
     for spec in finished:

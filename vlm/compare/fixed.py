@@ -3,8 +3,8 @@
 A difference between towers can only be put down to the towers if everything else was the same. What is compared:
 
     training data           ids, image names, prompts and answers, as the run's model directory records them
-    order of the data       the example at every position of every stage, from the seed the run was made with
-    text seen per step      supervised tokens of every optimizer step, as trained (from metrics.csv)
+    order of the data       the example at every position of every stage, computed again from the run's own record
+    examples of each step   ids and supervised tokens of what every optimizer step really saw (from metrics.csv)
     settings                every setting of the run but `out`, the seeds, the tower and the projector
     tokenizer               its whole definition
     decoder at the start    every weight of the model that the first stage began with
@@ -56,8 +56,8 @@ def order_digest(run: RunConfig, counts: tuple[int, ...]) -> str:
 
 
 def seen_digest(folder: Path) -> str:
-    """sha256 over (stage, step, supervised tokens) of every step that a training run recorded."""
-    rows = [[row["stage"], row["step"], row["tokens"]] for row in metrics.read(folder / "metrics.csv")]
+    """sha256 over (stage, step, supervised tokens, checksum of the examples) of every step that a run recorded."""
+    rows = [[row["stage"], row["step"], row["tokens"], row.get("seen")] for row in metrics.read(folder / "metrics.csv")]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -95,7 +95,7 @@ def check(runs: Sequence[dict[str, Any]]) -> list[Held]:
     found = [
         _same("training data", runs, lambda run: run["fixed"]["data"]),
         _same("order of the data, per seed", runs, lambda run: run["fixed"]["order"], _seed),
-        _same("text seen in every step, per seed", runs, lambda run: run["fixed"]["seen"], _seed),
+        _same("examples and text of every step, per seed", runs, lambda run: run["fixed"]["seen"], _seed),
         _settings(runs),
         _same("tokenizer", runs, lambda run: run["fixed"]["tokenizer"]),
         _same("decoder at the start, per seed", runs, lambda run: run["fixed"]["decoder"], _seed),

@@ -22,6 +22,7 @@ from vlm.compare.config import Arm
 from vlm.errors import ImageError
 from vlm.images import image_size
 from vlm.settings import from_dict
+from vlm.towers import sized
 from vlm.train.config import ModelConfig
 from vlm.train.stages import make_tower
 from vlm.transforms import ImageTransform
@@ -87,8 +88,9 @@ class _Tower:
 
     @property
     def pinned(self) -> bool:
-        image = self.arm.model.get("image") or {}
-        return self.kind == FUSED or "image_size" in self.arm.model or "max_num_patches" in image
+        model, image = self.arm.model, self.arm.model.get("image") or {}
+        given = model.get("image_size") is not None or sized(model["encoder"])[1] is not None
+        return self.kind == FUSED or given or image.get("max_num_patches") is not None
 
     @property
     def why_pinned(self) -> str:
@@ -150,9 +152,11 @@ class _Tower:
         own = self.transform.max_patches
         if abs(self.tokens - wanted) < 0.5:
             return self.as_is("its own")
-        upper = _first(lambda n: self._with_budget(n) >= wanted, MOST_PATCHES)
-        budget = min((max(1, upper - 1), upper), key=lambda n: (abs(self._with_budget(n) - wanted), abs(n - own)))
-        return self._changed({"max_num_patches": budget})
+        # Images that keep their resolution stop growing before: no larger budget than has an effect.
+        reachable = min(wanted, self._with_budget(MOST_PATCHES))
+        upper = _first(lambda n: self._with_budget(n) >= reachable, MOST_PATCHES)
+        budget = min((own, max(1, upper - 1), upper), key=lambda n: (abs(self._with_budget(n) - wanted), abs(n - own)))
+        return self.as_is("its own") if budget == own else self._changed({"max_num_patches": budget})
 
     def _with_budget(self, budget: int) -> float:
         return self._mean(replace(self.transform, max_num_patches=budget))

@@ -12,25 +12,30 @@ import platform
 import shutil
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from vlm.checkpoints import load
 from vlm.compare import fixed
 from vlm.compare.config import ProbeConfig, TaskConfig
 from vlm.compare.runs import MEASUREMENTS, Spec
 from vlm.data import Example, Labelled, read_jsonl
-from vlm.errors import CheckpointError, DataError
+from vlm.errors import CheckpointError, DataError, ImageError
 from vlm.eval import results
 from vlm.eval.cost import count_parameters, flops_per_image, image_tokens, inference_speed
 from vlm.eval.harness import evaluate
 from vlm.eval.probes import ProbeResult, probe, read_labelled, why_no_zero_shot, zero_shot
 from vlm.eval.store import write_json
+from vlm.images import image_size, load_image
 from vlm.model import VLM
 from vlm.processor import Processor
+from vlm.towers import sized
 from vlm.train import metrics, parts
 from vlm.train.config import RunConfig, load_config
 from vlm.train.quiet import quiet_transformers
@@ -83,8 +88,7 @@ def costs(model: VLM, processor: Processor, spec: Spec, tasks: dict[str, list[Ex
     allows, so that towers do the same work whatever they say.
     """
     task = next(iter(spec.tasks.values()))
-    items = list({str(example.image): example for example in next(iter(tasks.values()))}.values())
-    shown = items[: spec.speed_images]
+    shown = decodable(next(iter(tasks.values())), spec.speed_images)
     prompts = [example.prefix for example in shown]
     speed = inference_speed(
         model,
@@ -99,10 +103,37 @@ def costs(model: VLM, processor: Processor, spec: Spec, tasks: dict[str, list[Ex
     trained = sorted({part for stage in spec.run.stages for part in stage.train})
     return {
         "inference": {**speed, "batch_size": min(task.batch_size, len(shown)), "new_tokens": task.max_new_tokens},
-        "image_tokens": image_tokens(processor, list(every.values())[:TOKEN_IMAGES]),
+        "image_tokens": image_tokens(processor, list(islice(filter(_opens, every.values()), TOKEN_IMAGES))),
         "parameters": {**count_parameters(model, trained), "trained_parts": trained},
         "flops": flops_per_image(model, processor, shown[0].image, prompts[0]),
     }
+
+
+def decodable(examples: Sequence[Example], most: int) -> list[Example]:
+    """The first items with different images that can be decoded; the others count in the scores, not in the costs.
+
+    Raises:
+        DataError: there is none.
+    """
+    found: dict[str, Example] = {}
+    for example in examples:
+        if len(found) == most:
+            break
+        with suppress(ImageError):
+            load_image(example.image)
+            found.setdefault(str(example.image), example)
+    if not found:
+        raise DataError(f"{examples[0].file}: none of the images can be decoded")
+    return list(found.values())
+
+
+def _opens(image: Path | Image.Image) -> bool:
+    """Whether the size of an image can be read."""
+    try:
+        image_size(image)
+    except ImageError:
+        return False
+    return True
 
 
 def training_facts(run: RunConfig) -> dict[str, Any]:
@@ -224,16 +255,16 @@ def _probed(
         result = zero_shot(
             source, tower, transform, test, classes, config.templates, batch_size=config.batch_size, device=device
         )
-    except (
-        CheckpointError
-    ) as error:  # the texts are an extra: a tower without its tokenizer can be compared all the same
+    except CheckpointError as error:
+        # The texts are an extra: a tower without its tokenizer can be compared all the same.
         return told, str(error)
     return (told if result is None else {**told, "zero_shot": _told(result)}), None
 
 
 def _text_tower(spec: Spec) -> str | None:
     """Where the tower came from, if that may hold a text tower too."""
-    return spec.run.model.encoder if isinstance(spec.run.model.encoder, str) else None
+    encoder = spec.run.model.encoder
+    return str(sized(encoder)[0]) if isinstance(encoder, str) else None
 
 
 def _told(result: ProbeResult) -> dict[str, Any]:

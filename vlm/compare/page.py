@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm.compare import table
 from vlm.compare.answer import answer, names, shown
-from vlm.compare.disagreements import cards
+from vlm.compare.disagreements import cards, one_seed
 from vlm.compare.runs import Spec
 from vlm.compare.statistics import p_text
 from vlm.data import Example
@@ -188,8 +188,10 @@ def _probe_note(arms: Sequence[dict[str, Any]], short: Mapping[str, str]) -> str
     for arm in arms:
         if arm["no_zero_shot"]:
             reasons.setdefault(arm["no_zero_shot"], []).append(short[arm["name"]])
+    both = max((found["images_in_both"] for arm in arms for found in (arm["probes"] or {}).values()), default=0)
+    warning = [f"{both} images are in both the training and the test set, and may be learnt by heart."] if both else []
     told = [f"No zero-shot for {', '.join(who)}: {why}." for why, who in reasons.items()]
-    return " ".join([PROBE_NOTE, *told])
+    return " ".join([PROBE_NOTE, *warning, *told])
 
 
 def _pairs(result: dict[str, Any], short: Mapping[str, str]) -> list[Section]:
@@ -267,7 +269,7 @@ def _galleries(
     for task, examples in tasks.items():
         found = cards(finished, task, next(iter(metrics_of[task])), examples, CARDS // len(tasks), short)
         if found:
-            note = f"Items on which towers differ, drawn at random (one seed: {finished[0].seed})."
+            note = f"Items on which towers differ, drawn at random (one seed: {one_seed(finished)[0].seed})."
             sections.append(Gallery(found, title=f"Where towers disagree: {task}", note=note))
     return sections
 

@@ -133,6 +133,7 @@ def _probes(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
             "change": _spread([a["accuracy"] - b["accuracy"] for b, a in pairs]),
             "num_test": before["num_test"],
             "num_classes": before["num_classes"],
+            "images_in_both": before["settings"].get("images_in_both", 0),
         }
     return told
 

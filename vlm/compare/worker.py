@@ -108,6 +108,8 @@ def _become(request: dict[str, Any], server: int) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)
         os.environ.update(request["environment"])
+        # What a run of several devices starts its other processes with: Lightning repeats this process's command.
+        sys.argv[1:] = [request["phase"], request["spec"]]
         if request["threads"] is not None:
             import torch
 

@@ -4,7 +4,7 @@ DIR/data          the demo's data, and labelled pictures of one thing each (`pro
 DIR/towers/KIND   towers of one size, all pretrained on the same pictures for the same number of steps
 DIR/gemma         the decoder of the package
 DIR/compare.yaml  for `vlm compare`
-DIR/prepare.json  seed, steps and encoders; what was made for other ones is not mixed
+DIR/prepare.json  seed, steps and numbers of scenes; what was made for other ones is not mixed
 """
 
 from __future__ import annotations

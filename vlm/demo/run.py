@@ -10,7 +10,6 @@ import logging
 import os
 import platform
 import random
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -71,6 +70,8 @@ def main(
         ConfigError: `out` holds a demo with other settings, or there is no such tower.
         Stopped: (a SystemExit) interrupted; running it again goes on.
     """
+    from vlm.eval.cost import peak_memory_bytes
+
     out, size = Path(out), size or Size()
     choice = start.Choice(encoder, pretrain_encoder, from_scratch or pretrain, size.pretrain_steps)
     choice.check()
@@ -94,7 +95,7 @@ def main(
         answers.collect(model, out / "train" / "start")
         facts = {
             "seconds": round(clock.seconds(), 1),
-            "peak_memory_gb": round(peak_memory_gb(), 2),
+            "peak_memory_gb": round(peak_memory_bytes() / 1e9, 2),
             **answers.scores(),
             "encoder": begin.facts(),
             "seed": seed,
@@ -254,12 +255,6 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.file.write_text(json.dumps(self.seconds()))
-
-
-def peak_memory_gb() -> float:
-    """Largest resident memory of this process so far, in GB."""
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def versions() -> dict[str, str]:

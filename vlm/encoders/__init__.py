@@ -178,8 +178,15 @@ def unused_names(module: nn.Module) -> list[str]:
 
 def without(module: nn.Module, names: Iterable[str]) -> None:
     """Take modules and parameters out that no feature goes through, and the counters of batch norms, which are integers
-    among the weights and used with momentum None only."""
+    among the weights and used with momentum None only.
+
+    Raises:
+        ConfigError: a name that is neither.
+    """
+    known = {name for found in (module.named_modules(), module.named_parameters()) for name, _ in found if name}
     for name in names:
+        if name not in known:
+            raise ConfigError(f"unused: the architecture has no {name!r}; leave `unused` out, and it is measured again")
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
         setattr(owner, leaf, None if leaf in owner._parameters else nn.Identity())

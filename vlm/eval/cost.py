@@ -80,11 +80,13 @@ def flops_per_image(model: VLM, processor: Processor, image: ImageSource, prompt
     """
     import torch
 
+    from vlm.generation import in_eval_mode
+
     batch = processor([image], [prompt]).to(model.device)
     tensors = {name: batch[name] for name in batch.keys()}
     names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
     pixels: dict[str, Any] = {name: tensors.pop(name) for name in names if name in tensors}
-    with torch.no_grad(), _in_eval_mode(model), _without_gradients(model):
+    with torch.no_grad(), in_eval_mode(model), _without_gradients(model):
         encoder, encoded = counted(lambda: model.encode(**pixels))
         projector, _ = counted(lambda: model.model.project(encoded))
         rest, _ = counted(lambda: model(**tensors, encoded=encoded, use_cache=True, logits_to_keep=1))
@@ -157,6 +159,8 @@ def inference_speed(
     """
     import torch
 
+    from vlm.generation import in_eval_mode
+
     numbers = {"images": len(images), "batch_size": batch_size, "max_new_tokens": max_new_tokens, "repeats": repeats}
     if min(numbers.values()) < 1 or len(images) != len(prompts):
         raise ConfigError(f"speed needs one prompt per image and at least 1 of each, got {numbers}")
@@ -167,7 +171,7 @@ def inference_speed(
         processor(images[start : start + batch_size], list(prompts[start : start + batch_size])).to(device)
         for start in range(0, len(images), batch_size)
     ]
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         whole = _median_seconds(lambda: _answer(model, processor, batches, max_new_tokens), repeats, device)
         tower = _median_seconds(lambda: _encode(model, batches), repeats, device)
     return {
@@ -222,14 +226,3 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
         return int(torch.cuda.max_memory_allocated(device))
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm.data import Labelled, read_labelled
@@ -73,7 +74,7 @@ def probe(
     Raises:
         DataError: no images, fewer than two classes, an id that occurs twice in `test`, or as `features`.
     """
-    _check(train, test, k)
+    check_sets(train, test, k)
     given = features(encoder, transform, [item.image for item in (*train, *test)], batch_size, device)
     vectors = given[: len(train)], given[len(train) :]
     classes = sorted({item.label for item in train})
@@ -100,7 +101,8 @@ def probe(
 FEATURES = "mean of the real patches' features"
 
 
-def _check(train: Sequence[Labelled], test: Sequence[Labelled], k: int) -> None:
+def check_sets(train: Sequence[Labelled], test: Sequence[Labelled], k: int) -> None:
+    """Raise what `probe` would raise for its images and `k` before it looks at any."""
     if k < 1:
         raise ConfigError(f"k is {k}, expected at least 1 neighbour")
     if not train or not test:
@@ -115,14 +117,17 @@ def _check(train: Sequence[Labelled], test: Sequence[Labelled], k: int) -> None:
 def _notes(train: Sequence[Labelled], test: Sequence[Labelled], numbers: dict[str, int]) -> dict[str, Any]:
     """What a reader of the accuracy has to know of the data."""
     unseen = Counter(item.label for item in test if item.label not in numbers)
-    both = {str(item.image) for item in train if not hasattr(item.image, "mode")} & {
-        str(item.image) for item in test if not hasattr(item.image, "mode")
-    }
     return {
         "unseen_labels": sorted(unseen),
         "unseen_items": sum(unseen.values()),
-        "images_in_both": len(both),
+        "images_in_both": images_in_both(train, test),
     }
+
+
+def images_in_both(train: Sequence[Labelled], test: Sequence[Labelled]) -> int:
+    """Image files that are in both sets: their test answers may be learnt by heart."""
+    one, other = ({item.image for item in items if isinstance(item.image, Path)} for items in (train, test))
+    return len(one & other)
 
 
 # --- nearest neighbours ----------------------------------------------------------------------------------------------

@@ -95,6 +95,11 @@ def _check(test: Sequence[Labelled], classes: Sequence[str], templates: Sequence
             f" {len(classes)} classes {', '.join(classes[:10])}"
         )
     check_ids(test)
+    check_templates(templates)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise `DataError` unless each text has one place for the class."""
     bad = [template for template in templates if template.count("{}") != 1]
     if bad or not templates:
         raise DataError(f"templates need the place of the class, {{}}, exactly once; got {bad or list(templates)}")

@@ -34,6 +34,9 @@ class ModelConfig:
     """Read a SigLIP checkpoint as another kind, such as siglip2_naflex."""
     image_size: int | None = None
     """Side of the square images in pixels; another one than the tower's resamples its position table."""
+    layer: int | list[int] = -1
+    """Of the tower, whose output is the features: -1 the last with the final norm, -2 the one before without; several
+    are concatenated."""
     fuse: dict[str, Any] = field(default_factory=dict)
     """For fused towers whose grids differ: `{grid: [rows, columns], resample: bilinear}`."""
     projector: str | dict[str, Any] = "linear"
@@ -57,10 +60,16 @@ class ModelConfig:
             raise ConfigError("model: a new model needs both `encoder` and `decoder`")
         for name in ("encoder_kind", "image_size", "fuse", "tokenizer", "image"):
             if self.path is not None and getattr(self, name):
-                raise ConfigError(
-                    f"model: `{name}` is for a new model and would not change the one at `path`; leave it out, or build"
-                    f" the model with `vlm new` first"
-                )
+                raise self._only_new(name)
+        if self.path is not None and self.layer not in (-1, [-1]):
+            raise self._only_new("layer")
+
+    @staticmethod
+    def _only_new(name: str) -> ConfigError:
+        return ConfigError(
+            f"model: `{name}` is for a new model and would not change the one at `path`; leave it out, or build the"
+            f" model with `vlm new` first"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ COLUMNS = (
     "grad_norm",
     "examples_per_s",
     "tokens",
+    "seen",
     "val_loss",
 )
 EVALUATION_COLUMNS = ("stage", "step", "task", "metric", "value", "num_items")

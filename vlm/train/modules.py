@@ -14,7 +14,7 @@ import hashlib
 import logging
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +57,8 @@ class StepReport:
     examples: int
     tokens: int
     """Supervised tokens."""
+    seen: int
+    """Which examples the step saw: see `checksum`."""
 
 
 class StageModule(pl.LightningModule):
@@ -172,6 +174,7 @@ class StageModule(pl.LightningModule):
             rates=rates,
             examples=int(totals["examples"]),
             tokens=int(totals["tokens"]),
+            seen=int(totals["seen"]),
         )
 
     def compute(self, batch: Batch) -> Any:
@@ -204,6 +207,8 @@ class StageModule(pl.LightningModule):
             "weight": torch.stack([torch.as_tensor(weight) for _, weight, _ in self._micros]).double().sum(),
             "examples": sum(len(batch) for batch in batches),
             "tokens": sum((batch.labels != -100).sum() for batch in batches if batch.labels is not None),
+            # Below 2**53 for two million examples, so float64 holds it exactly.
+            "seen": checksum(batches),
             "stop": float(self.should_stop()),
         }
         values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in local.values()])
@@ -286,6 +291,18 @@ class FullModule(StageModule):
 def module_class(stage: StageConfig) -> type[StageModule]:
     """The module a stage asks for."""
     return {"frozen_encoder": FrozenEncoderModule, "full": FullModule}[stage.module]
+
+
+def checksum(batches: Sequence[Batch]) -> int:
+    """The sum over all examples of 32 bits of the sha256 of id and supervised tokens. So it tells which examples a step
+    really saw, whatever their order and however they were cut into micro-batches and shared by processes."""
+    total = 0
+    for batch in batches:
+        assert batch.labels is not None
+        for name, labels in zip(batch.ids, batch.labels.numpy(), strict=True):
+            text = f"{name} {labels[labels != -100].tolist()}".encode("utf-8", "surrogatepass")
+            total += int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+    return total
 
 
 def reseed(*parts_of_seed: int | str) -> None:

@@ -163,10 +163,12 @@ class Recorder(pl.Callback):
         assert self._metrics is not None
         rate = self._speed.add(report.examples)
         rates = {f"lr_{part}": lr for part, lr in report.rates.items()}
-        row = {"loss": report.loss, **rates, "grad_norm": report.grad_norm, "examples_per_s": round(rate, 1)}
+        row = {"loss": report.loss, **rates, "grad_norm": report.grad_norm, "examples_per_s": float(f"{rate:.4g}")}
         if val_loss is not None:
             row["val_loss"] = val_loss
-        self._metrics.write(stage=self.stage.config.name, step=report.step, tokens=report.tokens, **row)
+        self._metrics.write(
+            stage=self.stage.config.name, step=report.step, tokens=report.tokens, seen=report.seen, **row
+        )
         self._board.write(report.step, **row)
         self._progress.update(report, rate)
 

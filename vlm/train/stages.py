@@ -175,6 +175,7 @@ def _tower_settings(config: ModelConfig) -> dict[str, Any]:
         "encoder_kind": config.encoder_kind,
         "image_size": config.image_size,
         "image": config.image or None,
+        "layer": config.layer,
         "fuse": config.fuse or None,
     }
 
