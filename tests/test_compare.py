@@ -28,6 +28,7 @@ from vlm.compare import compare, comparison, disagreements, fixed, load_config, 
 from vlm.compare.measure import costs, decodable, measure, read_task
 from vlm.compare.statistics import over_seeds
 from vlm.errors import ConfigError, DataError
+from vlm.eval.report import Gallery
 from vlm.train import metrics
 
 JOBS = 2
@@ -149,7 +150,8 @@ def test_cards_come_from_the_seed_that_most_towers_finished(
     tasks = {"words": read_task(one.tasks["words"])}
     short = {"a+linear": "a", "b+linear": "b"}
     (gallery,) = page._galleries([one, *both], tasks, result["arms"][0]["tasks"], short)
-    assert "one seed: 1" in gallery.note and [card.kind for card in gallery.items] == ["only a right"]
+    assert isinstance(gallery, Gallery) and "one seed: 1" in gallery.note
+    assert [card.kind for card in gallery.items] == ["only a right"]
 
 
 def test_running_again_runs_nothing(ran: tuple[Path, dict[str, Any]]) -> None:

@@ -103,7 +103,9 @@ def costs(model: VLM, processor: Processor, spec: Spec, tasks: dict[str, list[Ex
     trained = sorted({part for stage in spec.run.stages for part in stage.train})
     return {
         "inference": {**speed, "batch_size": min(task.batch_size, len(shown)), "new_tokens": task.max_new_tokens},
-        "image_tokens": image_tokens(processor, list(islice(filter(_opens, every.values()), TOKEN_IMAGES))),
+        "image_tokens": image_tokens(
+            processor, list(islice((image for image in every.values() if _opens(image)), TOKEN_IMAGES))
+        ),
         "parameters": {**count_parameters(model, trained), "trained_parts": trained},
         "flops": flops_per_image(model, processor, shown[0].image, prompts[0]),
     }
