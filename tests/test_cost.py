@@ -43,7 +43,8 @@ def test_the_decoder_by_hand() -> None:
     queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
     layer = length * width * (2 * queries + 2 * keys + 3 * inner) + 2 * length**2 * queries
     wanted = 2 * (text.num_hidden_layers * layer + width * text.vocab_size)
-    assert cost.flops_per_image(model, processor, picture(0), "caption en")["decoder"] == wanted
+    angles = 2 * length * head // 2  # transformers 5.17 makes the rotary angles by a matrix product
+    assert cost.flops_per_image(model, processor, picture(0), "caption en")["decoder"] in (wanted, wanted + angles)
 
 
 def test_a_projector_that_states_its_own_count() -> None:
