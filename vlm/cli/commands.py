@@ -17,6 +17,7 @@ from vlm.cli.options import (
     Run,
     add_generation,
     add_model,
+    add_overrides,
     check_device,
     command,
     unless_auto,
@@ -71,14 +72,9 @@ def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
 def _train(commands: Any) -> None:
     parser = command(commands, run_train, "train", "train a model in stages")
     parser.add_argument("--config", "-c", type=Path, required=True, metavar="FILE", help="the run, as YAML")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change settings: --set seed=1 stages.0.steps=100",
+    add_overrides(
+        parser,
+        "change settings: --set seed=1 stages.0.steps=100",
     )
     parser.add_argument("--resume", action="store_true", help="go on after the newest complete checkpoint")
     parser.add_argument("--skip-bad", action="store_true", help="skip and list broken annotations")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.cli import console
-from vlm.cli.options import at_least, command
+from vlm.cli.options import add_overrides, at_least, command
 
 DETAILS = (
     "Trains the same run once per tower, projector and seed, and measures quality, cost and the towers alone."
@@ -33,14 +33,9 @@ def add(commands: Any) -> None:
         help="what is made equal between towers, as far as their patches allow (tokens)",
     )
     parser.add_argument("--jobs", "-j", type=at_least(1), metavar="N", help="runs at once (one per GPU, or 1)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change settings: --set run.stages.0.steps=100",
+    add_overrides(
+        parser,
+        "change settings: --set run.stages.0.steps=100",
     )
     parser.add_argument("--plan", action="store_true", help="show what would be run, and stop")
     parser.add_argument("--json", action="store_true", help="print comparison.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.cli import console
-from vlm.cli.options import at_least, command
+from vlm.cli.options import add_overrides, at_least, command
 
 DETAILS = (
     "Tower and decoder keep their weights bit for bit; the projector and the rows of new tokens are drawn. The model is"
@@ -62,14 +62,9 @@ def add(commands: Any) -> None:
         help="NaFlex images below the budget: enlarged to it (fill, as SigLIP 2) or kept as they are (native)",
     )
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the weights that are drawn (0)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="image, projector and fuse settings: --set image.resample=bicubic projector.depth=3 fuse.grid=[16,16]",
+    add_overrides(
+        parser,
+        "image, projector and fuse settings: --set image.resample=bicubic projector.depth=3 fuse.grid=[16,16]",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

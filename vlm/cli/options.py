@@ -74,6 +74,13 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--model", "-m", required=True, help="model directory or hub id")
 
 
+def add_overrides(parser: ArgumentParser, help: str) -> None:
+    """`--set NAME=VALUE ...`, which may be repeated: a list of texts in `overrides`."""
+    parser.add_argument(
+        "--set", dest="overrides", action="extend", nargs="+", default=[], metavar="NAME=VALUE", help=help
+    )
+
+
 def unless_auto(choice: str) -> str | None:
     return None if choice == "auto" else choice
 

@@ -82,11 +82,15 @@ def _reading(info: Info) -> str:
     return _READING + (_UNANSWERED if all("answered" in facts for facts in info.values()) else "")
 
 
-def _official_details(
-    predictions: Predictions, said: dict[str, str], labels: dict[str, str], info: Info
-) -> dict[str, float]:
-    """As `_details`, with the number of empty answers, which the official script reads as yes."""
-    return _details(said, labels, info) | {"num_empty": sum(not text.strip() for text in predictions.values())}
+def _official(
+    name: str, predictions: Predictions, references: References, info: Info
+) -> tuple[dict[str, str], dict[str, str], dict[str, float]]:
+    """Labels and answers (yes or no) by item, and the details: `_details`, with the number of empty answers, which the
+    official script reads as yes."""
+    labels = _labels(name, references)
+    said = _read(predictions, labels, info)
+    empty = sum(not text.strip() for text in predictions.values())
+    return labels, said, _details(said, labels, info) | {"num_empty": empty}
 
 
 @register(
@@ -98,10 +102,8 @@ def _official_details(
 )
 def pope(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right answers. Raises DataError for labels other than yes and no."""
-    labels = _labels("pope", references)
-    said = _read(predictions, labels, info)
+    labels, said, details = _official("pope", predictions, references, info)
     right = {key: float(said[key] == label) for key, label in labels.items()}
-    details = _official_details(predictions, said, labels, info)
     return mean_result("pope", right, f"accuracy; {_reading(info)}", normalizer="POPE", details=details)
 
 
@@ -114,10 +116,8 @@ def pope(predictions: Predictions, references: References, info: Info) -> Metric
 )
 def pope_f1(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """F1 over all items; the per-item score is 1 for a right answer. Raises DataError as `pope`."""
-    labels = _labels("pope_f1", references)
-    said = _read(predictions, labels, info)
+    labels, said, details = _official("pope_f1", predictions, references, info)
     right = {key: float(said[key] == label) for key, label in labels.items()}
-    details = _official_details(predictions, said, labels, info)
     rule = f"F1 of the class yes; {_reading(info)}; the per-item score is 1 for a right answer"
     counts = np.array(
         [(said[key] == labels[key] == "yes", said[key] == "yes", labels[key] == "yes") for key in sorted(labels)], float
