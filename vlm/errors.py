@@ -29,6 +29,10 @@ class GenerationError(VLMError):
     """Generation settings or inputs that cannot give a right answer."""
 
 
+class DiskError(VLMError):
+    """A file or directory that the disk does not take: full, read-only, over a quota, not allowed."""
+
+
 class TrainingError(VLMError):
     """A training run that must not start or must not go on."""
 
