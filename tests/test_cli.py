@@ -15,7 +15,7 @@ from vlm.cli import console, main
 from vlm.errors import ConfigError, DataError
 
 COMMANDS = ("new", "train", "eval", "compare", "caption", "ask", "info", "demo", "version")
-HEAVY = ("torch", "transformers", "lightning", "matplotlib", "numpy", "PIL", "rich", "yaml")
+HEAVY = ("torch", "transformers", "lightning", "numpy", "PIL", "rich", "yaml")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -383,3 +384,9 @@ def test_plan_shows_the_match_and_runs_nothing(tmp_path: Path, capsys: pytest.Ca
     told = capsys.readouterr().out
     assert "image size 28 -> 42 px" in told and "4 runs: seeds 0, 1" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_system_without_fork_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(ConfigError, match=r"vlm compare .* fork.* WSL"):
+        processes.Server()

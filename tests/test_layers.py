@@ -1,8 +1,10 @@
 """Who may import whom: the layer table of docs/design.md, as data, held against every import in the package."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -25,13 +27,13 @@ THIRD_PARTY: tuple[set[str], ...] = (
     {"torch", "transformers", "numpy", "PIL", "yaml"},
     {"sentencepiece"},
     {"safetensors", "accelerate", "huggingface_hub", "tokenizers"},
-    {"lightning", "rich", "matplotlib", "rapidfuzz"},
+    {"lightning", "psutil", "rich", "rapidfuzz"},
     set(),
 )
 # Installed only on request: imported in functions, never when a module is imported.
-OPTIONAL = {"tensorboard", "peft", "timm", "open_clip", "pycocoevalcap", "wandb", "datasets", "lmms_eval"}
+OPTIONAL = {"tensorboard", "timm", "open_clip", "pycocoevalcap", "datasets", "lmms_eval"}
 # Take seconds or show up in every start: imported in functions wherever a light module leads to them.
-LATE = OPTIONAL | {"matplotlib", "rich"}
+LATE = OPTIONAL | {"rich"}
 # (importer, imported) that the layers alone would allow.
 FORBIDDEN = [
     ("vlm.eval", "vlm.train"),
@@ -165,6 +167,37 @@ def test_each_layer_keeps_to_its_libraries() -> None:
     assert wrong == []
 
 
+def test_lightning_is_imported_by_training_alone() -> None:
+    """Its releases 2.6.2 and 2.6.3 were malicious: whoever captions, evaluates or serves never runs it."""
+    lightning = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics"}
+    users = {found.importer for found in OUTSIDE if found.imported.split(".")[0] in lightning}
+    assert users and all(below(name, "vlm.train") for name in users)
+
+
+def test_every_extra_has_code_and_every_optional_import_an_extra() -> None:
+    module_of = {"open_clip_torch": "open_clip", "lmms-eval": "lmms_eval"}
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    named = {name: re.split(r"[<>=\[;]", wanted[0])[0] for name, wanted in extras.items() if name != "dev"}
+    modules = {module_of.get(package, package) for package in named.values()}
+    imported = {found.imported.split(".")[0] for found in OUTSIDE}
+    imported |= {"tensorboard"} if "torch.utils.tensorboard" in {found.imported for found in OUTSIDE} else set()
+    assert modules == OPTIONAL and modules - imported == set()
+
+
+def test_set_up_pins_lightning_by_hash_in_the_range_of_pyproject() -> None:
+    lines = (ROOT / "requirements" / "lightning.txt").read_text(encoding="utf-8").splitlines()
+    pins = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            found = re.fullmatch(r"([a-z-]+)==([0-9.]+)((?: --hash=sha256:[0-9a-f]{64})+)", line)
+            assert found, line
+            pins[found[1]] = tuple(map(int, found[2].split(".")))
+    assert set(pins) == {"lightning", "pytorch-lightning", "lightning-utilities", "torchmetrics"}
+    assert (2, 6, 4) <= pins["lightning"] < (3,) and pins["pytorch-lightning"] == pins["lightning"]
+    assert '"lightning>=2.6.4,<3"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 def test_late_libraries_are_imported_in_functions() -> None:
     assert [str(found) for found in OUTSIDE if found.imported.split(".")[0] in LATE and not found.late] == []
 
@@ -216,7 +249,7 @@ def test_nothing_can_run_code_from_a_checkpoint() -> None:
 def test_light_modules_do_not_load_torch() -> None:
     light = ["cli.commands", "train", "train.config", "eval", "eval.metrics", "eval.tasks", "demo", "data", "images"]
     light.append("compare.config")
-    heavy = ("torch", "transformers", "lightning", "matplotlib")
+    heavy = ("torch", "transformers", "lightning")
     code = f"import sys, {', '.join('vlm.' + name for name in light)}; print([n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -56,7 +56,7 @@ def test_the_trained_weights_are_the_same_bit_for_bit(tmp_path: Path) -> None:
     ]
     assert {(row["task"], row["num_items"]) for row in rows} == {("train", "10")}
     assert not (without.out / "evaluations.csv").exists()
-    assert (with_it.out / "loss.png").stat().st_size > (without.out / "loss.png").stat().st_size
+    assert (with_it.out / "loss.html").stat().st_size > (without.out / "loss.html").stat().st_size
 
 
 def test_the_numbers_are_those_of_vlm_eval(tmp_path: Path) -> None:

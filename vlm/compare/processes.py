@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm.compare.runs import LOG, SPEC, Spec
-from vlm.errors import TrainingError
+from vlm.errors import ConfigError, TrainingError
 from vlm.train.signals import Stopped, StopSignal
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,10 @@ class Server:
     """The client's side of `vlm.compare.worker`'s server: starts processes and hears how they end."""
 
     def __init__(self) -> None:
+        if not hasattr(os, "fork"):
+            raise ConfigError(
+                "vlm compare starts its runs by fork, which this system (Windows) does not have; start it in WSL"
+            )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vlm.compare.worker", "serve"],
             stdin=subprocess.PIPE,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vlm.eval.charts import Curve
 from vlm.eval.report import Gallery, GalleryItem, Score, Scores, Section, Stat, Text
 from vlm.eval.report import write_report as write_page
+from vlm.train import metrics
 
 if TYPE_CHECKING:
     from vlm.demo.run import Answers
@@ -86,7 +86,7 @@ def write_report(out: Path, facts: dict[str, Any], answers: Answers) -> Path:
         subtitle="A small vision tower, a projector and a small Gemma, trained in two stages on drawn scenes",
         stats=stats,
         summary=summary,
-        curves=_curves(out),
+        curves=metrics.curves(out / "train" / "metrics.csv"),
         sections=[*sections, *galleries],
         footer=[", ".join(f"{name} {version}" for name, version in facts["versions"].items()), f"seed {facts['seed']}"],
     )
@@ -101,17 +101,6 @@ ABOUT = (
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
-
-
-def _curves(out: Path) -> list[Curve]:
-    from vlm.train import metrics
-
-    rows = metrics.read(out / "train" / "metrics.csv")
-    series: dict[str, list[tuple[float, float]]] = {}
-    for number, row in enumerate(rows, start=1):
-        series.setdefault(row["stage"], []).append((number, float(row["loss"])))
-    marks = [(points[0][0], stage) for stage, points in series.items()]
-    return [Curve("Training loss", series, x_label="step", y_label="loss per token", log_y=True, marks=marks)]
 
 
 def _caption_cards(answers: Answers) -> list[GalleryItem]:

@@ -217,12 +217,17 @@ def _median_seconds(run: Callable[[], None], repeats: int, device: torch.device)
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     """The most memory so far: of torch's allocations on a GPU (since the last reset), else of this whole process since
     it started, which never goes down."""
-    import resource
     import sys
 
     import torch
 
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm import files
+from vlm.eval.charts import Curve, Point, draw
+from vlm.eval.page import page
 from vlm.train.config import PARTS
 
 COLUMNS = (
@@ -76,50 +79,37 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def plot(path: Path, target: Path) -> None:
-    """The loss of every stage, one after the other, as a PNG: each step and a running mean; below, the evaluations."""
-    from matplotlib.figure import Figure
+    """The charts of `curves` as a page that stands alone."""
+    panels = "".join(f'<figure class="panel"><h3>{curve.title}</h3>{draw(curve)}</figure>' for curve in curves(path))
+    body = f'<header><h1>Training</h1></header><div class="panels">{panels}</div>'
+    files.write_text(target, page("Training", body))
 
+
+def curves(path: Path) -> list[Curve]:
+    """The loss of every stage, one after the other (a running mean, and the held-out loss as it is); then the
+    evaluations beside the file, if there are any: one line per task and metric."""
     rows, evaluations = read(path), read(path.with_name(EVALUATIONS))
-    figure = Figure(figsize=(8, 8 if evaluations else 4.5), layout="constrained")
-    panels = figure.subplots(2 if evaluations else 1, 1, sharex=True, squeeze=False)[:, 0]
-    panels[0].set(ylabel="loss", title="training loss")
-    panels[-1].set_xlabel("optimizer step")
-    firsts = _plot_losses(panels[0], rows)
-    if evaluations:
-        _plot_evaluations(panels[1], evaluations, firsts)
-    for axes in panels:
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(target, dpi=120)
-
-
-def _plot_losses(axes: Any, rows: list[dict[str, str]]) -> dict[str, int]:
-    """Draw the losses; returns the number of steps before each stage."""
-    first, firsts = 0, {}
-    for stage in dict.fromkeys(row["stage"] for row in rows):
+    stages: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        stages.setdefault(row["stage"], []).append(row)
+    losses, held_out, firsts, first = dict[str, list[Point]](), dict[str, list[Point]](), dict[str, int](), 0
+    for stage, own in stages.items():
         firsts[stage] = first
-        own = [row for row in rows if row["stage"] == stage]
-        losses = [float(row["loss"]) for row in own if row["loss"]]
         steps = [first + int(row["step"]) for row in own if row["loss"]]
-        (line,) = axes.plot(steps, _smooth(losses), label=stage)
-        axes.plot(steps, losses, color=line.get_color(), alpha=0.25, linewidth=0.7)
+        losses[stage] = list(zip(steps, _smooth([float(row["loss"]) for row in own if row["loss"]]), strict=True))
         validated = [(first + int(row["step"]), float(row["val_loss"])) for row in own if row["val_loss"]]
         if validated:
-            axes.plot(
-                *zip(*validated, strict=True), "o--", color=line.get_color(), markersize=3, label=f"{stage}, held out"
-            )
-        first = steps[-1] if steps else first
-    return firsts
-
-
-def _plot_evaluations(axes: Any, rows: list[dict[str, str]], firsts: dict[str, int]) -> None:
-    """One line per task and metric, through all stages."""
-    axes.set(ylabel="score", title="evaluation during training")
-    for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
-        own = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
-        steps = [firsts.get(row["stage"], 0) + int(row["step"]) for row in own]
-        axes.plot(steps, [float(row["value"]) for row in own], "o-", markersize=3, label=f"{task}: {metric}")
+            held_out[f"{stage}, held out"] = [(float(step), value) for step, value in validated]
+        first += max(int(row["step"]) for row in own)
+    marks = [(float(start), stage) for stage, start in firsts.items()]
+    charts = [Curve("Training loss", losses | held_out, "optimizer step", "loss", log_y=True, marks=marks)]
+    scores: dict[str, list[Point]] = {}
+    for row in evaluations:
+        point = float(firsts.get(row["stage"], 0) + int(row["step"])), float(row["value"])
+        scores.setdefault(f"{row['task']}: {row['metric']}", []).append(point)
+    if scores:
+        charts.append(Curve("Evaluation during training", scores, "optimizer step", "score", marks=marks))
+    return charts
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -10,7 +10,7 @@ OUT/
   metrics.csv       one row per optimizer step
   evaluations.csv   scores of answers during training, if `evaluate` is given
   failures.jsonl    images that did not decode
-  train.log, loss.png, tensorboard/ (when tensorboard is installed)
+  train.log, loss.html, tensorboard/ (when tensorboard is installed)
 """
 
 import difflib

@@ -240,7 +240,7 @@ def _finish(config: RunConfig, last: Path, final: Path, skipped: int, seconds: f
     shutil.copytree(last, temporary, copy_function=_link)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    metrics.plot(config.out / "metrics.csv", config.out / "loss.png")
+    metrics.plot(config.out / "metrics.csv", config.out / "loss.html")
     failures = config.out / "failures.jsonl"
     summary = {
         "model": str(final),
