@@ -10,9 +10,9 @@ from PIL import Image
 
 import vlm
 from vlm import presets
+from vlm.checkpoints import identity
 from vlm.errors import ConfigError
 from vlm.eval import evaluate
-from vlm.eval.predictor import hash_processor, hash_weights
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def test_a_saved_model_has_the_fingerprint_of_the_one_in_memory(data: Path, tmp_
     evaluate(tmp_path / "model", **settings)
     outcome = evaluate((model, processor), **settings)
     assert outcome["run"]["resumed_items"] == 12
-    assert outcome["model"]["weights_sha256"] == hash_weights(model)
-    assert outcome["model"]["processor_sha256"] == hash_processor(processor)
+    assert outcome["model"]["weights_sha256"] == identity.of_weights(model)
+    assert outcome["model"]["processor_sha256"] == identity.of_processor(processor)
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
     next(iter(model.parameters())).data[0] += 1e-3
     with pytest.raises(ConfigError, match="model.weights_sha256"):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from lower layers and from its own, and never in a circle.
 LAYERS = (
     ("errors", "settings", "files", "images", "config", "masks", "loss", "resize", "transforms", "fusion", "budget"),
-    ("data", "piece_model", "tokenizer", "prompts", "processor", "encoders", "projectors"),
+    ("data", "content", "piece_model", "tokenizer", "prompts", "processor", "encoders", "projectors"),
     ("model", "beam", "generation", "towers", "build", "checkpoints", "presets", "info", "siglip"),
     ("eval", "train", "check"),
     ("demo", "compare", "cli", "__main__"),

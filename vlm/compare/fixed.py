@@ -2,14 +2,14 @@
 
 A difference between towers can only be put down to the towers if everything else was the same. What is compared:
 
-    training data           ids, image names, prompts and answers, as the run's model directory records them
+    training data           ids, prompts, answers and the content of images, as the run's model directory records them
     order of the data       the example at every position of every stage, computed again from the run's own record
     examples of each step   ids and supervised tokens of what every optimizer step really saw (from metrics.csv)
     settings                every setting of the run but `out`, the seeds, the tower and the projector
     tokenizer               its whole definition
-    decoder at the start    every weight of the model that the first stage began with
+    decoder at the start    every weight and setting of the model that the first stage began with
     projector at the start  the same, where the shapes are the same
-    test items              ids, prompts and images of each task
+    test items              ids, prompts and the content of the images of each task
 """
 
 from __future__ import annotations

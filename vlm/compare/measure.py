@@ -5,7 +5,6 @@ In this order, because the memory of a process only grows: inference first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -21,10 +20,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlm.checkpoints import load
+from vlm.checkpoints import identity, load
 from vlm.compare import fixed
 from vlm.compare.config import ProbeConfig, TaskConfig
 from vlm.compare.runs import MEASUREMENTS, Spec
+from vlm.content import of_items
 from vlm.data import Example, Labelled, read_jsonl
 from vlm.errors import CheckpointError, DataError, ImageError
 from vlm.eval import results
@@ -36,7 +36,7 @@ from vlm.images import image_size, load_image
 from vlm.model import VLM
 from vlm.processor import Processor
 from vlm.towers import sized
-from vlm.train import metrics, parts
+from vlm.train import metrics
 from vlm.train.config import RunConfig, load_config
 from vlm.train.quiet import quiet_transformers
 from vlm.train.stages import data_digest, read_sources
@@ -208,18 +208,8 @@ def probes(model: VLM, processor: Processor, spec: Spec, config: ProbeConfig, de
     data = labelled_digest([*train, *test])
     after, reason = _probed(model, processor, spec, config, (train, test), device)
     start, start_processor = load(spec.run.out / "start", device=device)
-    key = hashlib.sha256(
-        json.dumps(
-            [
-                parts.digest(start.parts()["encoder"]),
-                start_processor.image_transform.to_dict(),
-                asdict(config),
-                data,
-                _text_tower(spec),
-            ],
-            default=str,
-        ).encode()
-    ).hexdigest()
+    tower = identity.of_parts(start, start_processor.image_transform)["encoder"]
+    key = identity.of_values([tower, asdict(config), data, _text_tower(spec)])
     # The same tower begins the runs of all seeds and projectors.
     kept = spec.folder.parents[2] / "probes" / f"{key[:32]}.json"
     if kept.is_file():
@@ -280,12 +270,8 @@ def _told(result: ProbeResult) -> dict[str, Any]:
 
 
 def labelled_digest(items: Sequence[Labelled]) -> str:
-    """sha256 over ids, labels and image names."""
-    digest = hashlib.sha256()
-    for item in items:
-        name = item.image.name if isinstance(item.image, Path) else "image in memory"
-        digest.update(json.dumps([item.id, item.label, name]).encode())
-    return digest.hexdigest()
+    """sha256 over ids, labels and the content of the images."""
+    return of_items(items, ("id", "label"))
 
 
 # --- what was held fixed ----------------------------------------------------------------------------------------------
@@ -304,25 +290,16 @@ def fixed_facts(spec: Spec) -> dict[str, Any]:
             f"the training data changed after {spec.name} was trained; delete {spec.folder} to run it again"
         )
     start, processor = load(run.out / "start")
-    own = start.parts()
-    shapes = [[name, list(tensor.shape)] for name, tensor in own["projector"].named_parameters()]
+    shapes = [[name, list(tensor.shape)] for name, tensor in start.parts()["projector"].named_parameters()]
     return {
         "data": recorded,
         "order": fixed.order_digest(run, counts),
         "seen": fixed.seen_digest(run.out),
         "settings": fixed.shared_settings(run.out),
-        "tokenizer": hash_tokenizer(processor),
-        "decoder": parts.digest(own["decoder"]),
-        "projector": parts.digest(own["projector"]),
-        "projector_shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
-        "encoder": parts.digest(own["encoder"]),
+        "tokenizer": identity.of_tokenizer(processor.tokenizer),
+        "projector_shapes": identity.of_values(shapes),
+        **identity.of_parts(start, processor.image_transform),
     }
-
-
-def hash_tokenizer(processor: Processor) -> str:
-    """sha256 over the tokenizer's whole definition."""
-    definition: Any = processor.tokenizer.backend_tokenizer.to_str()
-    return hashlib.sha256(definition.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def conditions(device: str) -> dict[str, Any]:

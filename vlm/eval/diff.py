@@ -143,6 +143,8 @@ def _notes(left: Side, right: Side) -> list[str]:
     prompts = sum(item["prefix"] != right.items[key]["prefix"] for key, item in left.items.items())
     if prompts:
         notes.append(f"the prompts of {prompts} items differ")
+    if not prompts and left.results["data"]["sha256"] != right.results["data"]["sha256"]:
+        notes.append("the images, or the order of the items, differ")
     for key in ("decoding", "images_shuffled_with_seed", "versions"):
         one, other = left.results[key], right.results[key]
         if one != other:

@@ -14,6 +14,7 @@ from typing import Literal
 from PIL import Image
 
 from vlm.budget import cut
+from vlm.content import images_of, of_items
 from vlm.data import Example
 from vlm.errors import DataError, ImageError
 from vlm.images import image_size
@@ -59,13 +60,8 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def images_of(example: Example) -> tuple[Path | Image.Image, ...]:
-    """All images of an item, in order."""
-    return (example.image, *example.more_images)
-
-
 def image_name(example: Example) -> str:
-    """A name of the images that is equal for equal images and does not depend on where the data folder lies."""
+    """A name of the images for people and for groups, which does not depend on where the data folder lies."""
     return " + ".join(_image_name(image, example.file) for image in images_of(example))
 
 
@@ -77,21 +73,11 @@ def _image_name(image: Path | Image.Image, file: str) -> str:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """sha256 over what predictions depend on: ids, prompts, and the images' names and sizes in bytes.
+    """sha256 over what predictions depend on: ids, prompts, and the images' content.
 
     Gold texts are left out: when they are corrected, the predictions stay valid and are only scored again.
     """
-    total = hashlib.sha256()
-    for example in examples:
-        sizes = map(_num_bytes, images_of(example))
-        parts = (example.id, example.prefix, image_name(example), *sizes)
-        total.update(repr(parts).encode("utf-8", "surrogatepass"))
-    return total.hexdigest()
-
-
-def _num_bytes(image: Path | Image.Image) -> int:
-    """Size of an image file; -1 where there is none."""
-    return -1 if isinstance(image, Image.Image) or not os.path.isfile(image) else os.path.getsize(image)
+    return of_items(examples, ("id", "prefix"))
 
 
 def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example]:

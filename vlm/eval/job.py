@@ -93,7 +93,7 @@ def run(
     """
     folder = Path(out)
     shown = items.shuffle_images(job.examples, options.seed) if options.shuffle_images else job.examples
-    settings = _settings(job, identity or predictor.identity(), options)
+    settings = _settings(job, identity or predictor.identity(), options, shown)
     started = time.monotonic()
     with processes.joined() as group:
         _check_agreement(group, settings)
@@ -124,7 +124,7 @@ def run(
         return outcome
 
 
-def _settings(job: Job, identity: Mapping[str, Any], options: Options) -> dict[str, Any]:
+def _settings(job: Job, identity: Mapping[str, Any], options: Options, shown: Sequence[Example]) -> dict[str, Any]:
     """Everything that decides the predictions."""
     settings: dict[str, Any] = {
         "model": dict(identity),
@@ -132,6 +132,8 @@ def _settings(job: Job, identity: Mapping[str, Any], options: Options) -> dict[s
         "decoding": job.decoding.to_dict(),
         "images_shuffled_with_seed": options.seed if options.shuffle_images else None,
     }
+    if options.shuffle_images:
+        settings["shuffled_sha256"] = items.digest(shown)  # which image went to which item
     if job.candidates is not None:
         listed = [list(job.candidates(example)) for example in job.examples]
         settings["candidates_sha256"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()

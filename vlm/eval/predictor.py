@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,11 +86,11 @@ class ModelPredictor:
         return str(self.model.device)
 
     def identity(self) -> dict[str, Any]:
-        """Digests of weights and processor, the weights' dtype, and the image transform in words."""
+        """What `vlm.checkpoints.identity` says of model and processor, and the image transform in words."""
+        from vlm.checkpoints import identity
+
         return {
-            "weights_sha256": hash_weights(self.model),
-            "processor_sha256": hash_processor(self.processor),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **identity.of_model(self.model, self.processor),
             "images": self.processor.image_transform.describe(),
         }
 
@@ -179,22 +177,3 @@ def as_predictor(
     if device is not None:
         raise ConfigError(f"device={device!r} cannot be applied to a {type(model).__name__}; place it yourself")
     return model, type(model).__name__
-
-
-def hash_weights(model: VLM) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters and saved buffers, in the order of their names."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-def hash_processor(processor: Processor) -> str:
-    """sha256 over the tokenizer's whole definition and every number of the image transform."""
-    definition: Any = processor.tokenizer.backend_tokenizer.to_str()
-    numbers = json.dumps(processor.image_transform.to_dict(), sort_keys=True)
-    return hashlib.sha256(f"{numbers}\n{definition}".encode("utf-8", "surrogatepass")).hexdigest()

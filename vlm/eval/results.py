@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import vlm
+from vlm.content import images_of
 from vlm.data import Example, Problem
 from vlm.errors import DataError
 
@@ -193,7 +194,7 @@ def item_lines(
             line["scored_as"] = said[example.id]
         if example.info:
             line["info"] = dict(example.info)
-        images = [str(image) for image in items.images_of(example) if not hasattr(image, "size")]
+        images = [str(image) for image in images_of(example) if not hasattr(image, "size")]
         if images:
             line["images"] = images
         yield {

@@ -27,9 +27,11 @@ SETTINGS = "predictions.settings.json"
 _SHARES = "predictions.rank*.jsonl"
 _HASHES = {
     "data_sha256": "items, prompts, images or number of items",
+    "shuffled_sha256": "images given to the items",
     "candidates_sha256": "candidates to choose from",
     "model.weights_sha256": "weights of the model",
-    "model.processor_sha256": "tokenizer or image settings",
+    "model.config_sha256": "configuration of the model",
+    "model.processor_sha256": "tokenizer, image settings or number of image tokens",
 }
 """Settings that are hashes -> what they are of; the hashes themselves tell a reader nothing."""
 

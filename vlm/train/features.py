@@ -13,7 +13,6 @@ A sample is read with one read of the file at its place, which the system's page
 but lengths, offsets and grids. Run directories are on a disk that all ranks share, so each rank reads all shards.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -29,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlm import content
+from vlm.checkpoints.identity import of_values
 from vlm.data import Example
 from vlm.encoders import EncoderOutput
 from vlm.errors import ConfigError, ImageError
@@ -67,7 +68,7 @@ class Plan:
         self.image_of = np.array(image_of, dtype=np.int64)
         """Number of the image of each example."""
         self.per_shard = max(1, SHARD_BYTES // image_bytes)
-        self._identity = {name: _digest(value) for name, value in identity.items()}
+        self._identity = {name: of_values(value) for name, value in identity.items()}
 
     @property
     def shards(self) -> int:
@@ -81,8 +82,10 @@ class Plan:
         return self.folder / f"shard-{shard:05d}.safetensors"
 
     def identity(self, shard: int) -> dict[str, str]:
-        """What the features of a shard depend on: digests, that of names, sizes and times of the image files too."""
-        return {**self._identity, "images": _digest([_file_state(self.images[i]) for i in self.members(shard)])}
+        """What the features of a shard depend on: digests, that of the images' content too."""
+        images = [self.images[i] for i in self.members(shard)]
+        contents = content.of_files(images)
+        return {**self._identity, "images": of_values([contents[image] for image in images])}
 
     def outdated(self, shard: int) -> list[str] | None:
         """What a shard on the disk was made of that is another now (`["missing"]` without one), or None."""
@@ -120,18 +123,6 @@ class Plan:
         sync(temporary)
         os.replace(temporary, self.path(shard))
         sync(self.folder)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _file_state(path: Path) -> list[Any]:
-    try:
-        state = path.stat()
-    except OSError:  # decoding it will say what is wrong
-        return [str(path)]
-    return [str(path), state.st_size, state.st_mtime_ns]
 
 
 def remove(folder: Path, stage: str) -> None:

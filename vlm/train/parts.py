@@ -1,6 +1,5 @@
 """Which parameters train: freezing by part, the manifest that records it, and the proof that it held."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm.checkpoints import identity
 from vlm.errors import TrainingError, nearest
 from vlm.train.config import PARTS, StageConfig
 
@@ -142,16 +142,7 @@ def write_manifest(path: Path, rows: list[Row], **extra: Any) -> None:
 
 def frozen_digests(model: nn.Module, stage: StageConfig) -> dict[str, str]:
     """The digest of each frozen part."""
-    return {part: digest(module) for part, module in parts_of(model).items() if part not in stage.train}
-
-
-def digest(module: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers."""
-    total = hashlib.sha256()
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+    return {part: identity.of_module(module) for part, module in parts_of(model).items() if part not in stage.train}
 
 
 def trained_tensors(model: nn.Module, stage: StageConfig) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from vlm.checkpoints import identity
 from vlm.data import Example
 from vlm.encoders import feature_width
 from vlm.errors import CheckpointError, ConfigError
@@ -247,15 +248,15 @@ def _features(
 ) -> FeatureStore:
     """The features of all images of the stage, made now where they are not on the disk. Called on every rank."""
     assert isinstance(module, FrozenEncoderModule)
-    config: Any = module.model.config
+    model: Any = module.model
     budgets = stage.run.data.budgets()
     transform = (with_budget(processor, budgets[0]) if budgets else processor).image_transform
     plan = Plan(
         stage.features,
         stage.examples,
-        image_bytes=transform.max_patches * feature_width(config.vision_config) * 4,
+        image_bytes=transform.max_patches * feature_width(model.config.vision_config) * 4,
         identity={
-            "tower": [frozen["encoder"], config.encoder, config.vision_config.to_dict()],
+            "tower": [frozen["encoder"], *identity.tower_settings(model)],
             "transform": transform.to_dict(),
             "precision": stage.precision,
         },

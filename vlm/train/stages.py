@@ -1,6 +1,5 @@
 """The stages of a run, one after the other: read the data, make the first model, train, publish each stage's model."""
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from transformers import AutoConfig
 from vlm import settings
 from vlm.build import new
 from vlm.checkpoints import load, save
+from vlm.content import of_items
 from vlm.data import Example, read_jsonl
 from vlm.encoders import model_types
 from vlm.errors import ConfigError, DataError
@@ -132,12 +132,8 @@ def _read_val(config: RunConfig, skip_bad: bool) -> list[Example]:
 
 
 def data_digest(examples: list[Example]) -> str:
-    """sha256 over what is trained on, in order; folders do not count, so data may move."""
-    digest = hashlib.sha256()
-    for example in examples:
-        image = example.image.name if isinstance(example.image, Path) else "image in memory"
-        digest.update(json.dumps([example.id, image, example.prefix, example.suffix]).encode())
-    return digest.hexdigest()
+    """sha256 over what is trained on, in order: texts and the content of images, so that data may move."""
+    return of_items(examples, ("id", "prefix", "suffix"))
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""Digests of data by its content: what is in an image file counts, not where it lies or what it is called.
+
+Every file is read whole, once per process while it does not change (its size, times and inode are looked at each time),
+by several threads; that costs about what copying the files to nowhere would.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from vlm.data import Example, Labelled
+
+THREADS = 8
+AT_ONCE = 2**20
+"""Bytes up to which a file is read in one piece, which is twice as fast for small ones."""
+REMEMBERED = 2**17
+"""Files whose digest is kept in memory."""
+ORIENTATION = 0x0112
+"""The EXIF tag that says how an image is turned upright."""
+
+
+def images_of(item: Example | Labelled) -> tuple[Path | Image.Image, ...]:
+    """All images of an item, in order."""
+    more = item.more_images if isinstance(item, Example) else ()
+    return tuple(image for image in (item.image, *more) if image is not None)
+
+
+def of_items(items: Sequence[Example] | Sequence[Labelled], fields: Sequence[str]) -> str:
+    """sha256 over some fields of every item and over the content of its images, in order."""
+    found = of_files({image for item in items for image in images_of(item) if isinstance(image, Path)})
+    total = hashlib.sha256()
+    for item in items:
+        images = [found[image] if isinstance(image, Path) else of_picture(image) for image in images_of(item)]
+        total.update(json.dumps([[getattr(item, name) for name in fields], images]).encode() + b"\n")
+    return total.hexdigest()
+
+
+def of_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """The digest of each file, see `of_file`; several are read at a time."""
+    listed = list(paths)
+    with ThreadPoolExecutor(THREADS) as pool:
+        # In portions: a task for each of 100,000 small files would cost more than reading them.
+        portions = [listed[start : start + 64] for start in range(0, len(listed), 64)]
+        digests = [digest for portion in pool.map(_of_some, portions) for digest in portion]
+    return dict(zip(listed, digests, strict=True))
+
+
+def _of_some(paths: Sequence[Path]) -> list[str]:
+    return [of_file(path) for path in paths]
+
+
+def of_file(path: Path) -> str:
+    """sha256 of a file's bytes; `unreadable` for what is no file or cannot be read (decoding it says what is wrong)."""
+    try:
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode):  # a pipe would block
+            return "unreadable"
+        return _of_state(str(path), state.st_size, state.st_dev, state.st_ino, state.st_mtime_ns, state.st_ctime_ns)
+    except OSError:
+        return "unreadable"
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _of_state(path: str, size: int, *_state: int) -> str:
+    with open(path, "rb", buffering=0) as file:
+        if size <= AT_ONCE:
+            return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of_picture(image: Image.Image) -> str:
+    """sha256 over what an image in memory shows: mode, size, pixels, palette, transparency and orientation."""
+    total = hashlib.sha256()
+    try:
+        pixels = image.tobytes()
+    except (OSError, ValueError):  # opened and not decoded yet, and damaged
+        return "unreadable"
+    seen = [image.mode, image.size, image.getexif().get(ORIENTATION), image.getpalette()]
+    total.update(repr([*seen, image.info.get("transparency")]).encode())
+    total.update(pixels)
+    return total.hexdigest()
