@@ -13,6 +13,7 @@ import torch
 import yaml
 from coretools import loud, picture, pixels
 from safetensors import safe_open
+from traintools import left_by_a_killed_process
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -284,8 +285,7 @@ def test_what_is_there_is_never_touched(tmp_path: Path) -> None:
 
 def test_an_empty_directory_and_what_a_kill_left_give_way(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
+    left_by_a_killed_process(tmp_path / "out")
     export(*loud("siglip", "gemma"), tmp_path / "out", parity="weights")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {file.name for file in (tmp_path / "out").iterdir()} == FILES

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from traintools import left_by_a_killed_process
 
 from vlm.errors import CheckpointError
 from vlm.train import checkpoint
@@ -69,7 +70,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
 ) -> None:
     save(tmp_path, 1)
     damage(save(tmp_path, 2))
-    (tmp_path / "step-00000003.tmp").mkdir()
+    left_by_a_killed_process(tmp_path / "step-00000003")
     found = checkpoint.newest(tmp_path)
     assert found is not None and found.step == 1
     assert reason in caplog.text and "step-00000002" in caplog.text
@@ -79,7 +80,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
     assert checkpoint.newest(tmp_path).step == 2  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("stage", ["save_file", "publish", "sync", "_write_json"])
+@pytest.mark.parametrize("stage", ["save_file", "manifest.write", "files.sync", "files._exchange"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EROFS])
 def test_a_full_disk_is_one_line_and_costs_nothing(
     stage: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,7 +93,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, stage, refuse)
+        patch.setattr(f"vlm.train.checkpoint.{stage}", refuse)
         with pytest.raises(CheckpointError, match="cannot save .*step-00000002.* saved before is intact") as caught:
             save(tmp_path, 2)
     assert "\n" not in str(caught.value)
@@ -135,15 +136,17 @@ def test_the_manifest_is_written_after_everything_else_and_before_the_rename(
     states = []
 
     def watch(name: str) -> None:
-        real = getattr(checkpoint, name)
+        where, _, function = name.rpartition(".")
+        module = getattr(checkpoint, where) if where else checkpoint
+        real = getattr(module, function)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             states.append((names(tmp_path), checkpoint.problem(tmp_path / "step-00000002")))
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(checkpoint, name, watched)
+        monkeypatch.setattr(module, function, watched)
 
-    for name in ("save_file", "sync", "_write_json", "_remove", "publish", "_delete_old"):
+    for name in ("save_file", "files.sync", "manifest.write", "files._exchange", "_remove", "_delete_old"):
         watch(name)
     save(tmp_path, 2, keep=1)
     assert len(states) > 10

@@ -20,6 +20,7 @@ from traintools import (
     config,
     damaged,
     difference,
+    left_by_a_killed_process,
     pictures,
     steps_done,
     stop_after,
@@ -322,24 +323,24 @@ def slow_saves() -> None:
     """Make every save after the first last a minute."""
     import time
 
-    publish = checkpoint.publish
+    write = checkpoint.manifest.write
 
-    def slow(temporary: Path, target: Path) -> None:
-        if target.name not in ("start", "step-00000002"):
+    def slow(folder: Path) -> None:
+        if not folder.name.startswith((".start.", ".step-00000002.")):
             time.sleep(60)
-        publish(temporary, target)
+        write(folder)
 
-    checkpoint.publish = slow
+    checkpoint.manifest.write = slow
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_model_costs_nothing(reference: Path, tmp_path: Path) -> None:
     shutil.copytree(reference, tmp_path / "out")
     for name in ("model", "tune/model"):
         shutil.rmtree(tmp_path / "out" / name)
-    (tmp_path / "out" / "tune" / "model.tmp").mkdir()
+    left = left_by_a_killed_process(tmp_path / "out" / "tune" / "model")
     vlm.train.run(config(tmp_path / "out"), resume=True)
     assert_same_run(tmp_path / "out", reference)
-    assert not (tmp_path / "out" / "tune" / "model.tmp").exists()
+    assert not left.exists()
 
 
 def test_a_torn_metrics_file_is_repaired(tmp_path: Path) -> None:

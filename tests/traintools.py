@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,17 @@ from vlm.settings import from_dict
 from vlm.train import RunConfig
 
 COLORS = ("red", "green", "blue", "white")
+
+
+def left_by_a_killed_process(target: Path) -> Path:
+    """A half-written directory for `target` (see `vlm.files.publishing`), whose writer is dead."""
+    ended = context().Process(target=int)
+    ended.start()
+    ended.join()
+    left = target.with_name(f".{target.name}.writing-{platform.node()}-{ended.pid}-0")
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    return left
 
 
 def pictures(folder: Path, count: int = 24) -> Path:

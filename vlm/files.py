@@ -265,22 +265,18 @@ def publishing(target: str | Path, keep: Callable[[str], bool] | None = None) ->
 def _staging(place: Path, inside: bool) -> Path:
     """A new hidden directory for `place`; those that killed processes of this machine have left are removed."""
     parent = place if inside else place.parent
-    prefix = f".{place.name[:100]}.writing-{platform.node()}-"
-    for left in parent.glob(f"{_escaped(prefix)}*"):
-        if not _alive(left.name.removeprefix(prefix).partition("-")[0]):
+    writer = f".writing-{platform.node()}-"
+    for left in parent.glob(".*.writing-*"):
+        if not _alive(left.name.rpartition(writer)[2].partition("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
     number = 0
     while True:
-        staging = parent / f"{prefix}{os.getpid()}-{number}"
+        staging = parent / f".{place.name[:100]}{writer}{os.getpid()}-{number}"
         try:
             staging.mkdir()
             return staging
         except FileExistsError:  # another thread of this process
             number += 1
-
-
-def _escaped(text: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in text)
 
 
 def _alive(pid: str) -> bool:

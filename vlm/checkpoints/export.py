@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +23,8 @@ from vlm.checkpoints import card, layout, probes, tower
 from vlm.checkpoints.directory import DTYPES, check_pair
 from vlm.checkpoints.parity import LIMITS, ParityReport, compare, compare_files
 from vlm.checkpoints.shards import parse_size
-from vlm.errors import CheckpointError, ConfigError, nearest
+from vlm.errors import CheckpointError, ConfigError, DiskError, nearest
+from vlm.files import publishing
 from vlm.generation import check_dtype
 from vlm.model import VLM, attention_softcap, final_softcap
 from vlm.processor import Processor
@@ -278,27 +277,8 @@ def published(out: Path) -> Iterator[Path]:
         CheckpointError: `out` is not empty, is a file, or cannot be written.
     """
     check_out(out)
-    out = out.resolve()
-    folder = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # left by an export that was killed outright
-        folder.mkdir(parents=True)
-        yield folder
-        for file in folder.iterdir():
-            _sync(file)
-        folder.rename(out)  # takes the place of an empty directory
-        _sync(out.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        with publishing(out) as folder:
+            yield folder
+    except (OSError, SafetensorError, DiskError) as error:
         raise CheckpointError(f"{out}: cannot be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

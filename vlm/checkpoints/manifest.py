@@ -6,13 +6,12 @@ wrong; only a hash of the bytes sees them. Directories without a manifest (publi
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Literal, get_args
 
 from vlm.checkpoints.files import check_regular, is_plain, read_json
 from vlm.errors import CheckpointError, ConfigError, nearest
+from vlm.files import sha256, write_json
 
 NAME = "manifest.json"
 QUICK_BYTES = 32 * 2**20
@@ -24,9 +23,7 @@ def write(folder: Path) -> None:
     """Write the manifest of all files in a model directory (subdirectories belong to others)."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != NAME)
     listed = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
-    temporary = folder / (NAME + ".tmp")
-    temporary.write_text(json.dumps({"format": 1, "files": listed}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / NAME)
+    write_json(folder / NAME, {"format": 1, "files": listed})
 
 
 def check(folder: Path, verify: Verify = "quick") -> None:
@@ -67,9 +64,3 @@ def _difference(file: Path, expected: dict[str, object], verify: Verify) -> str 
     if (verify == "full" or size <= QUICK_BYTES) and sha256(file) != expected.get("sha256"):
         return "has another sha256"
     return None
-
-
-def sha256(file: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

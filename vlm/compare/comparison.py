@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,8 @@ from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.eval import items
 from vlm.eval.metrics import registry
 from vlm.eval.probes import check_sets, images_in_both
-from vlm.eval.store import write_json
 from vlm.eval.zero_shot import check_templates
+from vlm.files import Lock, disk_errors, locked, write_json, write_text
 from vlm.train.stages import read_sources
 
 log = logging.getLogger(__name__)
@@ -149,7 +146,7 @@ def _write(
     result = summarise(specs, made.arms, groups, failed, asked)
     write_json(folder / RESULT, result)
     finished = [spec for spec in specs if spec.finished]
-    _replace(folder / CSV, table.as_csv([spec.measurements() for spec in finished]))
+    write_text(folder / CSV, table.as_csv([spec.measurements() for spec in finished]))
     page.write(folder / REPORT, result, finished, made.tasks)
     return result
 
@@ -205,28 +202,13 @@ def _check_probes(probes: ProbeConfig) -> None:
         )
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Lock:
     """Keep a second comparison out of the same folder."""
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot write there: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise ConfigError(
-            f"{folder}: another comparison is running in this folder; wait for it, or use another"
-        ) from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+    return locked(
+        folder / ".lock",
+        lambda owner: ConfigError(
+            f"{folder}: another comparison is running in this folder (process {owner}); wait for it, or use another"
+        ),
+    )

@@ -31,7 +31,7 @@ from vlm.eval import results
 from vlm.eval.cost import count_parameters, flops_per_image, image_tokens, inference_speed
 from vlm.eval.harness import evaluate
 from vlm.eval.probes import ProbeResult, probe, read_labelled, why_no_zero_shot, zero_shot
-from vlm.eval.store import write_json
+from vlm.files import write_json
 from vlm.images import image_size, load_image
 from vlm.model import VLM
 from vlm.processor import Processor
@@ -217,8 +217,9 @@ def probes(model: VLM, processor: Processor, spec: Spec, config: ProbeConfig, de
     else:
         before, _ = _probed(start, start_processor, spec, config, (train, test), device)
         kept.parent.mkdir(exist_ok=True)
+        # Runs of other seeds may write it in the same moment, so each writes a file of its own first.
         partial = kept.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(before), encoding="utf-8")
+        write_json(partial, before)
         partial.replace(kept)
     return {"data_sha256": data, "before": before, "after": after, "no_zero_shot": reason}
 

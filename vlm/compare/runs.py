@@ -19,7 +19,7 @@ from typing import Any
 from vlm import settings
 from vlm.compare.config import Arm, CompareConfig, ProbeConfig, TaskConfig, run_config
 from vlm.errors import ConfigError
-from vlm.eval.store import write_json
+from vlm.files import write_json
 from vlm.train.config import RunConfig
 from vlm.train.rundir import FREE, differences
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm.data import Example, Problem
 from vlm.errors import ConfigError, DataError, VLMError
+from vlm.files import write_json, write_lines
 
 from . import answers, batch_size, items, processes, results, results_page
 from .batch_size import BatchSize
@@ -20,7 +21,7 @@ from .predict import predict
 from .predictor import Decoding, Predictor
 from .processes import Processes
 from .results import Record
-from .store import PredictionStore, write_json, write_lines
+from .store import PredictionStore
 
 RESULTS = "results.json"
 ITEMS = "items.jsonl"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Protocol
 from PIL import Image
 
 from vlm.errors import ImageError
+from vlm.files import write_text
 from vlm.images import load_image
 
 from .charts import Curve, Scatter, draw, draw_scatter
@@ -294,9 +294,7 @@ def write_report(
         body += f"<footer>{''.join(f'<p>{text(line)}</p>' for line in footer)}</footer>"
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".tmp")
-    partial.write_text(page(title, body), encoding="utf-8")
-    os.replace(partial, target)
+    write_text(target, page(title, body))
     return target
 
 

@@ -10,15 +10,14 @@ of processes then.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from vlm.errors import ConfigError, DataError, VLMError
+from vlm.files import Journal, read_lines, write_json
 
 from .processes import ALONE, Processes
 
@@ -56,16 +55,16 @@ class PredictionStore:
         self.path = self.folder / PREDICTIONS
         self.records: Records = {}
         self._group = group
-        self._main: BinaryIO | None = None
-        self._share: BinaryIO | None = None
+        self._main: Journal | None = None
+        self._share: Journal | None = None
         refusal = self._open(settings) if group.main else None
         told = [text for text in group.gather(str(refusal) if refusal else "") if text]
         if told:  # by the first process; the others would wait for it for ever
             raise refusal or ConfigError(told[0])
         if group.world > 1:
             if not group.main:
-                self.records = _records(self.path.read_bytes(), self.path)
-            self._share = open(self.folder / f"predictions.rank{group.rank}.jsonl", "wb")  # noqa: SIM115
+                self.records = _by_id(read_lines(self.path), self.path)
+            self._share = Journal(self.folder / f"predictions.rank{group.rank}.jsonl")
         group.barrier()  # nobody predicts before everybody has read what is there
 
     def __enter__(self) -> PredictionStore:
@@ -85,7 +84,7 @@ class PredictionStore:
             assert record["id"] not in self.records, f"{record['id']!r} was predicted twice"
         file = self._share or self._main
         assert file is not None, "the store is closed"
-        _write(file, new)
+        file.append(new)
         self.records.update((record["id"], record) for record in new)
 
     def finish(self) -> None:
@@ -104,10 +103,12 @@ class PredictionStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             return ConfigError(f"{self.folder} is a file; results are written into a folder")
-        self._main = open(self.path, "ab+")  # noqa: SIM115 - closed by __exit__
         try:
-            self._lock()
-            self._read()
+            self._main = Journal(self.path, self._busy)
+        except VLMError as error:
+            return error
+        try:
+            self.records = _by_id(self._main.records, self.path)
             self._add_shares()
             self._check_settings(settings)
         except VLMError as error:
@@ -118,23 +119,8 @@ class PredictionStore:
             raise
         return None
 
-    def _lock(self) -> None:
-        assert self._main is not None
-        try:
-            fcntl.flock(self._main, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{self.folder}: another evaluation is writing here; give another output folder"
-            ) from None
-
-    def _read(self) -> None:
-        assert self._main is not None
-        self._main.seek(0)
-        data = self._main.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # the writer was killed in the middle of a line; that item is predicted again
-            self._main.truncate(whole)
-        self.records = _records(data, self.path)
+    def _busy(self) -> ConfigError:
+        return ConfigError(f"{self.folder}: another evaluation is writing here; give another output folder")
 
     def _add_shares(self) -> None:
         """Move what the processes of this run, or of one that was killed, have written into the one file.
@@ -142,13 +128,12 @@ class PredictionStore:
         A kill between the writing and the deleting leaves records in both places: those are not added again.
         """
         assert self._main is not None
-        self._main.seek(0)
-        stored = _records(self._main.read(), self.path)
+        stored = set(_by_id(read_lines(self.path), self.path))
         for path in sorted(self.folder.glob(_SHARES)):
-            found = _records(path.read_bytes(), path)
+            found = _by_id(read_lines(path), path)
             new = [record for key, record in found.items() if key not in stored]
-            stored.update((record["id"], record) for record in new)
-            _write(self._main, new)
+            stored.update(record["id"] for record in new)
+            self._main.append(new)
             self.records.update((record["id"], record) for record in new)
             path.unlink()
 
@@ -170,55 +155,17 @@ class PredictionStore:
             )
 
 
-def encode(record: Mapping[str, Any]) -> bytes:
-    """One line of JSON in UTF-8. A lone surrogate becomes its JSON escape, so every text comes back as it was."""
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one step: a reader, or a run after a kill, sees the old or the new one, never half."""
-    _replace(path, json.dumps(value, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace") + b"\n")
-
-
-def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSONL file in one step."""
-    _replace(path, b"".join(encode(record) for record in records))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _write(file: BinaryIO, records: Iterable[Mapping[str, Any]]) -> None:
-    file.write(b"".join(encode(record) for record in records))
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _records(data: bytes, path: Path) -> Records:
-    """The records of a predictions file by id; a torn last line is left out."""
+def _by_id(found: Iterable[dict[str, Any]], path: Path) -> Records:
+    """The records of a predictions file by id."""
     records: Records = {}
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
-        record = _parse(line, f"{path}:{number}")
+    for number, record in enumerate(found, 1):
+        if not all(isinstance(record.get(key), str) for key in ("id", "prediction")):
+            got = json.dumps(record)[:80]
+            raise DataError(f"{path}:{number}: expected an object with the texts id and prediction, got {got}")
         if record["id"] in records:
             raise DataError(f"{path}:{number}: id {record['id']!r} occurs twice; delete {path.parent}")
         records[record["id"]] = record
     return records
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: damaged line ({error}); delete the file to predict again") from None
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("id", "prediction")):
-        raise DataError(f"{where}: expected an object with the texts id and prediction, got {line[:80]!r}")
-    return record
 
 
 def _difference(key: str, found: Any, wanted: Any) -> str:

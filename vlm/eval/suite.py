@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.data import Example
+from vlm.files import write_json
 
 from . import items, overview, processes, results
 from .harness import check_limit
 from .job import REPORT, RESULTS, Job, Options, run
 from .metrics import registry
 from .predictor import Decoding, Predictor, as_predictor
-from .store import write_json
 from .tasks import Selected, select
 
 if TYPE_CHECKING:

@@ -6,13 +6,12 @@
         state.json              step, fingerprints, counters
         manifest.json           sha256 and size of each file; written last: without a true one it is no checkpoint
 
-A save writes into `step-N.tmp`, syncs, renames, syncs the parent, and only then deletes older ones. Nothing is ever
-pickled.
+A save is built beside its place and renamed when all of it is on the disk; only then are older ones deleted. Nothing is
+ever pickled.
 """
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlm import files
 from vlm.checkpoints import manifest
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, DiskError
 
 log = logging.getLogger(__name__)
 
@@ -54,43 +54,37 @@ def save(
     were.
     """
     target = folder / f"step-{step:08d}"
-    temporary = target.with_suffix(".tmp")
-    with clean_failure(temporary, target):
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+    with publishing(target) as made:
         _check_room(folder, [*model.values(), *optimizer.values()])
-        temporary.mkdir()
-        save_file({name: t.detach().contiguous() for name, t in model.items()}, temporary / "model.safetensors")
-        save_file({name: t.detach().contiguous() for name, t in optimizer.items()}, temporary / "optimizer.safetensors")
-        _write_json(temporary / "state.json", {**state, "step": step})
-        publish(temporary, target)
+        save_file({name: t.detach().contiguous() for name, t in model.items()}, made / "model.safetensors")
+        save_file({name: t.detach().contiguous() for name, t in optimizer.items()}, made / "optimizer.safetensors")
+        (made / "state.json").write_text(json.dumps({**state, "step": step}, indent=1) + "\n", encoding="utf-8")
+    with clean_failure(target):
         _delete_old(folder, keep)
     return target
 
 
 @contextmanager
-def clean_failure(temporary: Path, target: Path) -> Iterator[None]:
-    """Turn a disk's refusal into one `CheckpointError`, with the half-written directory removed."""
+def publishing(target: Path) -> Iterator[Path]:
+    """`vlm.files.publishing` of a directory (files only) with a manifest, written last.
+
+    Raises `CheckpointError` when the disk refuses; what is at `target` stays as it was.
+    """
+    with clean_failure(target), files.publishing(target) as folder:
+        yield folder
+        manifest.write(folder)
+
+
+@contextmanager
+def clean_failure(target: Path) -> Iterator[None]:
+    """Turn a disk's refusal into one `CheckpointError`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError, DiskError) as error:
         raise CheckpointError(
             f"cannot save {target}: {_reason(error)}; what was saved before is intact: make room or fix the disk, "
             f"then run again with --resume"
         ) from error
-
-
-def publish(temporary: Path, target: Path) -> None:
-    """Turn a written directory (files only) into `target` in one step: manifest, sync, rename. An old `target` gives
-    way."""
-    manifest.write(temporary)
-    for path in temporary.iterdir():
-        sync(path)
-    sync(temporary)
-    _remove(target)
-    temporary.rename(target)
-    sync(target.parent)
 
 
 def problem(path: Path) -> str | None:
@@ -101,7 +95,7 @@ def problem(path: Path) -> str | None:
         if present != set(listed):
             return f"files differ from manifest.json: {', '.join(sorted(present ^ set(listed)))}"
         for name, entry in listed.items():
-            if manifest.sha256(path / name) != entry["sha256"]:
+            if files.sha256(path / name) != entry["sha256"]:
                 return f"{name} has another sha256 than manifest.json says"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json is missing or not readable ({error})"
@@ -129,7 +123,7 @@ def _steps(folder: Path) -> list[Path]:
 def _delete_old(folder: Path, keep: int) -> None:
     for path in _steps(folder)[:-keep]:
         _remove(path)
-    for path in [*folder.glob("step-*.tmp"), *folder.glob("step-*.old")]:
+    for path in folder.glob("step-*.old"):
         shutil.rmtree(path)
 
 
@@ -151,20 +145,7 @@ def _check_room(folder: Path, tensors: list[Tensor]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    cause = error.__cause__ if isinstance(error, DiskError) else error
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
     return str(error).splitlines()[0]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,6 @@ but lengths, offsets and grids. Run directories are on a disk that all ranks sha
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +32,8 @@ from vlm.checkpoints.identity import of_values
 from vlm.data import Example
 from vlm.encoders import EncoderOutput
 from vlm.errors import ConfigError, ImageError
+from vlm.files import publishing_file
 from vlm.processor import Batch, Processor
-from vlm.train.checkpoint import sync
 from vlm.train.data import MicroBatches
 
 log = logging.getLogger(__name__)
@@ -118,11 +117,8 @@ class Plan:
         features = [outputs[i][0] for i in members if i in outputs]
         tensors = {"features": torch.cat(features) if features else torch.zeros(0, 1), "lengths": lengths}
         metadata = {**extra["identity"], "masked": json.dumps(extra["masked"]), "failures": json.dumps(dict(failures))}
-        temporary = self.path(shard).with_suffix(".part")
-        save_file({**tensors, "grids": grids}, temporary, metadata)
-        sync(temporary)
-        os.replace(temporary, self.path(shard))
-        sync(self.folder)
+        with publishing_file(self.path(shard)) as partial:
+            save_file({**tensors, "grids": grids}, partial, metadata)
 
 
 def remove(folder: Path, stage: str) -> None:

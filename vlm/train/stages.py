@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import random
 import shutil
 import time
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from vlm import settings
+from vlm import files, settings
 from vlm.build import new
 from vlm.checkpoints import load, save
 from vlm.content import of_items
@@ -199,12 +198,9 @@ def _part(value: str | dict[str, Any] | None, name: str) -> Any:
 
 def _publish_model(model: VLM, processor: Processor, target: Path, provenance: dict[str, Any]) -> None:
     """Write a complete model directory, with `training.json` beside the weights, in one step."""
-    temporary = target.with_suffix(".tmp")
-    with checkpoint.clean_failure(temporary, target):
-        shutil.rmtree(temporary, ignore_errors=True)
-        save(model, processor, temporary)
-        (temporary / "training.json").write_text(json.dumps(provenance, indent=1) + "\n")
-        checkpoint.publish(temporary, target)
+    with checkpoint.publishing(target) as folder:
+        save(model, processor, folder)
+        (folder / "training.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 
 def _provenance(stage: Stage) -> dict[str, Any]:
@@ -231,11 +227,8 @@ def _check_precision(stage: Stage, model: VLM) -> None:
 
 def _finish(config: RunConfig, last: Path, final: Path, skipped: int, seconds: float) -> None:
     """`model/` (hard links to the last stage's files where the disk can), the loss curve and a summary."""
-    temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(last, temporary, copy_function=_link)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    with checkpoint.clean_failure(final), files.publishing(final) as folder:
+        shutil.copytree(last, folder, copy_function=files.link_or_copy, dirs_exist_ok=True)
     metrics.plot(config.out / "metrics.csv", config.out / "loss.html")
     failures = config.out / "failures.jsonl"
     summary = {
@@ -247,13 +240,6 @@ def _finish(config: RunConfig, last: Path, final: Path, skipped: int, seconds: f
     }
     (config.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     log.info("trained model: %s (%.0f s)", final, seconds)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 @contextmanager
