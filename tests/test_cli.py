@@ -70,9 +70,17 @@ def test_python_m_vlm_lists_the_commands() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "unknown command: trian (did you mean 'train'?)"),
+        (["help", "chek"], "unknown command: chek (did you mean 'check'?)"),
+        (["evaluate"], "unknown command: evaluate (did you mean 'eval'?)"),
+        (["--verison"], "unrecognized arguments: --verison (did you mean '--version'?)"),
+        (["eval", "dif", "a", "b"], "vlm eval takes no 'dif' (did you mean 'diff'?)"),
         (["train"], "required: --config"),
-        (["train", "--config", "a.yaml", "--resum"], "unrecognized arguments: --resum"),
+        (["train", "--config", "a.yaml", "--resum"], "unrecognized arguments: --resum (did you mean '--resume'?)"),
+        (["train", "--confg=a.yaml"], "unrecognized arguments: --confg (did you mean '--config'?)"),
+        (["eval", "diff", "a", "b", "--htm", "x"], "unrecognized arguments: --htm (did you mean '--html'?)"),
+        (["caption", "a.png", "-model", "m"], "unrecognized arguments: -model (did you mean '--model'?)"),
+        (["info", "m", "n"], "unrecognized arguments: n"),
         (["eval", "--model", "m"], "required: --data/-d, --out/-o"),
         (["caption", "--model", "m"], "required: IMAGE"),
         (["caption", "a.png"], "required: --model"),
@@ -88,7 +96,28 @@ def test_misuse_is_two_lines_on_stderr(words: list[str], says: str, capsys: pyte
     assert captured.out == ""
     first, second = captured.err.splitlines()
     assert first.startswith("error: ") and says in first
-    assert second.startswith("See `vlm") and second.endswith("--help`.")
+    command = words[0] if words[0] in COMMANDS else ""
+    assert second == f"See `{f'vlm {command}'.strip()}{' diff' if 'diff' in words else ''} --help`."
+
+
+def test_help_and_version_as_people_ask_for_them(capsys: pytest.CaptureFixture[str]) -> None:
+    import vlm
+
+    def said(*words: str) -> str:
+        assert main(words) == 0
+        return capsys.readouterr().out
+
+    assert said("--version") == f"vlm {vlm.__version__}\n"
+    assert said("help") == said("--help") == said()
+    assert said("help", "caption") == said("caption", "--help")
+    assert said("help", "eval", "diff") == said("eval", "diff", "--help")
+
+
+def test_a_question_that_looks_like_an_option_is_a_question(
+    images: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", images["gone"], "--what is it?", "--model", "m"]) == 2
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_version_names_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +197,26 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     process.stderr.close()
 
 
+@pytest.mark.parametrize("words", [["version"], ["--help"], ["score", "--list"], ["eval", "--list-tasks"]])
+def test_a_reader_that_never_reads_is_no_error(words: list[str]) -> None:
+    """Output that fits into the buffer meets the closed pipe only at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "vlm", *words], stdout=writer, stderr=subprocess.PIPE, timeout=300)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_behind_stdout_or_stderr_ends_in_2() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "vlm"]
+        done = subprocess.run([*command, "version"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
+        done = subprocess.run([*command, "info", "/nix"], stdout=subprocess.PIPE, stderr=full, text=True, timeout=300)
+        assert (done.returncode, done.stdout) == (2, "")
+
+
 def test_what_the_terminal_cannot_show_is_escaped() -> None:
     code = "from vlm.cli import console\nwith console.endings(): print('Stra\\xdfe \\u732b \\udcff')"
     done = run_python(code, env={**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}, encoding="latin-1")
@@ -188,10 +237,15 @@ def test_caption_prints_what_generate_gives(
     options = ["--model", model, "--prompt", "ocr", "--max-new-tokens", "6", "--device", "cpu", "--batch-size", "1"]
     assert main(["caption", *paths, *options, "--json"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert records == [{"image": p, "prompt": "ocr", "text": t} for p, t in zip(paths, expected, strict=True)]
+    assert records == [
+        {"image": p, "prompt": "ocr", "text": t, "finish": t.finish} for p, t in zip(paths, expected, strict=True)
+    ]
     assert main(["caption", *paths, *options]) == 0
     one_line = [" ".join(text.split()) for text in expected]
-    assert capsys.readouterr().out.splitlines() == [f"{p}: {t}" for p, t in zip(paths, one_line, strict=True)]
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [f"{p}: {t}" for p, t in zip(paths, one_line, strict=True)]
+    cut = [f"{p}: cut after 6 tokens (--max-new-tokens)" for p in paths]
+    assert captured.err.splitlines() == cut and {t.finish for t in expected} == {"length"}
     assert main(["caption", paths[0], *options]) == 0
     assert capsys.readouterr().out == one_line[0] + "\n"
 
@@ -204,7 +258,8 @@ def test_ask_asks_in_the_models_words(model: str, images: dict[str, str], capsys
     (expected,) = vlm.generate(net, processor, [images["red"]], [prompt], max_new_tokens=5, num_beams=2)
     options = ["--model", model, "--max-new-tokens", "5", "--num-beams", "2", "--json", "--dtype", "float32"]
     assert main(["ask", images["red"], "what colour?", *options]) == 0
-    assert json.loads(capsys.readouterr().out) == {"image": images["red"], "prompt": prompt, "text": expected}
+    answer = {"image": images["red"], "prompt": prompt, "text": expected, "finish": expected.finish}
+    assert json.loads(capsys.readouterr().out) == answer
 
 
 def test_the_rule_of_the_beams_reaches_the_search(
@@ -238,7 +293,7 @@ def test_bad_images_are_named_and_the_others_described(
     assert [record.get("code") for record in records] == ["not-an-image", None, "missing", None]
     assert [set(record) for record in records[:2]] == [
         {"image", "prompt", "error", "code"},
-        {"image", "prompt", "text"},
+        {"image", "prompt", "text", "finish"},
     ]
     assert "2 of 4 images could not be read" in captured.err
     assert main(words) == 3

@@ -12,7 +12,7 @@ import vlm
 from vlm import presets
 from vlm.checkpoints import identity
 from vlm.errors import ConfigError
-from vlm.eval import evaluate
+from vlm.eval import evaluate, table
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,9 @@ def test_predictions_do_not_depend_on_batch_size(encoder: str, decoder: str, dat
 
 def test_predictions_are_those_of_generate(data: Path, tmp_path: Path) -> None:
     model, processor = lively("siglip", "gemma")
-    evaluate((model, processor), data, "exact_match", tmp_path / "o", max_new_tokens=6, report=False, progress=False)
+    found = evaluate(
+        (model, processor), data, "exact_match", tmp_path / "o", max_new_tokens=6, report=False, progress=False
+    )
     items = [json.loads(line) for line in data.read_text().splitlines()]
     direct = vlm.generate(
         model,
@@ -71,6 +73,12 @@ def test_predictions_are_those_of_generate(data: Path, tmp_path: Path) -> None:
         batch_size=4,
     )
     assert predictions(tmp_path / "o") == direct
+    records = [json.loads(line) for line in (tmp_path / "o" / "predictions.jsonl").read_text().splitlines()]
+    ends = {record["id"]: record["finish"] for record in records}
+    assert ends == {item["id"]: text.finish for item, text in zip(items, direct, strict=True)}
+    cut = sum(text.finish == "length" for text in direct)
+    assert found["num_cut_predictions"] == cut > 0
+    assert f"{cut} answers were cut after 6 tokens (--max-new-tokens)" in table(found)
 
 
 def test_a_saved_model_has_the_fingerprint_of_the_one_in_memory(data: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -236,11 +238,32 @@ def test_text_only_prompts() -> None:
     assert vlm.generate(model, processor, [picture(1)] * 3, PROMPT_TEXTS, max_new_tokens=5) != whole
 
 
+def test_an_answer_says_whether_it_was_cut() -> None:
+    """Against the tokens themselves: one row made to end at its second token, one that never ends; beams too."""
+    model, processor = loud("siglip", "gemma")
+    images = [picture(i) for i in range(3)]
+    assert {text.finish for text in vlm.generate(model, processor, images, PROMPT_TEXTS, max_new_tokens=3)} == {
+        "length"
+    }
+    whole = copy.copy(processor)
+    whole.tokenizer = copy.deepcopy(processor.tokenizer)
+    settings = generation_config(processor, max_new_tokens=3, num_beams=1, do_sample=False)
+    second = generate_ids(model, processor(images, PROMPT_TEXTS), settings)[:, 1].tolist()
+    whole.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(second[0])
+    for beam_search in ("transformers", "big_vision"):
+        found = vlm.generate(model, whole, images, PROMPT_TEXTS, max_new_tokens=3, beam_search=beam_search)  # type: ignore[arg-type]
+        assert found[0].finish == "eos"
+        assert [text.finish == "eos" for text in found] == [token == second[0] for token in second]
+    assert pickle.loads(pickle.dumps(found[0])).finish == copy.deepcopy(found[0]).finish == "eos"
+    alone = vlm.generate(model, whole, images[0], PROMPT_TEXTS[0], max_new_tokens=2)  # EOS is the last token allowed
+    assert alone[0].finish == "eos" and type(str(alone[0])) is str
+
+
 def test_sampling_is_repeatable_and_leaves_the_random_state() -> None:
     model, processor = loud("siglip", "gemma")
     images = [picture(i) for i in range(3)]
 
-    def draw(seed: int | None, **extra: Any) -> list[str]:
+    def draw(seed: int | None, **extra: Any) -> Sequence[str]:
         return vlm.generate(
             model, processor, images, PROMPT_TEXTS, do_sample=True, seed=seed, max_new_tokens=8, **extra
         )

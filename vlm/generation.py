@@ -22,6 +22,26 @@ from vlm.processor import Batch, ImageSource, Processor
 BeamSearch = Literal["transformers", "big_vision"]
 """Whose rule of beam search: transformers' (normalised by length), or the original PaliGemma's (`vlm.beam`)."""
 
+Finish = Literal["eos", "length"]
+
+
+class Answer(str):
+    """A generated text that knows how it ended.
+
+    Attributes:
+        finish: `eos`, the model had said all; `length`, it was cut at `max_new_tokens`.
+    """
+
+    finish: Finish
+
+    def __new__(cls, text: str, finish: Finish) -> Answer:
+        self = super().__new__(cls, text)
+        self.finish = finish
+        return self
+
+    def __getnewargs__(self) -> tuple[str, Finish]:  # type: ignore[override]  # copies and pickles keep `finish`
+        return str(self), self.finish
+
 
 def check_dtype(config: VLMConfig, dtype: torch.dtype, *, force: bool = False) -> None:
     """Refuse float16 for Gemma: activations exceed 65504 and the output is empty or NaN.
@@ -56,7 +76,7 @@ def generate(
     batch_size: int = 16,
     batch_tokens: int | None = None,
     force_fp16: bool = False,
-) -> list[str]:
+) -> list[Answer]:
     """Answer a prompt about each image.
 
     Args:
@@ -75,7 +95,8 @@ def generate(
         force_fp16: run a float16 model although it may overflow.
 
     Returns:
-        one text per prompt, in order, special tokens removed.
+        one text per prompt, in order, special tokens removed; its `finish` says whether the model ended it or
+        `max_new_tokens` did.
 
     Raises:
         GenerationError: float16, or settings that contradict each other. DataError, ImageError: as `Processor` raises
@@ -102,16 +123,17 @@ def generate(
     plan = [list(range(start, min(start + batch_size, len(prompts)))) for start in range(0, len(prompts), batch_size)]
     if batch_tokens is not None:
         plan = cut([num_beams * length for length in _lengths(processor, images, prompts, names)], batch_tokens)
-    texts = [""] * len(prompts)
+    texts = [Answer("", "eos")] * len(prompts)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         for places in plan:
             given = None if images is None else [images[i] for i in places]
             batch = processor(given, [prompts[i] for i in places], ids=[names[i] for i in places])
-            found = processor.batch_decode(generate_ids(model, batch, settings, beam_search=beam_search))
-            for place, text in zip(places, found, strict=True):
-                texts[place] = text
+            new = generate_ids(model, batch, settings, beam_search=beam_search)
+            ended = torch.isin(new, torch.tensor(settings.eos_token_id, device=new.device)).any(dim=1).tolist()
+            for place, text, whole in zip(places, processor.batch_decode(new), ended, strict=True):
+                texts[place] = Answer(text, "eos" if whole else "length")
     return texts
 
 

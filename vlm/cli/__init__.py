@@ -11,8 +11,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlm.cli.console import endings
 
     try:
-        run, options = parse(argv)
         with endings():
+            run, options = parse(argv)
             if options.encoder_class:
                 from vlm.encoders import use
 

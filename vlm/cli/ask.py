@@ -17,7 +17,8 @@ def ask_about(
 ) -> int:
     """Print an answer for each image, in order, as batches finish; returns the exit code.
 
-    An image that cannot be decoded is one line on stderr, or with `as_json` a JSON line with `error` and `code`.
+    An image that cannot be decoded is one line on stderr, or with `as_json` a JSON line with `error` and `code`. An
+    answer that was cut at `max_new_tokens` is told on stderr, or is `"finish": "length"`.
 
     Args:
         generation: `batch_size`, `max_new_tokens`, `num_beams` and `beam_search` of `vlm.generate`.
@@ -28,7 +29,7 @@ def ask_about(
             num_bad += 1
             values = {"error": str(outcome), "code": outcome.code}
         else:
-            values = {"text": outcome}
+            values = {"text": outcome, "finish": outcome.finish}
         if as_json:
             print(json.dumps({"image": path, "prompt": prompt, **values}), flush=True)
         elif "error" in values:
@@ -36,6 +37,9 @@ def ask_about(
         else:
             line = " ".join(values["text"].split())
             print(f"{shown(path)}: {line}" if len(paths) > 1 else line, flush=True)
+            if values["finish"] == "length":
+                limit = generation["max_new_tokens"]
+                print(f"{shown(path)}: cut after {limit} tokens (--max-new-tokens)", file=sys.stderr)
     if num_bad and len(paths) > 1:
         print(f"{num_bad} of {len(paths)} images could not be read", file=sys.stderr)
     return console.OK if not num_bad else console.REFUSED if num_bad == len(paths) else console.SKIPPED
@@ -43,8 +47,8 @@ def ask_about(
 
 def _outcomes(
     paths: Sequence[str], prompt: str, model: str, device: str, dtype: str | None, generation: dict[str, Any]
-) -> Iterator[tuple[str, str | ImageError]]:
-    """(path, answer or error) for each path."""
+) -> Iterator[tuple[str, Any]]:
+    """(path, `vlm.generation.Answer` or `ImageError`) for each path."""
     # Before torch is imported: a wrong path should not take seconds to say so. Stops at the first image that decodes.
     if all(isinstance(_decode(path), ImageError) for path in paths):
         yield from ((path, outcome) for path in paths if isinstance(outcome := _decode(path), ImageError))

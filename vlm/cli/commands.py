@@ -6,8 +6,8 @@ pydantic, which alone costs more than the 0.2 s that help may take.
 
 import json
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from argparse import Action, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,14 @@ from vlm.cli.options import (
     command,
     unless_auto,
 )
+from vlm.errors import nearest
 
+DIFF = "eval-diff"
+"""`vlm eval diff` is a command of its own for argparse: it shares no option with `eval`."""
 EXIT_CODES = """\
 exit codes:
-  0        done
+  0        done; also where the reader of the output has left (vlm ... | head)
+  1        vlm check: a check failed
   2        refused; the reason is on stderr
   3        done, but some items were skipped; they are listed
   130/143  stopped by Ctrl-C / SIGTERM"""
@@ -33,12 +37,38 @@ exit codes:
 
 def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
     """The body of the command that `argv` names, and its options. Raises `SystemExit`: 0 after help, 2 on misuse."""
+    parser, commands = parsers()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        known = [name for name in commands if name != DIFF]
+        parser.error(f"unknown command: {words[0]}{nearest(words[0], known)}; the commands are {', '.join(known)}")
+    if words[:2] == ["eval", "diff"]:
+        words[:2] = [DIFF]
+    elif words[:1] == ["eval"] and len(words) > 1 and not words[1].startswith("-"):
+        commands["eval"].error(f"vlm eval takes no {words[1]!r}{nearest(words[1], ['diff'])}")
+    if words:
+        chosen = commands.get(words[0])
+        chosen.refuse_unknown(words[1:]) if chosen else parser.refuse_unknown(words[:1])
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        getattr(options, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    if "run" not in options:
+        parser.print_help()
+        raise SystemExit(console.OK)
+    return options.run, options
+
+
+def parsers() -> tuple[Parser, Mapping[str, Parser]]:
+    """That of `vlm`, and those of its commands by name; `vlm eval diff` is `DIFF`."""
     parser = Parser(
         prog="vlm",
         description="Build, train, evaluate and run PaliGemma-style vision-language models.",
         epilog=EXIT_CODES,
         formatter_class=RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop (vlm version: of all)")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for add in (
         new.add,
@@ -56,14 +86,17 @@ def parse(argv: Sequence[str] | None) -> tuple[Run, Namespace]:
         _version,
     ):
         add(commands)
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:2] == ["eval", "diff"]:
-        words[:2] = ["eval-diff"]  # a command of its own for argparse: it shares no option with `eval`
-    options = parser.parse_args(words)
-    if "run" not in options:
-        parser.print_help()
+    return parser, commands.choices
+
+
+class _Version(Action):
+    """As `--version` everywhere: one line. Reads the package's version only when it is asked for."""
+
+    def __call__(self, *_: Any) -> None:
+        from vlm import __version__
+
+        print(f"vlm {__version__}")
         raise SystemExit(console.OK)
-    return options.run, options
 
 
 # --- train ------------------------------------------------------------------------------------------------------------

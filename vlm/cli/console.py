@@ -1,6 +1,7 @@
 """How a command ends: exit codes, one-line errors, logging on stderr.
 
-    0    done
+    0    done, or the reader of the output has left (`| head`)
+    1    `vlm check`: a check failed
     2    refused: one line `error: ...` on stderr (further lines only where several things are wrong), no traceback
     3    finished, but items were skipped; they are listed
     130  stopped by Ctrl-C      143  stopped by SIGTERM
@@ -13,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from vlm.errors import VLMError
@@ -33,24 +34,49 @@ def endings() -> Iterator[None]:
         # A caption or file name that the terminal's encoding cannot show is no reason to lose the rest.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
+        try:
+            yield
+        except SystemExit as end:
+            _flush(unless=end.code)
+            raise
+        _flush()
     except BrokenPipeError:
-        # The reader (`| head`) has gone. Python would complain again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(OK) from None
+        raise SystemExit(OK) from None  # the reader (`| head`) has what it wanted
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         raise SystemExit(INTERRUPTED) from None
     except VLMError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         raise SystemExit(REFUSED) from error
     except OSError as error:  # a full disk, a folder that cannot be written, a hub that cannot be reached
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(f"error: {' '.join(str(error).split())}")
         raise SystemExit(REFUSED) from error
     finally:
+        _drop_unwritable()
         signal.signal(signal.SIGTERM, previous)
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def _flush(unless: object = None) -> None:
+    """Small output meets a reader that has gone, or a full disk, only here. Not where the end has another reason."""
+    if sys.stdout is not None and not unless:
+        sys.stdout.flush()
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # stderr may be on a full disk; the exit code says it too
+        print(line, file=sys.stderr)
+
+
+def _drop_unwritable() -> None:
+    """Lead output that nobody takes into nothing: Python would complain of it again, with status 120, at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _log_to_stderr() -> tuple[logging.Logger, logging.Handler, int]:

@@ -2,10 +2,11 @@
 
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vlm.cli import console
+from vlm.errors import nearest
 
 Run = Callable[[Namespace], int]
 
@@ -16,14 +17,35 @@ class Parser(ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
+    @property
+    def option_names(self) -> list[str]:
+        """`--data`, `-d` and so on."""
+        return list(self._option_string_actions)
+
+    def refuse_unknown(self, words: Sequence[str]) -> None:
+        """End with the mistyped options and the nearest known ones; argparse would first name what is missing.
+
+        `-model m` too, which argparse reads as `-m odel` and one more `m`. A word with a blank is no option there.
+        """
+        given = [word for word in (words[: words.index("--")] if "--" in words else words) if " " not in word]
+        names = [word.partition("=")[0] for word in given]
+        unknown = [name for name in names if name.startswith("--") and name not in self.option_names]
+        unknown += [name for name in names if name.startswith("-") and f"-{name}" in self.option_names]
+        if unknown:
+            long = [name for name in self.option_names if name.startswith("--")]
+            texts = (name + nearest(name, long) for name in dict.fromkeys(unknown))
+            self.error("unrecognized arguments: " + ", ".join(texts))
+
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}\nSee `{self.prog} --help`.", file=sys.stderr)
         raise SystemExit(console.REFUSED)
 
 
 def command(commands: Any, run: Run, name: str, help: str, details: str = "") -> ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {details}".rstrip())
-    parser.set_defaults(run=run)
+    parser: Parser = commands.add_parser(
+        name, help=help, description=f"{help[0].upper()}{help[1:]}. {details}".rstrip()
+    )
+    parser.set_defaults(run=run, parser=parser)
     parser.add_argument(
         "--encoder-class", metavar="M:C", help="an encoder of your own that the model needs, as mylab.towers:MyTower"
     )

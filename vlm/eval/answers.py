@@ -25,7 +25,7 @@ def answerer(predictor: Predictor, decoding: Decoding, candidates: Candidates | 
             ids=[example.id for example in examples],
             decoding=decoding,
         )
-        return [{"prediction": text} for text in texts]
+        return [_written(text) for text in texts]
 
     answer = write if decoding.by == "generate" else _chooser(predictor, decoding, candidates)
     # A predictor of one's own need not have the two that only help to form batches.
@@ -35,6 +35,12 @@ def answerer(predictor: Predictor, decoding: Decoding, candidates: Candidates | 
         device=str(getattr(predictor, "device", "cpu")),
         lengths=_lengths(predictor) if hasattr(predictor, "lengths") else None,
     )
+
+
+def _written(text: str) -> dict[str, Any]:
+    """`finish` too, where the predictor says how its text ended (`vlm.generation.Answer`)."""
+    finish = getattr(text, "finish", None)
+    return {"prediction": str(text)} if finish is None else {"prediction": str(text), "finish": finish}
 
 
 def _lengths(predictor: Any) -> Callable[[Sequence[Example]], list[int]]:

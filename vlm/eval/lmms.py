@@ -111,7 +111,7 @@ class Answers:
             images.append(_pictures(doc_to_visual(self.task_dict[task][split][doc_id]), names[-1]))
             question = context.strip().split("\n", 1)[0] if self._first_line else context.strip()
             prompts.append(f"{self._prefix} {question}".strip())
-        return self._predictor.predict(images, prompts, ids=names, decoding=decoding)
+        return list(self._predictor.predict(images, prompts, ids=names, decoding=decoding))
 
 
 def _pictures(visuals: Sequence[Any] | None, name: str) -> list[Image.Image]:

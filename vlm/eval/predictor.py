@@ -58,7 +58,7 @@ class Predictor(Protocol):
 
     def predict(
         self, images: Sequence[Any], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
-    ) -> list[str]:
+    ) -> Sequence[str]:
         """One text per prompt, in order. Images are upright RGB, a list of them where an item has several; `ids` are
         for error messages."""
         ...
@@ -102,7 +102,7 @@ class ModelPredictor:
 
     def predict(
         self, images: Sequence[Pictures], prompts: Sequence[str], *, ids: Sequence[str], decoding: Decoding
-    ) -> list[str]:
+    ) -> Sequence[str]:
         from vlm.generation import generate
 
         return generate(

@@ -133,6 +133,7 @@ def figures(
         "metrics": {result.name: result.summary() for result in scored},
         "num_items": len(records),
         "num_empty_predictions": sum(not record["prediction"].strip() for record in records),
+        "num_cut_predictions": sum(record.get("finish") == "length" for record in records),
         "skipped": len(failures) + len(problems),
         "failures": failures,
         "skipped_annotations": [

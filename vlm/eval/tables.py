@@ -91,6 +91,9 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
     if results["failures"]:
         lines.append(f"{len(results['failures'])} items count as wrong, because an image could not be decoded:")
         lines += [f"  {one['id']}: {one['code']}: {one['message']}" for one in results["failures"][:_LISTED]]
+    if results.get("num_cut_predictions"):
+        limit = results["decoding"]["max_new_tokens"]
+        lines.append(f"{results['num_cut_predictions']} answers were cut after {limit} tokens (--max-new-tokens)")
     if results["skipped_annotations"]:
         lines.append(f"{len(results['skipped_annotations'])} broken annotations were left out (see results.json)")
     return lines
