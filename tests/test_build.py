@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,8 +272,21 @@ def test_the_decoder_of_a_model_of_ours(parts: Path, tmp_path: Path) -> None:
     assert_equal(state(made, "language_model"), state(model, "language_model"))
     assert made.config.text_config.layer_types == model.config.text_config.layer_types
     assert other.image_token_id == processor.image_token_id
-    with pytest.raises(ConfigError, match="is a whole model; write its tower first: vlm export"):
-        vlm.new(tmp_path / "ours", "linear", parts / "gemma")
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2_naflex", "fused"])
+def test_the_tower_of_a_model_of_ours(kind: str, parts: Path, tmp_path: Path) -> None:
+    """With the image transform that the model was trained with; in layers and sizes as it is."""
+    model, processor = loud(kind, "gemma")
+    settings = {"resample": "bicubic", "rounding": "nearest"} if kind != "siglip2_naflex" else {"naflex": "native"}
+    members = getattr(processor.image_transform, "members", None)
+    if members is None:
+        transform = replace(processor.image_transform, **settings)  # type: ignore[arg-type]
+        processor = vlm.Processor(processor.tokenizer, transform)
+    vlm.save(model, processor, tmp_path / "ours")
+    made, other = vlm.new(tmp_path / "ours", "linear", parts / "gemma")
+    assert_equal(state(made, "vision_tower"), state(model, "vision_tower"))
+    assert other.image_transform == processor.image_transform and made.config.encoder == kind
 
 
 def test_a_sentencepiece_file_is_a_tokenizer(parts: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "settings", "files", "images", "config", "masks", "loss", "resize", "transforms", "fusion", "budget"),
     ("data", "content", "piece_model", "tokenizer", "prompts", "processor", "encoders", "projectors"),
-    ("model", "beam", "generation", "towers", "build", "checkpoints", "presets", "info", "siglip"),
+    ("model", "beam", "generation", "geometry", "towers", "build", "checkpoints", "presets", "info", "siglip"),
     ("eval", "train", "check"),
     ("demo", "compare", "cli", "__main__"),
 )

@@ -113,6 +113,9 @@ def test_every_key_layout_opens_bit_for_bit(copied: Path, layout: Callable[[str]
     assert same(model, wanted)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert not model.training
+    made, _ = vlm.new(copied, "linear", copied)  # its tower and its decoder, as parts of a new model
+    kept = [name for name in wanted.state_dict() if "multi_modal_projector" not in name]
+    assert len(kept) > 50 and all(torch.equal(made.state_dict()[name], wanted.state_dict()[name]) for name in kept)
 
 
 @pytest.mark.parametrize("head", ["lm_head.weight", "language_model.lm_head.weight"])

@@ -4,7 +4,6 @@ checkpoint."""
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vlm.checkpoints.parts import load_decoder, load_tower
 from vlm.checkpoints.preprocessing import open_tokenizer
 from vlm.config import VLMConfig, decoder_config, part
 from vlm.errors import ConfigError
+from vlm.geometry import seeded
 from vlm.model import DECODERS, VLM
 from vlm.processor import Processor
 from vlm.projectors import init_weights
@@ -93,9 +93,9 @@ def new(
         model = VLM(config)
     inner = model.model
     _fill_towers(inner.vision_tower, choice, seed)
-    _seeded(seed, "projector", lambda: init_weights(inner.multi_modal_projector))
+    seeded(seed, "projector", lambda: init_weights(inner.multi_modal_projector))
     if isinstance(decoder, Path):
-        _seeded(seed, "vocabulary", lambda: load_decoder(inner.language_model, decoder, old_rows))
+        seeded(seed, "vocabulary", lambda: load_decoder(inner.language_model, decoder, old_rows))
     else:
         _load_fresh(
             inner.language_model, "decoder", lambda: DECODERS[text_config.model_type]._from_config(text_config), seed
@@ -164,13 +164,5 @@ def _fill_towers(tower: Any, choice: Choice, seed: int) -> None:
 
 def _load_fresh(module: nn.Module, name: str, build: Callable[[], nn.Module], seed: int) -> None:
     weights: dict[str, Tensor] = {}
-    _seeded(seed, name, lambda: weights.update(build().state_dict()))
+    seeded(seed, name, lambda: weights.update(build().state_dict()))
     module.load_state_dict(weights)
-
-
-def _seeded(seed: int, name: str, action: Callable[[], object]) -> None:
-    """Run with a random stream of its own and leave the caller's stream as it was."""
-    stream = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
-    with torch.random.fork_rng():
-        torch.manual_seed(stream)
-        action()

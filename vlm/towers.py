@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.checkpoints import big_vision, big_vision_configs
-from vlm.checkpoints.configs import NOTES, check_numbers, guarded, paligemma_config
+from vlm.checkpoints.configs import NOTES, check_numbers, guarded, own_config, paligemma_config
 from vlm.checkpoints.files import locate, read_json
-from vlm.checkpoints.preprocessing import checked_image_settings, resample_name
+from vlm.checkpoints.preprocessing import checked_image_settings, own_transform, resample_name
 from vlm.config import VLMConfig, kinds, part
 from vlm.encoders import choose_layers, model_types, read_config
 from vlm.errors import ConfigError, nearest
 from vlm.fusion import FusedTransform, cells_shown
+from vlm.geometry import (
+    Tower,
+    change_tower,
+    change_transform,
+    check_settings,
+    known_settings,
+    read_as,
+    recorded,
+    set_image_size,
+)
 from vlm.transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
@@ -31,12 +40,14 @@ class Member(NamedTuple):
         kind: the encoder's kind.
         config: its configuration.
         resized: another image size than the checkpoint's was asked for.
+        transform: its image transform, where the source is a model of this library.
     """
 
     source: Any
     kind: str
     config: PreTrainedConfig
     resized: bool
+    transform: ImageTransform | None = None
 
 
 class Choice(NamedTuple):
@@ -88,8 +99,8 @@ def choose(
         if key not in known:
             raise ConfigError(f"unknown fuse setting {key!r}{nearest(key, known)}; known: {', '.join(known)}")
     config = module.fuse([(member.kind, member.config) for member in members], **(fuse or {}))
-    recorded = [_recorded(member, image or {}) for member in members]
-    transform = module.transform(config, recorded=recorded, **_known_settings(image or {}))
+    notes = [_recorded(member, image or {}) for member in members]
+    transform = module.transform(config, recorded=notes, **known_settings(image or {}))
     _say_resampled(config, transform)
     return Choice("fused", config, members, transform)
 
@@ -122,8 +133,23 @@ def _member(
 ) -> Member:
     wanted = image_size if size is None else size
     source = located(source)
+    if isinstance(source, Path) and (whole := _whole_model(source)) is not None:
+        chosen = None if layer in (-1, [-1]) else layer
+        made = change_tower(whole, image_size=wanted, layer=chosen, encoder_kind=encoder_kind, name=str(source))
+        made.config.dtype = None
+        return Member(source, made.kind, made.config, wanted is not None, made.transform)
     kind, config = _vision(source, encoder_kind, wanted)
     return Member(source, kind, choose_layers(kind, config, layer), wanted is not None)
+
+
+def _whole_model(folder: Path) -> Tower | None:
+    """The tower of a directory that `vlm.save` wrote, with the image transform that the model was trained with."""
+    file = folder / "config.json"
+    values = read_json(file) if file.is_file() else {}
+    if values.get("model_type") != VLMConfig.model_type:
+        return None
+    config = own_config(values, str(file))
+    return Tower(config.encoder, config.vision_config, own_transform(folder))
 
 
 def _say_resampled(config: Any, transform: ImageTransform) -> None:
@@ -169,8 +195,8 @@ def _vision(encoder: Any, kind: str | None, image_size: int | None) -> tuple[str
     config.dtype = None
     name = type(encoder).__name__ if isinstance(encoder, PreTrainedConfig) else str(encoder)
     if kind not in (None, source):
-        config = _naflex_from_fixed(config, source, str(kind), name)
-    _set_image_size(config, kind or source, image_size)
+        config = read_as(config, source, str(kind), name, image_size)
+    set_image_size(config, kind or source, image_size)
     return kind or source, config
 
 
@@ -199,10 +225,6 @@ def _own_vision(encoder: Any, own: str | None) -> tuple[str, PreTrainedConfig]:
     values = config_file(encoder)
     if values.get("model_type") == "paligemma":
         return "siglip", paligemma_config(values, f"{encoder}/config.json").vision_config
-    if values.get("model_type") == VLMConfig.model_type:
-        raise ConfigError(
-            f"{encoder}: is a whole model; write its tower first: vlm export {encoder} --to tower --out DIR"
-        )
     known = model_types(own)
     source = known.get(str(values.get("model_type")))
     if source is None:
@@ -243,56 +265,6 @@ def _foreign(folder: Path) -> tuple[str, PreTrainedConfig] | None:
     return None
 
 
-def _naflex_from_fixed(full: PreTrainedConfig, source: str, kind: str, name: str) -> PreTrainedConfig:
-    if (source, kind) != ("siglip", "siglip2_naflex"):
-        raise ConfigError(
-            f"{name} is a {source!r} tower and cannot be read as {kind!r}; only siglip -> siglip2_naflex is possible"
-        )
-    values = {key: value for key, value in full.to_dict().items() if key not in (*NOTES, "model_type", "image_size")}
-    positions = (full.image_size // full.patch_size) ** 2
-    config: PreTrainedConfig = part("vlm.encoders", kind).Config(**{**values, "num_patches": positions})
-    return config
-
-
-def _set_image_size(config: PreTrainedConfig, kind: str, image_size: int | None) -> None:
-    towers = [member for _, member in getattr(config, "towers", ())]
-    if image_size is not None and towers:
-        raise ConfigError(
-            f"image_size={image_size}: each member of a fused tower has its own; build it from the members,"
-            f" A@{image_size}+B@{image_size}"
-        )
-    if not hasattr(config, "image_size"):
-        if image_size is not None:
-            raise ConfigError(
-                f"image_size={image_size}: a {kind} tower takes images of any size; set its budget,"
-                f' image={{"max_num_patches": {max(1, image_size // config.patch_size) ** 2}}}'
-            )
-        return
-    if image_size is not None:
-        patch = config.patch_size
-        if not isinstance(image_size, int) or image_size < patch:
-            raise ConfigError(f"image_size is {image_size!r}, expected a whole number from {patch}, a patch, upwards")
-        config.image_size = image_size
-    for tower in towers or [config]:
-        _say_unseen(tower)
-
-
-def _say_unseen(config: Any) -> None:
-    """Warn where the last pixels of an image make no whole patch."""
-    patch, unseen = config.patch_size, config.image_size % config.patch_size
-    if unseen:
-        lower = config.image_size - unseen
-        logger.warning(
-            "image_size %d is no multiple of the patch size %d: the last %d pixels of each side are never seen;"
-            " %d or %d uses every pixel",
-            config.image_size,
-            patch,
-            unseen,
-            lower,
-            lower + patch,
-        )
-
-
 def config_file(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -301,26 +273,11 @@ def config_file(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def _known_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    known = [field.name for field in fields(ImageTransform)]
-    for key in settings:
-        if key not in known:
-            raise ConfigError(f"unknown image setting {key!r}{nearest(key, known)}; known: {', '.join(known)}")
-    return settings
-
-
 def _transform(member: Member, settings: dict[str, Any]) -> ImageTransform:
     kind, config = member.kind, member.config
-    for key, value in _known_settings(settings).items():
-        own = getattr(config, key, value) if key in ("image_size", "patch_size") else value
-        if own != value:
-            advice = f"use image_size={value}, which resamples the tower" if key == "image_size" else "leave it out"
-            raise ConfigError(f"image setting {key} is {value!r}, the tower has {own}; {advice}")
-    if "max_num_patches" in settings and hasattr(config, "image_size"):
-        raise ConfigError(
-            f"max_num_patches is a budget of NaFlex towers; this one reads squares of {config.image_size} px: use"
-            f" image_size, or read it as encoder_kind='siglip2_naflex'"
-        )
+    if member.transform is not None:
+        return change_transform(member.transform, kind, config, settings)
+    check_settings(settings, config)
     transform: ImageTransform = part("vlm.encoders", kind).transform(
         config, **{**_recorded(member, settings), **settings}
     )
@@ -330,15 +287,17 @@ def _transform(member: Member, settings: dict[str, Any]) -> ImageTransform:
 def _recorded(member: Member, settings: dict[str, Any]) -> dict[str, Any]:
     """What the checkpoint records and the settings leave open."""
     module, config = part("vlm.encoders", member.kind), member.config
+    if member.transform is not None:
+        return recorded(member.transform, config)
     if not isinstance(member.source, Path) or hasattr(module, "recognise"):
         return {}  # new weights, or a configuration that holds the transform
-    recorded = recorded_transform(member.source, getattr(config, "image_size", None))
+    found = recorded_transform(member.source, getattr(config, "image_size", None))
     if not hasattr(config, "image_size"):
         # NaFlex resizes in float with its own filter; a FixRes checkpoint's resize does not apply.
-        return {key: value for key, value in recorded.items() if key not in ("resample", "rounding", *_SQUARE)}
+        return {key: value for key, value in found.items() if key not in ("resample", "rounding", *_SQUARE)}
     if "mode" in settings:
-        return {key: value for key, value in recorded.items() if key not in _SQUARE}
-    return recorded
+        return {key: value for key, value in found.items() if key not in _SQUARE}
+    return found
 
 
 _SQUARE = ("mode", "resize_shortest")

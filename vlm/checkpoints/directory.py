@@ -14,7 +14,7 @@ from vlm.checkpoints import big_vision, configs, manifest
 from vlm.checkpoints.files import INDEX, Weights, check_regular, locate, read_json
 from vlm.checkpoints.loader import Placement, live_source, load_model
 from vlm.checkpoints.names import HEAD
-from vlm.checkpoints.preprocessing import from_sentencepiece, open_tokenizer, paligemma_transform
+from vlm.checkpoints.preprocessing import from_sentencepiece, open_tokenizer, own_transform, paligemma_transform
 from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.generation import check_dtype
@@ -63,8 +63,9 @@ def load(
     """Open a model.
 
     Args:
-        path: a directory that `vlm.save` wrote, a PaliGemma 1 or 2 directory in Hugging Face format, a hub id of
-            either, or a big_vision `.npz` of PaliGemma.
+        path: a directory that `vlm.save` wrote, a training run or a stage of one (its model), a checkpoint inside a
+            stage, a PaliGemma 1 or 2 directory in Hugging Face format, a hub id of either, or a big_vision `.npz` of
+            PaliGemma.
         dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps the checkpoint's.
         device: where the whole model goes; None is the CPU.
         device_map: instead of `device`: `auto` (GPUs first, then memory, then disk), or part name -> device.
@@ -89,6 +90,13 @@ def load(
     """
     if device is not None and device_map is not None:
         raise ConfigError("device and device_map are both given; use one")
+    from vlm.checkpoints import in_stage  # it builds on what needs this package
+
+    if in_stage.is_checkpoint(path):
+        settings: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
+        settings |= {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+        settings |= {"force_fp16": force_fp16, "allow_nonfinite": allow_nonfinite, "verify": verify}
+        return in_stage.load(path, lambda start: load(start, **settings), verify, allow_nonfinite)
     placement = Placement(
         dtype=_dtype(dtype),
         device=torch.device(device or "cpu"),
@@ -151,14 +159,9 @@ def _expected(kind: Any) -> str:
 
 def _own(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
     config = configs.own_config(values, str(folder / "config.json"))
-    stored = read_json(folder / PROCESSOR_CONFIG)
-    settings = stored.get("image_transform")
-    if not isinstance(settings, dict):
-        raise CheckpointError(
-            f"{folder / PROCESSOR_CONFIG}: no image_transform; give the directory that vlm.save wrote"
-        )
+    transform, stored = own_transform(folder), read_json(folder / PROCESSOR_CONFIG)
     # A file from before the processor knew its projector means the model's.
-    return config, _processor(folder, settings, stored.get("projector", config.projector_config))
+    return config, _processor(folder, transform, stored.get("projector", config.projector_config))
 
 
 def _paligemma(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:

@@ -32,13 +32,15 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model")
 
 
 def locate(path: str | Path, *, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: `path` itself, or the downloaded files of a hub id (`owner/name`).
+    """The directory of a checkpoint: `path` itself, the `model` inside a training run or a stage of one, or the
+    downloaded files of a hub id (`owner/name`).
 
     Raises:
-        CheckpointError: there is no such directory and it is no hub id, or the Hub does not give it out.
+        CheckpointError: there is no such directory and it is no hub id, the Hub does not give it out, or it is a
+            training run (or a stage) that has no model yet.
     """
     if Path(path).is_dir():
-        return Path(path)
+        return _of_run(Path(path))
     if Path(path).exists():
         raise CheckpointError(f"{path}: is a file, expected a checkpoint directory or a hub id (owner/name)")
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
@@ -49,6 +51,24 @@ def locate(path: str | Path, *, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{path}: no such directory, and the Hub does not give it: {' '.join(str(error).split())[:300]}"
         ) from error
+
+
+def _of_run(folder: Path) -> Path:
+    """The model of a run's or a stage's directory; any other directory is itself."""
+    if (folder / "config.json").exists():
+        return folder
+    if (folder / "model" / "config.json").exists():
+        return folder / "model"
+    found = [file for place in ("", "*/") for file in folder.glob(f"{place}checkpoints/step-*/state.json")]
+    steps = sorted(found, key=lambda file: file.stat().st_mtime)
+    if (folder / "config.yaml").is_file() or steps:
+        others = [file.parent for file in sorted(folder.glob("*/model/config.json"), key=lambda f: f.stat().st_mtime)]
+        newest = [*others, *(file.parent for file in steps)][-1:]
+        advice = f"; the newest there is {newest[0]}" if newest else ""
+        raise CheckpointError(
+            f"{folder}: a training run without a finished model{advice}; name that, or go on training"
+        )
+    return folder
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,26 @@ from torch import Tensor, nn
 from vlm.checkpoints import big_vision
 from vlm.checkpoints.big_vision_names import rules
 from vlm.checkpoints.files import SINGLE, Weights, locate
-from vlm.checkpoints.loader import Source, check_fit, expected_shapes, finite
-from vlm.checkpoints.names import TOWER
+from vlm.checkpoints.loader import Source, check_fit, expected_shapes, finite, live_source
+from vlm.checkpoints.names import DECODER, TOWER
+from vlm.config import part
 from vlm.errors import CheckpointError
 
 NEW_ROW_STD = 0.02
 """New vocabulary rows are N(0, 0.02): better than the average embedding (PaliGemma, section 5.3)."""
-DECODER_PREFIXES = ("language_model.model.", "model.language_model.", "model.", "")
+DECODER_PREFIXES = (DECODER, "model.", "")
+"""Of live names: a whole model's, then those of a Gemma alone."""
 NOT_DECODER = r"(lm_head\.|.*rotary_emb\.)"
 
 
 def load_tower(
     tower: nn.Module, path: str | Path, *, resize_positions: bool = False, allow_nonfinite: bool = False
 ) -> None:
-    """Fill a tower from a checkpoint of its kind (Hugging Face directory, hub id: with or without a text tower), or
-    from a big_vision `.npz`. What the encoder's file leaves out is not read, nor are blocks above the feature layers.
+    """Fill a tower from a checkpoint of its kind (Hugging Face directory or hub id: with or without a text tower, or a
+    whole model in any layout of names that `vlm.load` reads), or from a big_vision `.npz`. What the encoder's file
+    leaves out is not read, nor are blocks above the feature layers.
 
-    A patch convolution becomes the equal linear layer where the tower has one.
+    A patch convolution becomes the equal linear layer where the tower has one, and the other way round.
 
     Args:
         resize_positions: resample the position table to the tower's size as the encoder's file says; otherwise another
@@ -41,7 +46,7 @@ def load_tower(
         CheckpointError: tensors are missing, unexpected, mis-shaped, quantised or not finite.
     """
     module: Any = sys.modules[type(tower).__module__]
-    drop = _left_out(module, tower.config)
+    config, wanted = tower.config, expected_shapes(tower)
     if Path(path).suffix == ".npz":
         with big_vision.open_npz(path) as arrays:
             shapes, dtypes = big_vision.headers(arrays, str(path))
@@ -50,11 +55,99 @@ def load_tower(
             }
             found = rules(kept, two_towers=False, origin=str(path))
             source = big_vision.array_source(arrays, kept, dtypes, found, str(path))
-            _fill_tower(tower, module, part_of(source, (TOWER,), drop), resize_positions, allow_nonfinite)
+            source = as_tower(source, module, config, wanted, (TOWER,), resize_positions=resize_positions)
+            fill(tower, source, allow_nonfinite=allow_nonfinite)
         return
     weights = directory_source(path, getattr(module, "WEIGHTS", SINGLE))
-    source = part_of(weights, module.PREFIXES, drop, _renaming(module))
-    _fill_tower(tower, module, source, resize_positions, allow_nonfinite)
+    prefixes = (TOWER, *module.PREFIXES)
+    source = as_tower(weights, module, config, wanted, prefixes, resize_positions=resize_positions)
+    fill(tower, source, allow_nonfinite=allow_nonfinite)
+
+
+def as_tower(
+    source: Source,
+    module: Any,
+    config: Any,
+    wanted: Mapping[str, tuple[int, ...]],
+    prefixes: tuple[str, ...] = ("",),
+    *,
+    resize_positions: bool,
+) -> Source:
+    """The tensors of a tower under the names and in the shapes of a configuration.
+
+    Args:
+        module: the encoder's file.
+        config: the configuration that they are for.
+        wanted: name -> shape of its tensors.
+        prefixes: what may stand before the tower's names in the source.
+        resize_positions: as for `load_tower`.
+
+    Raises:
+        CheckpointError: no name starts with any prefix.
+    """
+    if getattr(config, "towers", None):
+        return _as_members(source, config, wanted, prefixes, resize_positions)
+    rename = _renaming(module)
+    source = part_of(source, prefixes, _left_out(module, config), rename)
+    own = {rename(name): name for name in wanted}
+    source = _renamed(source, {own.get(name, name): name for name in source.shapes})
+    from_squares, from_naflex = _kernels(source, wanted)
+    for name in from_squares:
+        # A convolution over whole patches is a linear layer on (y, x, channel) patches.
+        source = _changed(source, name, wanted[name], lambda kernel: kernel.permute(0, 2, 3, 1).flatten(1))
+    for name in from_naflex:
+        source = _changed(source, name, wanted[name], partial(_as_kernel, shape=wanted[name]))
+    resample = _naflex_positions if from_naflex else getattr(module, "resample", None)
+    for positions in _names(module, "POSITIONS") if resize_positions else ():
+        if positions in wanted and source.shapes.get(positions, ())[-1:] == wanted[positions][-1:]:
+            source = _changed(source, positions, wanted[positions], lambda table: resample(table, config))  # type: ignore
+    return source
+
+
+def _kernels(source: Source, wanted: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
+    """Patch embeddings that are convolutions and should be linear layers, and those that should be the reverse."""
+    flat, kernels = [], []
+    for name, shape in source.shapes.items():
+        target = wanted.get(name, ())
+        if len(shape) == 4 and target == (shape[0], math.prod(shape[1:])):
+            flat.append(name)
+        elif len(target) == 4 and shape == (target[0], math.prod(target[1:])):
+            kernels.append(name)
+    return flat, kernels
+
+
+def _as_kernel(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float[E, P*P*C], a linear layer on (y, x, channel) patches, as the convolution float[E, C, P, P]."""
+    _, channels, rows, columns = shape
+    return matrix.unflatten(1, (rows, columns, channels)).permute(0, 3, 1, 2).contiguous()
+
+
+def _naflex_positions(table: Tensor, config: Any) -> Tensor:
+    """The positions that a NaFlex tower gives a square image, as a table: float[n, E] -> float[rows * rows, E]."""
+    side, rows = math.isqrt(table.shape[0]), int(config.image_size) // int(config.patch_size)
+    resize: Callable[..., Tensor] = part("vlm.encoders", "siglip2_naflex").resize_position_grid
+    return resize(table.reshape(side, side, -1), rows, rows)
+
+
+def _as_members(
+    source: Source, config: Any, wanted: Mapping[str, tuple[int, ...]], prefixes: tuple[str, ...], resize: bool
+) -> Source:
+    """The members of a fused tower, each by itself."""
+    source = part_of(source, prefixes, r"(?!)")
+    pieces: dict[str, tuple[Source, str]] = {}
+    for number, (kind, member) in enumerate(config.towers):
+        prefix = f"members.{number}."
+        own = {name.removeprefix(prefix): shape for name, shape in wanted.items() if name.startswith(prefix)}
+        piece = as_tower(source, part("vlm.encoders", kind), member, own, (prefix,), resize_positions=resize)
+        pieces |= {prefix + name: (piece, name) for name in piece.shapes}
+    known = tuple(f"members.{number}." for number in range(len(config.towers)))
+    pieces |= {name: (source, name) for name in source.shapes if not name.startswith(known)}  # refused as unexpected
+    return Source(
+        source.origin,
+        {name: piece.shapes[own] for name, (piece, own) in pieces.items()},
+        {name: piece.dtypes[own] for name, (piece, own) in pieces.items()},
+        lambda name: pieces[name][0].read(pieces[name][1]),
+    )
 
 
 def _left_out(module: Any, config: Any) -> str:
@@ -86,23 +179,6 @@ def _renaming(module: Any) -> Callable[[str], str]:
     return rename
 
 
-def _fill_tower(tower: nn.Module, module: Any, source: Source, resize_positions: bool, allow_nonfinite: bool) -> None:
-    rename = _renaming(module)
-    own = {rename(name): name for name in expected_shapes(tower)}
-    names = {own.get(name, name): name for name in source.shapes}
-    wanted = expected_shapes(tower)
-    source = _renamed(source, names)
-    for name, shape in source.shapes.items():
-        if len(shape) == 4 and wanted.get(name) == (shape[0], shape[1] * shape[2] * shape[3]):
-            # A convolution over whole patches is a linear layer on (y, x, channel) patches.
-            source = _changed(source, name, wanted[name], lambda kernel: kernel.permute(0, 2, 3, 1).flatten(1))
-    config = tower.config
-    for positions in _names(module, "POSITIONS") if resize_positions else ():
-        if positions in wanted and source.shapes.get(positions, ())[-1:] == wanted[positions][-1:]:
-            source = _changed(source, positions, wanted[positions], lambda table: module.resample(table, config))
-    fill(tower, source, allow_nonfinite=allow_nonfinite)
-
-
 def load_decoder(decoder: nn.Module, path: str | Path, old_rows: int, *, allow_nonfinite: bool = False) -> None:
     """Fill a Gemma decoder; vocabulary rows beyond the checkpoint's are drawn from N(0, 0.02).
 
@@ -123,18 +199,14 @@ def load_decoder(decoder: nn.Module, path: str | Path, old_rows: int, *, allow_n
 
 
 def directory_source(path: str | Path, single: str = SINGLE) -> Source:
-    """All tensors of a Hugging Face directory or hub repository, by the names in its files.
+    """All tensors of a Hugging Face directory or hub repository. Those of a whole model have their live names
+    (`vlm.checkpoints.names`, the one table of layouts), all others the names in its files.
 
     Args:
         single: name of the file with the weights, where there is no index.
     """
     weights = Weights(locate(path), single)
-    return Source(
-        str(path),
-        {name: info.shape for name, info in weights.tensors.items()},
-        {name: info.dtype for name, info in weights.tensors.items()},
-        weights.read,
-    )
+    return live_source(str(path), weights.tensors, weights.read)
 
 
 def part_of(

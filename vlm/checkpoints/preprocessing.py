@@ -13,6 +13,8 @@ from vlm import tokenizer as tokenizers
 from vlm.checkpoints.configs import FOREIGN
 from vlm.checkpoints.files import check_regular, read_json
 from vlm.errors import CheckpointError, ConfigError
+from vlm.fusion import open_transform
+from vlm.processor import CONFIG_NAME as PROCESSOR_CONFIG
 from vlm.tokenizer import Tokenizer
 from vlm.transforms import RESAMPLING, ImageTransform
 
@@ -60,6 +62,22 @@ def checked_image_settings(folder: Path, *, crop: bool = False) -> dict[str, Any
     if "resample" in values:
         resample_name(values["resample"], folder)
     return values
+
+
+def own_transform(folder: Path) -> ImageTransform:
+    """The image transform of a directory that `vlm.save` wrote.
+
+    Raises:
+        CheckpointError: there is none, or it is not usable.
+    """
+    file = folder / PROCESSOR_CONFIG
+    settings = read_json(file).get("image_transform")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: no image_transform; give the directory that vlm.save wrote")
+    try:
+        return open_transform(settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def paligemma_transform(folder: Path, vision_config: Any) -> ImageTransform:

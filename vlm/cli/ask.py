@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -13,7 +13,15 @@ from vlm.images import load_image, shown
 
 
 def ask_about(
-    paths: Sequence[str], prompt: str, model: str, *, device: str, dtype: str | None, as_json: bool, **generation: Any
+    paths: Sequence[str],
+    prompt: str,
+    model: str,
+    *,
+    device: str,
+    dtype: str | None,
+    as_json: bool,
+    geometry: Mapping[str, Any],
+    **generation: Any,
 ) -> int:
     """Print an answer for each image, in order, as batches finish; returns the exit code.
 
@@ -21,10 +29,11 @@ def ask_about(
     answer that was cut at `max_new_tokens` is told on stderr, or is `"finish": "length"`.
 
     Args:
+        geometry: how the model reads its images, if not as it is (`vlm.geometry.with_geometry`).
         generation: `batch_size`, `max_new_tokens`, `num_beams` and `beam_search` of `vlm.generate`.
     """
     num_bad = 0
-    for path, outcome in _outcomes(paths, prompt, model, device, dtype, generation):
+    for path, outcome in _outcomes(paths, prompt, (model, device, dtype, geometry), generation):
         if isinstance(outcome, ImageError):
             num_bad += 1
             values = {"error": str(outcome), "code": outcome.code}
@@ -46,14 +55,14 @@ def ask_about(
 
 
 def _outcomes(
-    paths: Sequence[str], prompt: str, model: str, device: str, dtype: str | None, generation: dict[str, Any]
+    paths: Sequence[str], prompt: str, opening: tuple[Any, ...], generation: dict[str, Any]
 ) -> Iterator[tuple[str, Any]]:
     """(path, `vlm.generation.Answer` or `ImageError`) for each path."""
     # Before torch is imported: a wrong path should not take seconds to say so. Stops at the first image that decodes.
     if all(isinstance(_decode(path), ImageError) for path in paths):
         yield from ((path, outcome) for path in paths if isinstance(outcome := _decode(path), ImageError))
         return
-    net, processor = _open(model, device, dtype)
+    net, processor = _open(*opening)
     from vlm.generation import generate
 
     size = generation["batch_size"]
@@ -72,12 +81,13 @@ def _decode(path: str, background: tuple[int, int, int] = (255, 255, 255)) -> Im
         return error
 
 
-def _open(model: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+def _open(model: str, device: str, dtype: str | None, geometry: Mapping[str, Any]) -> tuple[Any, Any]:
     import torch
 
     from vlm.checkpoints import load
+    from vlm.geometry import with_geometry
 
     console.quiet_transformers()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load(model, dtype=dtype, device=device)
+    return with_geometry(*load(model, dtype=dtype, device=device), **geometry)

@@ -16,10 +16,12 @@ from vlm.cli.options import (
     Parser,
     Run,
     add_generation,
+    add_geometry,
     add_model,
     add_overrides,
     check_device,
     command,
+    geometry,
     unless_auto,
 )
 from vlm.errors import nearest
@@ -139,6 +141,7 @@ def _caption(commands: Any) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     add_model(parser)
     parser.add_argument("--prompt", default="caption en", help="what the model is asked (caption en)")
+    add_geometry(parser)
     add_generation(parser, batch_size=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, errors included")
 
@@ -153,6 +156,7 @@ def _ask(commands: Any) -> None:
     parser.add_argument("image", metavar="IMAGE", help="image file")
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it, in English")
     add_model(parser)
+    add_geometry(parser)
     add_generation(parser, batch_size=None)
     parser.add_argument("--json", action="store_true", help="print a JSON object, also for an error")
 
@@ -173,6 +177,7 @@ def _answer(options: Namespace, images: list[str], prompt: str, batch_size: int)
         device=options.device,
         dtype=unless_auto(options.dtype),
         as_json=options.json,
+        geometry=geometry(options),
         batch_size=batch_size,
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,

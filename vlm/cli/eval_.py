@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm.cli import console
-from vlm.cli.options import add_generation, add_model, at_least, check_device, command, unless_auto
+from vlm.cli.options import (
+    add_generation,
+    add_geometry,
+    add_model,
+    at_least,
+    check_device,
+    command,
+    geometry,
+    unless_auto,
+)
 
 _DECODING = ("max_new_tokens", "num_beams", "beam_search", "by", "normalization")
 
@@ -37,6 +46,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="leave out and list broken annotations of a JSONL file")
     parser.add_argument("--shuffle-images", action="store_true", help="control: give each item another item's image")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the shuffling (0)")
+    add_geometry(parser)
     add_generation(parser, batch_size=None)
     parser.set_defaults(**dict.fromkeys(_DECODING))  # None: what the task says, or evaluate's own
     parser.add_argument(
@@ -119,6 +129,7 @@ def _on_file(options: Namespace) -> dict[str, Any]:
         seed=options.seed,
         device=unless_auto(options.device),
         dtype=unless_auto(options.dtype),
+        geometry=geometry(options),
     )
 
 
@@ -141,6 +152,7 @@ def _on_tasks(options: Namespace) -> dict[str, Any]:
         decoding=_given(options),
         device=unless_auto(options.device),
         dtype=unless_auto(options.dtype),
+        geometry=geometry(options),
     )
 
 

@@ -7,45 +7,48 @@ from pathlib import Path
 from typing import Any
 
 from vlm.cli import console
-from vlm.cli.options import add_overrides, at_least, command
+from vlm.cli.options import add_overrides, at_least, command, sizes
 
 DETAILS = (
-    "Tower and decoder keep their weights bit for bit; the projector and the rows of new tokens are drawn. The model is"
-    " float32 and ready for `vlm train`."
+    "From its parts (--encoder, --decoder), or from a whole model in another geometry (--from). Tower and decoder keep"
+    " their weights bit for bit; a new projector and the rows of new tokens are drawn. A model of parts is float32 and"
+    " ready for `vlm train`."
 )
 SETTABLE = ("image", "projector", "fuse")
 
 
 def add(commands: Any) -> None:
     """Register the command."""
-    parser = command(commands, run, "new", "build a model from a vision tower and a decoder", DETAILS)
+    parser = command(commands, run, "new", "build a model, or change the geometry of one", DETAILS)
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="M",
+        help="go on with a whole model in another geometry (--image-size, --max-num-patches, --naflex, --layer,"
+        " --projector, --encoder-kind), all other weights as they are",
+    )
     parser.add_argument(
         "--encoder",
-        required=True,
         metavar="A",
         help="vision tower: directory, hub id or .npz; A+B fuses two, A@378+B@432 at their own sizes",
     )
-    parser.add_argument(
-        "--decoder", required=True, metavar="B", help="Gemma 1, 2 or 3, alone or in a PaliGemma: directory or hub id"
-    )
+    parser.add_argument("--decoder", metavar="B", help="Gemma 1, 2 or 3, alone or in a PaliGemma: directory or hub id")
     parser.add_argument(
         "--projector",
-        default="linear",
         metavar="KIND",
-        help="linear (as PaliGemma), mlp, pixel_shuffle, pool, resampler, identity (linear)",
+        help="linear (as PaliGemma), mlp, pixel_shuffle, pool, resampler, identity (linear; with --from the model's)",
     )
     parser.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="directory to make")
     parser.add_argument(
         "--image-size",
-        type=at_least(1),
+        type=sizes,
         metavar="N",
-        help="side in pixels; another one resamples the tower's positions",
+        help="side in pixels; another one resamples the tower's positions (A,B for a fused tower, with --from)",
     )
     parser.add_argument(
         "--layer",
         type=int,
         nargs="+",
-        default=[-1],
         metavar="N",
         help="of the tower: -1 the last with its norm, -2 the one before without, several are concatenated (-1)",
     )
@@ -76,36 +79,97 @@ def run(options: Namespace) -> int:
         changed["image"]["max_num_patches"] = options.max_num_patches
     if options.naflex is not None:
         changed["image"]["naflex"] = options.naflex
+    _check(options, changed)
     console.quiet_transformers()
-    from vlm.build import new, stored_rows
+    from vlm.build import stored_rows
     from vlm.checkpoints import save
     from vlm.checkpoints.export import check_out, published
     from vlm.info import describe, table
 
     check_out(options.out)  # before minutes of loading
-    model, processor = new(
+    model, processor = _changed(options, changed) if options.start else _new(options, changed)
+    with published(options.out) as folder:
+        save(model, processor, folder)
+    facts = describe((model, processor))
+    if not options.start:
+        facts["new_vocabulary_rows"] = facts["vocabulary"] - stored_rows(options.decoder)
+    if options.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        print(table(facts))
+        if not options.start:
+            print(
+                f"new rows    {facts['new_vocabulary_rows']:,} of the vocabulary; {len(processor.tokenizer):,} tokens"
+            )
+    print(f"written to {options.out}", file=sys.stderr)
+    return console.OK
+
+
+def _check(options: Namespace, changed: dict[str, dict[str, Any]]) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        ConfigError: a part of a new model beside --from, or neither a model nor its parts.
+    """
+    from vlm.errors import ConfigError
+
+    if not options.start:
+        if options.encoder is None or options.decoder is None:
+            raise ConfigError(
+                "give --encoder and --decoder, the parts of a new model, or --from, a model to go on with"
+            )
+        return
+    parts = [f"--{name}" for name in ("encoder", "decoder", "tokenizer") if getattr(options, name) is not None]
+    parts += ["--set fuse"] if changed["fuse"] else []
+    if parts:
+        raise ConfigError(
+            f"--from goes on with a whole model, which has its {', '.join(parts)} already; leave them out"
+        )
+
+
+def _new(options: Namespace, changed: dict[str, dict[str, Any]]) -> Any:
+    from vlm.build import new
+
+    return new(
         options.encoder,
-        {"kind": options.projector, **changed["projector"]},
+        {"kind": options.projector or "linear", **changed["projector"]},
         options.decoder,
         options.tokenizer,
         encoder_kind=options.encoder_kind or options.encoder_class,
         image_size=options.image_size,
         image=changed["image"],
-        layer=options.layer,
+        layer=options.layer or [-1],
         fuse=changed["fuse"] or None,
         seed=options.seed,
     )
-    with published(options.out) as folder:
-        save(model, processor, folder)
-    facts = describe((model, processor))
-    facts["new_vocabulary_rows"] = facts["vocabulary"] - stored_rows(options.decoder)
-    if options.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        print(table(facts))
-        print(f"new rows    {facts['new_vocabulary_rows']:,} of the vocabulary; {len(processor.tokenizer):,} tokens")
-    print(f"written to {options.out}", file=sys.stderr)
-    return console.OK
+
+
+def _changed(options: Namespace, changed: dict[str, dict[str, Any]]) -> Any:
+    """The model of --from in the geometry that was asked for; it stays in its number format."""
+    from vlm.checkpoints import load
+    from vlm.errors import ConfigError
+    from vlm.geometry import with_geometry
+
+    model, processor = load(options.start)
+    projector = options.projector
+    if changed["projector"]:
+        own = model.config.projector_config
+        projector = {**(own if projector in (None, own["kind"]) else {"kind": projector}), **changed["projector"]}
+    made = with_geometry(
+        model,
+        processor,
+        image_size=options.image_size,
+        image=changed["image"],
+        layer=options.layer,
+        projector=projector,
+        encoder_kind=options.encoder_kind,
+        seed=options.seed,
+    )
+    if made[0] is model and made[1] is processor:
+        raise ConfigError(
+            f"nothing would change of {options.start}; give another --image-size, or what else is to change"
+        )
+    return made
 
 
 def settings_of(overrides: list[str]) -> dict[str, dict[str, Any]]:

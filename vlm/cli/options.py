@@ -96,6 +96,32 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--model", "-m", required=True, help="model directory or hub id")
 
 
+def sizes(text: str) -> int | list[int]:
+    """`448`, or `448,512` for the members of a fused tower."""
+    found = [at_least(1)(part) for part in text.split(",")]
+    return found[0] if len(found) == 1 else found
+
+
+def add_geometry(parser: ArgumentParser) -> None:
+    """At which size a model that is opened reads its images."""
+    parser.add_argument(
+        "--image-size",
+        type=sizes,
+        metavar="N",
+        help="another image size than the model's, in pixels: its positions are resampled (A,B for a fused tower)",
+    )
+    parser.add_argument(
+        "--max-num-patches", type=at_least(1), metavar="N", help="another patch budget than the NaFlex model's"
+    )
+
+
+def geometry(options: Namespace) -> dict[str, Any]:
+    """What `add_geometry` was given, as `vlm.geometry.with_geometry` takes it."""
+    image = {} if options.max_num_patches is None else {"max_num_patches": options.max_num_patches}
+    given = {"image_size": options.image_size, "image": image}
+    return {name: value for name, value in given.items() if value}
+
+
 def add_overrides(parser: ArgumentParser, help: str) -> None:
     """`--set NAME=VALUE ...`, which may be repeated: a list of texts in `overrides`."""
     parser.add_argument(

@@ -11,7 +11,7 @@ Started by torchrun or `accelerate launch`, all processes share the work, and ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,6 +46,7 @@ def evaluate(
     skip_bad: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    geometry: Mapping[str, Any] | None = None,
     shuffle_images: bool = False,
     seed: int = 0,
     image_root: str | Path | None = None,
@@ -72,6 +73,8 @@ def evaluate(
         limit: only the first so many items.
         skip_bad: leave out annotations that are broken, list and count them, instead of refusing the file.
         device, dtype: where and as what a model directory is opened; see `as_predictor`.
+        geometry: how the model reads its images, if not as it is: `{"image_size": 448}`, or what else
+            `vlm.geometry.with_geometry` takes.
         shuffle_images: the control that shows whether the model looks: each item gets another item's image (`seed`).
         image_root: folder of the images; the data file's own by default.
         kind_of: example -> kind for the breakdown; taken from the prompt by default.
@@ -102,7 +105,7 @@ def evaluate(
         normalization=normalization,
     )
     job = file_job(data, metrics, decoding, limit=limit, skip_bad=skip_bad, image_root=image_root, kind_of=kind_of)
-    return run(job, *as_predictor(model, device=device, dtype=dtype), out, options)
+    return run(job, *as_predictor(model, device=device, dtype=dtype, geometry=geometry), out, options)
 
 
 def file_job(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -142,15 +142,21 @@ class ModelPredictor:
 
 
 def as_predictor(
-    model: str | Path | tuple[VLM, Processor] | Predictor, *, device: str | None, dtype: str | None
+    model: str | Path | tuple[VLM, Processor] | Predictor,
+    *,
+    device: str | None,
+    dtype: str | None,
+    geometry: Mapping[str, Any] | None = None,
 ) -> tuple[Predictor, str]:
     """A predictor and its name, from a model directory or hub id, a (model, processor) pair, or a predictor.
 
     A directory is opened on `device`, by default a GPU if there is one (of several processes each takes its own), else
-    the CPU. A pair stays where it is unless `device` is given; its dtype is its own.
+    the CPU. A pair stays where it is unless `device` is given; its dtype is its own. `geometry` is how the model reads
+    its images, if not as it is (`vlm.geometry.with_geometry`).
 
     Raises:
-        ConfigError: `dtype` with a pair, or `device` or `dtype` with a predictor.
+        ConfigError: `dtype` with a pair, `device`, `dtype` or `geometry` with a predictor, or a geometry that the model
+            cannot have.
         CheckpointError, GenerationError: as `vlm.load`.
     """
     from vlm.errors import ConfigError
@@ -163,17 +169,26 @@ def as_predictor(
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if chosen == "cuda":
             chosen = f"cuda:{processes.local_rank() % torch.cuda.device_count()}"
-        return ModelPredictor(*load(model, dtype=dtype, device=chosen), name=str(model)), str(model)
+        opened = load(model, dtype=dtype, device=chosen)
+        return ModelPredictor(*_in_geometry(opened, geometry), name=str(model)), str(model)
     if dtype is not None:
         raise ConfigError(
             f"dtype={dtype!r} can only be chosen when a model directory is opened; convert the model itself"
         )
     if isinstance(model, tuple):
-        network, processor = model
+        network, processor = _in_geometry(model, geometry)
         name = type(network).__name__
         if device:
             network.to(device)  # type: ignore[arg-type]  # transformers wraps `to` with a wrong signature
         return ModelPredictor(network, processor, name=name), name
+    if geometry:
+        raise ConfigError(f"a {type(model).__name__} reads images in its own way; leave {', '.join(geometry)} out")
     if device is not None:
         raise ConfigError(f"device={device!r} cannot be applied to a {type(model).__name__}; place it yourself")
     return model, type(model).__name__
+
+
+def _in_geometry(opened: tuple[VLM, Processor], geometry: Mapping[str, Any] | None) -> tuple[VLM, Processor]:
+    from vlm.geometry import with_geometry
+
+    return with_geometry(*opened, **geometry) if geometry else opened

@@ -36,6 +36,7 @@ def evaluate_tasks(
     decoding: Mapping[str, Any] | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    geometry: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks. Started again with the same settings it goes on where it stopped.
 
@@ -48,7 +49,7 @@ def evaluate_tasks(
         limit: only the first so many items of each task.
         decoding: settings of `Decoding` to use instead of what the tasks say; figures beside published ones then differ
             by more than the model, which the results record.
-        options, device, dtype: as for `evaluate`.
+        options, device, dtype, geometry: as for `evaluate`.
 
     Returns:
         `{"tasks": {name: results}, "skipped": number}`, where results are those of `evaluate`.
@@ -60,7 +61,7 @@ def evaluate_tasks(
     chosen = select(tasks) if isinstance(tasks, str) else list(tasks)
     # Everything that can be refused is read before the first prediction.
     jobs = {one.label: make_job(one, Path(root), limit, decoding or {}) for one in chosen}
-    predictor, name = as_predictor(model, device=device, dtype=dtype)
+    predictor, name = as_predictor(model, device=device, dtype=dtype, geometry=geometry)
     identity = predictor.identity()
     folder, settings = Path(out), options or Options()
     with processes.joined() as group:

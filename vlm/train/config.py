@@ -33,13 +33,15 @@ class ModelConfig:
     encoder_kind: str | None = None
     """Read a SigLIP checkpoint as another kind, such as siglip2_naflex."""
     image_size: int | None = None
-    """Side of the square images in pixels; another one than the tower's resamples its position table."""
+    """Side of the square images in pixels; another one than the tower's (or the model's at `path`) resamples its
+    position table."""
     layer: int | list[int] = -1
     """Of the tower, whose output is the features: -1 the last with the final norm, -2 the one before without; several
     are concatenated."""
     fuse: dict[str, Any] = field(default_factory=dict)
     """For fused towers whose grids differ: `{grid: [rows, columns], resample: bilinear}`."""
-    projector: str | dict[str, Any] = "linear"
+    projector: str | dict[str, Any] | None = None
+    """None: linear, or the projector of the model at `path`; another one than that starts with new weights."""
     decoder: str | dict[str, Any] | None = None
     """A Gemma checkpoint, or a transformers text configuration for new weights."""
     tokenizer: str | None = None
@@ -58,18 +60,18 @@ class ModelConfig:
             raise ConfigError("model: give either `path`, or `encoder` and `decoder`")
         if self.path is None and (self.encoder is None or self.decoder is None):
             raise ConfigError("model: a new model needs both `encoder` and `decoder`")
-        for name in ("encoder_kind", "image_size", "fuse", "tokenizer", "image"):
+        for name in ("fuse", "tokenizer"):
             if self.path is not None and getattr(self, name):
-                raise self._only_new(name)
-        if self.path is not None and self.layer not in (-1, [-1]):
-            raise self._only_new("layer")
+                raise ConfigError(
+                    f"model: `{name}` is for a new model and would not change the one at `path`; leave it out, or build"
+                    f" the model with `vlm new` first"
+                )
 
-    @staticmethod
-    def _only_new(name: str) -> ConfigError:
-        return ConfigError(
-            f"model: `{name}` is for a new model and would not change the one at `path`; leave it out, or build the"
-            f" model with `vlm new` first"
-        )
+    def geometry(self) -> dict[str, Any]:
+        """What is changed of the model at `path`, as `vlm.geometry.with_geometry` takes it."""
+        changes = {name: getattr(self, name) for name in ("encoder_kind", "image_size", "image", "projector")}
+        changes["layer"] = None if self.layer in (-1, [-1]) else self.layer
+        return {name: value for name, value in changes.items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +166,17 @@ class StageConfig:
     steps: int | None = None
     """Optimizer steps; or give `epochs`."""
     epochs: float | None = None
+    image_size: int | list[int] | None = None
+    """Side of the square images in pixels from this stage on, as in PaliGemma's stage 2 (224, then 448): the position
+    table is resampled, all other weights go on as they are. Of a fused tower, one for each member."""
+    image: dict[str, Any] = field(default_factory=dict)
+    """Settings of the image transform that change with this stage, such as `{max_num_patches: 1024}` of NaFlex."""
+    layer: int | list[int] | None = None
+    """Feature layer of the tower from this stage on."""
+    projector: str | dict[str, Any] | None = None
+    """Another projector from this stage on; it starts with new weights."""
+    encoder_kind: str | None = None
+    """From this stage on, read SigLIP at any aspect ratio (`siglip2_naflex`), or NaFlex as squares (`siglip`)."""
     batch_size: int
     """Examples per optimizer step, over all ranks and micro-batches: the gradient does not depend on either."""
     accumulate: int = 1
@@ -219,6 +232,11 @@ class StageConfig:
                 f"stage {self.name}: batch_size {self.batch_size} cannot be cut into {self.accumulate} equal "
                 f"micro-batches (accumulate)"
             )
+
+    def geometry(self) -> dict[str, Any]:
+        """What changes of the model with this stage, as `vlm.geometry.with_geometry` takes it."""
+        names = ("image_size", "image", "layer", "projector", "encoder_kind")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def _check_parts(self) -> None:
         for part, rate in self.train.items():

@@ -17,10 +17,13 @@ from transformers import AutoConfig
 from vlm import files, settings
 from vlm.build import new
 from vlm.checkpoints import load, save
+from vlm.checkpoints.preprocessing import own_transform
+from vlm.config import VLMConfig
 from vlm.content import of_items
 from vlm.data import Example, read_jsonl
 from vlm.encoders import model_types
 from vlm.errors import ConfigError, DataError
+from vlm.geometry import planned, with_geometry
 from vlm.model import VLM
 from vlm.processor import Processor
 from vlm.towers import Choice, choose
@@ -52,6 +55,7 @@ def run_stages(config: RunConfig, *, main: bool, skip_bad: bool, stop: StopSigna
             model, processor = make_model(config.model)
             _publish_model(model, processor, start, {"model": settings.to_dict(config.model)})
     barrier()
+    _check_geometry(config, start)
     finished: list[str] = []
     with _global_random_state(), quiet_transformers():
         for stage in stages:
@@ -74,6 +78,7 @@ def _run_stage(stage: Stage, start: Path, finished: list[str], main: bool, stop:
         return target
     # Loaded even when it was just saved: a run that was interrupted has no other way, and both must do the same.
     model, processor = load(start, dtype="float32")
+    model, processor = with_geometry(model, processor, **stage.config.geometry(), seed=stage.run.seed)
     _check_precision(stage, model)
     cut = check_lengths(stage.examples, processor, stage.config.max_text_length)
     if cut:
@@ -140,7 +145,11 @@ def data_digest(examples: list[Example]) -> str:
 
 def make_model(config: ModelConfig) -> tuple[VLM, Processor]:
     """The model a run starts from, in float32. Raises `VLMError`."""
-    model, processor = load(config.path, dtype="float32") if config.path is not None else _new_model(config)
+    if config.path is None:
+        model, processor = _new_model(config)
+    else:
+        model, processor = load(config.path, dtype="float32")
+        model, processor = with_geometry(model, processor, **config.geometry(), seed=config.seed)
     for name in ("softcap_in_loss", "softcap_in_generation"):
         if getattr(config, name) is not None:
             setattr(model.config, name, getattr(config, name))
@@ -150,8 +159,25 @@ def make_model(config: ModelConfig) -> tuple[VLM, Processor]:
 def _new_model(config: ModelConfig) -> tuple[VLM, Processor]:
     decoder = _part(config.decoder, "decoder")
     return new(
-        _towers(config), config.projector, decoder, config.tokenizer, seed=config.seed, **_tower_settings(config)
+        _towers(config),
+        config.projector or "linear",
+        decoder,
+        config.tokenizer,
+        seed=config.seed,
+        **_tower_settings(config),
     )
+
+
+def _check_geometry(config: RunConfig, start: Path) -> None:
+    """Follow the model's geometry through the stages, so that one which is impossible is refused before the first."""
+    if not any(stage.geometry() for stage in config.stages):
+        return
+    model, transform = VLMConfig.from_pretrained(start), own_transform(start)
+    for stage in config.stages:
+        try:
+            model, transform = planned(model, transform, **stage.geometry())
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from error
 
 
 def make_tower(config: ModelConfig) -> Choice:
