@@ -31,6 +31,8 @@ SOFT_HYPHEN = "\u00ad"
 _LETTER_CHARS = _ranges(ptb_chars.LETTERS)
 _MARK_CHARS = _ranges(ptb_chars.MARKS)
 _DIGIT_CHARS = "0-9" + _ranges(ptb_chars.DIGITS)
+LETTER_CHARS = f"A-Za-z{_LETTER_CHARS}{_MARK_CHARS}"
+DIGIT_CHARS = _DIGIT_CHARS
 SPACES = " \\t\\u00a0\\u2000-\\u200a\\u3000"
 
 _LETTER = f"[A-Za-z{_LETTER_CHARS}]"
@@ -41,8 +43,25 @@ _LD = f"(?:[A-Za-z{SOFT_HYPHEN}{_LETTER_CHARS}{_MARK_CHARS}{_DIGIT_CHARS}]|{_ENT
 _ALNUM = f"A-Za-z{_LETTER_CHARS}{_DIGIT_CHARS}"
 _A = f"[{_ALNUM}]"
 _SP = f"[{SPACES}]"
-_APOS = r"(?:['\x92\u2019]|&apos;)"
-_APOS_LOOSE = r"(?:['`\x91\x92\u2018\u2019\u201b]|&apos;)"
+_GAP = f"[{SPACES}\n\x85]"  # what rules look ahead for; a \x85 that is reached is an ellipsis
+
+
+LOOKALIKES = "\u017f\u212a\u0131\u0130"  # a long s, the Kelvin sign, Turkish i without and with a dot
+_WITH_LOOKALIKES, _PLAINLY = "(?u:", "(?:"
+
+
+def _spelt(pattern: str) -> str:
+    """A word spelt out: "\u017f", "\u212a", "\u0131", "\u0130" are also its s, k and i. Letter ranges are not."""
+    return f"{_WITH_LOOKALIKES}{pattern})"
+
+
+def plainly(pattern: str) -> str:
+    """The pattern for text without LOOKALIKES."""
+    return pattern.replace(_WITH_LOOKALIKES, _PLAINLY)
+
+
+_APOS = rf"(?:['\x92\u2019]|{_spelt('&apos;')})"
+_APOS_LOOSE = rf"(?:['`\x91\x92\u2018\u2019\u201b]|{_spelt('&apos;')})"
 _CAPITAL = f"(?-i:[A-Z{_ranges(ptb_chars.CAPITALS)}])"
 
 # --- What a match becomes -------------------------------------------------------------------------------------------
@@ -115,7 +134,7 @@ class Rule:
     """The text of the token, as written -> the tokens that come out, not yet lower-cased."""
 
 
-FLAGS = re.IGNORECASE | re.ASCII  # ASCII: only ASCII letters fold their case ("ſ" is no s)
+FLAGS = re.IGNORECASE | re.ASCII  # ASCII: only ASCII letters fold their case, but where `_spelt` says otherwise
 _TABLE: list[Rule] = []
 
 
@@ -125,7 +144,7 @@ def _rule(name: str, starts: str, pattern: str, emit: Emit = _word) -> None:
 
 def _any_of(words: Sequence[str], apostrophe: str = "'") -> str:
     longest_first = sorted(words, key=len, reverse=True)
-    return "(?:" + "|".join(re.escape(word).replace("'", apostrophe) for word in longest_first) + ")"
+    return _spelt("|".join(re.escape(word).replace("'", apostrophe) for word in longest_first))
 
 
 _rule("blanks", " \t\u00a0\u3000" + "".join(map(chr, range(0x2000, 0x200B))), f"{_SP}+", _nothing)
@@ -133,13 +152,14 @@ _rule("blanks", " \t\u00a0\u3000" + "".join(map(chr, range(0x2000, 0x200B))), f"
 # Markup. A tag is one token, with its blanks, if its attributes look plausible.
 _NAME = r"[a-z][a-z0-9_:.-]*"
 _ATTRIBUTE = rf" +{_NAME}(?: *= *(?:'[^']*'|\"[^\"]*\"))?"
-_TAG = rf"<(?:/{_NAME} *|{_NAME}(?:{_ATTRIBUTE})* */? *|_|[!?][a-z-][^>]*)>"
+_TAG = rf"<(?:/{_NAME} *|{_NAME}(?:{_ATTRIBUTE})* */? *|[!?][a-z-][^>]*)>"
 _rule("tag", "<", _TAG, _no_break)
-_rule("dash entity", "&", "&(?:MD|mdash|ndash);", _always("--"))
+_rule("<_>", "<", "<_>", _same)
+_rule("dash entity", "&", _spelt("&(?:MD|mdash|ndash);"), _always("--"))
 _rule("&amp;", "&", "&amp;", _always("&"))
 _rule("&lt;", "&", "&lt;", _always("<"))
 _rule("&gt;", "&", "&gt;", _always(">"))
-_rule("&nbsp;", "&", "&nbsp;", _nothing)
+_rule("&nbsp;", "&", _spelt("&nbsp;"), _nothing)
 _rule("entity kept", "&", "&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);", _same)
 
 # Addresses.
@@ -149,20 +169,22 @@ _rule("mail", "a0<&", rf"(?:<|&lt;)?[a-z0-9]{_MAIL}*@(?:{_MAIL_PART}+\.)*{_MAIL_
 
 # Abbreviations. Company words and the like also end the sentence before a capital, a tag or a second blank; dotted
 # letters only before certain words.
-_ENDS = rf"(?:{_SP}|\n)(?:{_CAPITAL}|{_TAG}|{_SP}|\n)"
-_STARTS = "(?:" + "|".join(f"(?-i:{w[0]}){re.escape(w[1:])}" for w in ptb_words.SENTENCE_STARTS) + ")"
+_ENDS = rf"{_GAP}(?:{_CAPITAL}|{_TAG}|{_GAP})"
+_STARTS = _spelt("|".join(f"(?-i:{w[0]}){re.escape(w[1:])}" for w in ptb_words.SENTENCE_STARTS))
 _ACRONYM = r"[a-z]\.(?:[a-z]\.)+"
-_CAPITAL_ABBR = "(?:" + "|".join(f"(?-i:{w[0].upper()}){w[1:]}" for w in ptb_words.MAY_END_SENTENCE_CAPITAL) + ")"
-_PTY = "(?-i:[Pp]?[Pp][Tt][ey]s?)"
+_CAPITAL_ABBR = _spelt("|".join(f"(?-i:{w[0].upper()}){w[1:]}" for w in ptb_words.MAY_END_SENTENCE_CAPITAL))
+_PTY = "(?-i:[Pp]?[Pp][Tt][ey][sSſ]?)"
 _ENDING = rf"(?:{_any_of(ptb_words.MAY_END_SENTENCE)}|{_CAPITAL_ABBR}|{_PTY}|(?:Ph|Ed)\.D)\."
-_NEXT_SENTENCE = rf"{_SP}+(?:{_STARTS}|{_TAG})(?:{_SP}|\n)"
-_rule("Co. Ltd", "a", rf"((?:co|{_PTY})\.){_SP}(?:Ltd|Lim)", _same)
+_NEXT_SENTENCE = rf"{_GAP}+(?:{_STARTS}|{_TAG}){_GAP}"
+_rule("Co. Ltd", "a", rf"((?:co|pt[ey])\.){_SP}{_spelt('Ltd|Lim')}", _same)
 _rule("abbreviation ends", "a", rf"({_ENDING}){_ENDS}", _ends_sentence)
 # Whatever follows counts as looked at, so "co.w" is "co." and "w", though words joined by a dot are one token.
-_rule("abbreviation", "a", rf"({_ENDING})(?s:[^{_ALNUM}{_MARK_CHARS}].|.[^{_ALNUM}{_MARK_CHARS}]|.)", _same)
-_rule("title", "a", rf"(?:{_any_of(ptb_words.KEEPS_DOT)}|cont'd|(?-i:[Mm][ft]g))\.", _same)
-_rule("number word", "a", rf"({_any_of(ptb_words.DOT_BEFORE_NUMBER)}\.){_SP}?{_D}", _same)
-_rule("acronym ends", "a", rf"({_ACRONYM}|non-U\.S\.|U\.S\.-U\.K\.){_NEXT_SENTENCE}", _ends_sentence)
+_NO_LETTER = f"[^{_ALNUM}{SOFT_HYPHEN}{_MARK_CHARS}]"
+_rule("abbreviation", "a", rf"({_ENDING})(?s:{_NO_LETTER}.|.{_NO_LETTER}|.)", _same)
+_rule("title", "a", rf"(?:{_any_of(ptb_words.KEEPS_DOT)}|cont'd|(?-i:[Mm][ft])g)\.", _same)
+_rule("number word", "a", rf"({_any_of(ptb_words.DOT_BEFORE_NUMBER)}\.){_GAP}?{_D}", _same)
+_rule("acronym ends", "a", rf"({_ACRONYM}|{_spelt('non-U[.]S[.]|U[.]S[.]-U[.]K[.]')}){_NEXT_SENTENCE}", _ends_sentence)
+_rule("acronym without its last dot", "a", rf"({_spelt('non-U[.]S|U[.]S[.]-U[.]K')}){_GAP}", _same)
 _rule("acronym", "a", _ACRONYM, _same)
 _rule("letter ends", "a", rf"([a-z])\.{_NEXT_SENTENCE}", _same)
 _rule("letter.", "a", r"[a-z]\.", _same)
@@ -173,19 +195,21 @@ _NAME_APOS = f"[dlo]{_APOS_LOOSE}{_A}{{2,}}"
 _PART = f"(?:{_NAME_APOS}|{_A}+)"
 _THING = rf"{_PART}(?:[-_\u058a\u2010\u2011]{_PART})*"
 _HYPHENED = rf"[a-z0-9][a-z0-9.,{SOFT_HYPHEN}]*(?:-(?:[a-z]\.(?:[a-z]\.)+|[a-z0-9{SOFT_HYPHEN}]+))+"
-_CAPITALS_JOINED = r"(?-i:[A-Z]+)(?:(?:&|&amp;|\+)(?-i:[A-Z]+))+"
+# The entity first: "S&AMP;L" is one token, and "S&AMP" is no longest match of it.
+_AND = "(?:&amp;|&)"
+_CAPITALS_JOINED = rf"(?-i:[A-Z]+)(?:(?:{_AND}|\+)(?-i:[A-Z]+))+"
 for _first, _second in ptb_words.ASSIMILATED:
-    _rule("assimilated", "a", f"({_first}){_second}")
-_rule("'t is", "'", "('t)is", _same)
-_rule("'t was", "'", "('t)was", _same)
+    _rule("assimilated", "a", _spelt(f"({_first}){_second}"))
+_rule("'t is", "'", _spelt("('t)is"), _same)
+_rule("'t was", "'", _spelt("('t)was"), _same)
 _rule("apostrophe inside", "a", _any_of(ptb_words.APOSTROPHE_INSIDE, _APOS), _same)
 _rule("o'o", "a", f"o{_APOS_LOOSE}o", _same)
 _rule("before clitic", "a", f"({_WORD}){_APOS}(?:[msd]|re|ve|ll)")
 _rule("vowel'vowel", "a", f"{_LETTER}+[aeiouy]{_APOS_LOOSE}(?-i:[aeiouA-Z]){_LETTER}*")
 _rule("apostrophe first", "'\x92\u2019&", _any_of(ptb_words.APOSTROPHE_FIRST, _APOS), _same)
 _rule("apostrophe last", "a", _any_of(ptb_words.APOSTROPHE_LAST, _APOS), _same)
-_rule("decade", "'\x92\u2019&", f"{_APOS}[2-9]0s", _same)
-_rule("year", "'\x92\u2019&", rf"({_APOS}[0-9]{{2}})(?:{_SP}|\n)", _same)
+_rule("decade", "'\x92\u2019&", f"{_APOS}[2-9]0{_spelt('s')}", _same)
+_rule("year", "'\x92\u2019&", rf"({_APOS}[0-9]{{2}}){_GAP}", _same)
 _rule("not", "a", f"n{_APOS_LOOSE}t", _plain_apostrophe)
 _rule("before not", "a", f"([a-z{SOFT_HYPHEN}]*[a-mo-z]{SOFT_HYPHEN}*)n{_APOS_LOOSE}t")
 _rule("clitic", "'\x92\u2019&", f"({_APOS}(?:[msd]|re|ve|ll))[^a-z]", _plain_apostrophe)
@@ -193,12 +217,15 @@ _rule("bare clitic", "\x92\u2019&", "(?:[\x92\u2019]|&apos;)(?:[msd]|re|ve|ll)",
 _rule("d' j' l'", "a", f"[djl]{_APOS}", _same)
 _rule("y'", "a", f"(y{_APOS}){_LETTER}", _same)
 _rule("X'xx", "a", f"(?-i:[A-HJ-XZn]){_APOS_LOOSE}{_LETTER}{{2,}}")
-_rule("prefix-", "a", "(?:pro|anti)-")
+_rule("prefix-", "a", _spelt("(?:pro|anti)-"))
 _rule("word", "a", _WORD)
 _rule("thing", "a0", _THING)
 _rule("hyphened", "a0", _HYPHENED)
-_rule("word.,", "a0", rf"((?:{_WORD}|{_THING}|{_HYPHENED}|{_CAPITALS_JOINED})\.)[,;:\u3001]", _ampersand)
-_rule("S&P-500", "a", "S&P-500", _same)
+# A rule for each kind of word: the first kind that fits need not be the longest.
+for _joined in (_WORD, _THING, _HYPHENED, _CAPITALS_JOINED):
+    _rule("word.,", "a0", rf"({_joined}\.)[,;:\u3001]", _ampersand)
+_rule("S&P-500", "a", _spelt(f"S{_AND}P-500"), _ampersand)
+_rule("S&Ls", "a", _spelt(f"S{_AND}Ls"), _ampersand)
 _rule("C++", "a", r"c\+\+|[cf]#", _same)
 _rule("A&B", "a", _CAPITALS_JOINED, _ampersand)
 _rule("a/b", "a0", r"[a-z0-9]+(?:-[a-z]+){0,2}(?:\\?/[a-z0-9]+(?:-[a-z]+){0,2}){1,2}", _same)
@@ -207,17 +234,20 @@ _rule("US$", "a", r"(?-i:[A-Z]+)\$", _same)
 # Web addresses, tags and file names.
 _URL = r"[^ \t\n\r\f\"<>|(){}]"
 _URL_END = r"[^ \t\n\r\f\"<>|(){}.!?,-]"
-_rule("http", "a", rf"https?://{_URL}+{_URL_END}", _same)
+_rule("http", "a", rf"{_spelt('https?')}://{_URL}+{_URL_END}", _same)
 _PATH = rf"[^ \t\n\r\f\"<>|()]+{_URL_END}"
 _HOST = r"[^ \t\n\r\f\"<>|(){}.!?,]"
-_rule("www", "a", rf"www\.(?:{_HOST}+\.)+[a-z]{{2,4}}(?:/{_PATH})?", _same)
+_WWW = rf"www\.(?:{_HOST}+\.)+[a-z]{{2,4}}"
+# Two rules: the longest host is not always the host of the longest match.
+_rule("www with a path", "a", f"{_WWW}/{_PATH}", _same)
+_rule("www", "a", _WWW, _same)
 _BARE = r"[^ \t\n\r\f\"'`<>|(){}.!?$,-_]"
 _rule("bare host", "*", rf"(?-i:(?:{_BARE}+\.)+)(?:com|net|org|edu)(?:/{_PATH})?", _same)
 _rule("@name", "@", "@[a-z_][a-z_0-9]*", _same)
 _rule("#tag", "#", f"#{_L}+", _same)
-_STEM = f"[{_ALNUM}{SOFT_HYPHEN}]+"
+_STEM = f"{_LD}+"
 _FILE = rf"{_STEM}(?:\.{_STEM})*\.{_any_of(ptb_words.FILE_ENDINGS)}"
-_rule("file", "a0", rf"({_FILE})(?:{_SP}|[\n.?!,])", _same)
+_rule("file", "a0", rf"({_FILE})(?:{_GAP}|[.?!,])", _same)
 
 # Numbers.
 _SLASH = r"(?:\\?/|\u2044)"
@@ -242,14 +272,14 @@ _rule("``", '"&', '("|(?-i:&quot;))[a-z0-9$]', _always("``"))
 _rule("''", '"&', '"|(?-i:&quot;)', _always("''"))
 _rule("`", "'&", "(')[a-z][^ \t\n\r\u00a0]", _always("`"))
 _rule("'", "'&", "'|(?-i:&apos;)", _always("'"))
-_rule("&QUOT;", "&", "&(?:quot|apos);", _same)
+_rule("&QUOT;", "&", _spelt("&(?:quot|apos);"), _same)
 _rule("double quote", "'`", "''|``", _same)
 _CURLY = "`\x91\x92\x93\x94\xab\xbb\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a"
 _rule("curly quotes", _CURLY, f"[{_CURLY}]{{1,2}}", _quotes)
 _rule("smiley", "<>:;=", r"(?-i:([<>]?[:;=][-o'*]?[]()DdPpO@{|\\[])[^a-zA-Z0-9])", _brackets)
 _FACE = r"[-x=~<>'^]"
 _rule("face", "x-=~<>'^", f"(?-i:{_FACE}_{_FACE})", _same)
-_rule("(face)", "(", rf"(?-i:\({_FACE}[-_.]?{_FACE}\))", _brackets)
+_rule("(face)", "(", rf"(?-i:\((?:{_FACE}[_.]?{_FACE}|[x=~<>'^]-[`x=~<>'^])\))", _brackets)
 _rule("dash", "-", "---?-?", _always("--"))
 _rule("long dash", "-", "-{5,}", _same)
 _rule("dash sign", "\x96\x97\u2013\u2014\u2015", "[\x96\x97\u2013\u2014\u2015]", _always("--"))
@@ -258,7 +288,7 @@ _rule("ellipsis", "\x85\u2026", "[\x85\u2026]", _always("..."))
 _rule("?!", "?!", "[?!]+", _same)
 _rule("runs", "_@#*\\", r"_+|@+|\#+|\*+|(?:\\\*)+", _same)
 _rule("<<", "<>", "<<|>>", _same)
-_rule("escaped bracket", "-", "-[LR][RSC]B-", _same)
+_rule("escaped bracket", "-", _spelt("-[LR](?:R|S|C)B-"), _same)
 for _char, _text in {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}.items():
     _rule("bracket", _char, re.escape(_char), _always(_text))
 for _char, _text in {"\u00a3": "#", "\u00a2": "cents"}.items():

@@ -24,7 +24,7 @@ DOT_BEFORE_NUMBER = "art ca fig figs no nos op p pp prop".split()
 """The dot belongs to the word only before a digit: "no. 5"."""
 
 SENTENCE_STARTS = """
-    A According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr. Ms.
+    A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr. Ms.
     Now Once One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet
     You
 """.split()
