@@ -413,7 +413,7 @@ def test_out_of_memory_says_what_to_change_and_keeps_the_checkpoint(
 # --- loading
 
 
-def test_augmentation_depends_on_seed_epoch_and_example_only(tmp_path: Path) -> None:
+def test_augmentation_depends_on_seed_and_position_only(tmp_path: Path) -> None:
     from vlm.data import read_jsonl
     from vlm.train.augment import pipeline
     from vlm.train.plan import Key, Mixture

@@ -152,7 +152,7 @@ class MicroBatches(Dataset[MicroBatch]):
                 item.failures.append(Failure(self.examples[index], error.code, str(error)))
                 index = self.mixture.substitute(position, attempt)
                 continue
-            return index, self._augment(image, position, index)
+            return index, self._augment(image, position)
         raise DataError(
             f"{IN_A_ROW} images in a row could not be decoded (see failures.jsonl); last: {item.failures[-1].message}"
         )
@@ -170,9 +170,10 @@ class MicroBatches(Dataset[MicroBatch]):
             self._cache_left -= size
         return image
 
-    def _augment(self, image: Any, position: int, index: int) -> Any:
+    def _augment(self, image: Any, position: int) -> Any:
+        """One view of the image, drawn from the position: an example repeated within an epoch is seen in another."""
         if self.augmentations:
-            seed = (self.mixture.seed, self.mixture.epoch(position), index)
+            seed = (self.mixture.seed, position)
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
             for augmentation in self.augmentations:
                 image = augmentation(image, rng)

@@ -2,8 +2,9 @@
 
 Each epoch is a permutation of the mixture, drawn from (seed, epoch) alone. The permutations are laid end to end into
 one endless line of positions, and optimizer step s takes the positions [s * B, (s + 1) * B). Rank r and micro-batch a
-take a fixed slice of these. There is no state: to resume at step s is to begin counting at s. With B = 8, 2 ranks and 2
-micro-batches:
+take a fixed slice of these. What is drawn for an example (its augmentation, the example in its place when its image
+does not decode) is drawn from (seed, position), so `repeat` shows it in several views. There is no state: to resume at
+step s is to begin counting at s. With B = 8, 2 ranks and 2 micro-batches:
 
     position   0 1 2 3 4 5 6 7
     rank       0 0 0 0 1 1 1 1
@@ -61,9 +62,6 @@ class Mixture:
     def order(self, epoch: int) -> np.ndarray:
         """int64[epoch_length]: the examples of one epoch in the order they are seen."""
         return _epoch_order(self, epoch)
-
-    def epoch(self, position: int) -> int:
-        return position // self.epoch_length
 
     def substitute(self, position: int, attempt: int) -> int:
         """Index of the example that takes the place at `position` when `attempt` earlier choices could not be used."""
