@@ -43,7 +43,7 @@ def load(name: str, root: Root, split: str | None = None) -> list[Example]:
     """The items; every image has to be there."""
     examples = tasks.get(name).load(root.path, split)
     for example in examples:
-        for image in (example.image, *example.more_images):
+        for image in example.images:
             assert isinstance(image, Image.Image) or image.is_file()
     items.check(examples)
     return examples

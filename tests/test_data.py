@@ -1,7 +1,15 @@
+import bz2
 import codecs
 import gzip
+import io
 import json
+import lzma
 import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +143,28 @@ RECORDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prefix": 3}, "wrong-type", "'prefix' should be text, got a number"),
     ({"suffix": 3}, "wrong-type", "'suffix' should be text"),
     ({"suffix": False}, "wrong-type", "got true or false"),
-    ({"suffix": " \n"}, "empty", "'suffix' is blank"),
+    ({"suffix": " \n"}, "empty", "'suffix' is blank but not empty"),
     ({"references": "a cat"}, "wrong-type", "'references' should be a list of text, got text"),
     ({"references": ["a cat", None]}, "wrong-type", "'references[1]' should be text, got null"),
     ({"answers": []}, "empty", "'answers' is an empty list"),
     ({"answers": ["red", 3]}, "wrong-type", "'answers[1]' should be text, got a number"),
     ({"answers": [""]}, "empty", "'answers' holds a blank text"),
+    ({"image": "a.png", "images": ["a.png", "images/b.png"]}, "unknown-key", "'image' beside 'images'"),
+    ({"image2": "images/b.png"}, "unknown-key", "key 'image2': did you mean 'images'?"),
+    ({"image_2": "images/b.png"}, "unknown-key", "key 'image_2': did you mean 'images'?"),
+    ({"images2": ["images/b.png"]}, "unknown-key", "key 'images2': did you mean 'images'?"),
+    ({"Image": "images/b.png"}, "unknown-key", "key 'Image': did you mean 'images'?"),
+    ({"suffix2": "a dog"}, "unknown-key", "key 'suffix2' beside 'suffix' would not be read; write a line for each"),
+    ({"Suffix": "a dog"}, "unknown-key", "key 'Suffix' beside 'suffix'"),
+    ({"answers": ["a"], "answer": "b"}, "unknown-key", "key 'answer' beside 'answers' would not be read"),
+    ({"ID": "q"}, "unknown-key", "did you mean 'id'?"),
+    ({"conversations": [{"from": "human", "value": "hi"}]}, "unknown-key", "a dialogue is not read"),
+    ({"messages": []}, "unknown-key", "a dialogue is not read"),
+    ({"video": "a.mp4"}, "unknown-key", "give frames of it as 'images'"),
+    ({"depth": "images/b.png"}, "unknown-key", "key 'depth' holds an image that would not be shown"),
+    ({"views": [{"path": "x/b.JPEG"}]}, "unknown-key", "key 'views' holds an image"),
+    ({"thumb": "data:image/png;base64,iVBOR"}, "unknown-key", "key 'thumb' holds an image"),
+    ({"raw": "iVBORw0KGgo" + "A" * 100}, "unknown-key", "key 'raw' holds an image"),
     ({"answer": "red"}, "unknown-key", "did you mean 'answers'?"),
     ({"refrences": ["a"]}, "unknown-key", "did you mean 'references'?"),
     ({"id": True}, "wrong-type", "'id' should be text, got true or false"),
@@ -154,6 +178,63 @@ def test_a_wrong_value_is_named(folder: Path, change: dict[str, Any], code: str,
     (problem,) = problems(folder, {**GOOD, **change})
     assert (problem.line, problem.code) == (1, code)
     assert says in problem.message
+
+
+def test_notes_stay_notes(folder: Path) -> None:
+    """Keys that metrics and breakdowns read, and where the image came from: none of them is data that is lost."""
+    notes = {
+        "image_id": 7,
+        "image_size": [640, 480],
+        "answer_type": "number",
+        "answer_index": 2,
+        "question_id": "q1",
+        "question": "what?",
+        "label": "cat",
+        "choices": ["a", "b"],
+        "references_from": "people",
+        "file_name": "train/a.png",
+        "coco_url": "http://images.cocodataset.org/train2014/000.jpg",
+        "page": "https://example.org/x.html",
+        "height": 480,
+        "source": {"deep": [1.5, None, True]},
+    }
+    (example,) = read_jsonl(write(folder, {**GOOD, **notes}))[0]
+    assert example.info == notes
+
+
+def test_several_images_and_none(folder: Path) -> None:
+    root = folder.resolve()
+    text = {"prefix": "what is 1 + 1?", "suffix": "2"}
+    two = {**text, "images": ["images/b.png", "a.png"]}
+    path = write(folder, text, {**text, "images": []}, two, {**text, "images": ["a.png"]}, {**text, "image": "a.png"})
+    found = [example.images for example in read_jsonl(path)[0]]
+    assert found == [(), (), (root / "images" / "b.png", root / "a.png"), (root / "a.png",), (root / "a.png",)]
+
+
+NO_IMAGE: list[tuple[dict[str, Any], str, str]] = [
+    ({"images": "a.png"}, "wrong-type", "'images' should be a list of text, got text"),
+    ({"images": None}, "missing-key", "'images' is null; leave the key out where the line is about text alone"),
+    ({"images": ["a.png", None]}, "wrong-type", "'images[1]' should be text, got null"),
+    ({"images": ["a.png", "none.png"]}, "missing-image", "image none.png is not below"),
+    ({"images": ["a.png", "../x.png"]}, "outside-root", "outside the image root"),
+    ({"image_path": "a.png"}, "unknown-key", "key 'image_path' holds an image that would not be shown"),
+    ({"img": "a"}, "unknown-key", "key 'img', but no 'image'"),
+    ({"image_id": 3}, "unknown-key", "key 'image_id', but no 'image'"),
+    ({"imagee": "a.png"}, "unknown-key", "did you mean 'image'?"),
+    ({"picture": 3}, "unknown-key", "key 'picture', but no 'image'"),
+    ({"path": "a"}, "unknown-key", "key 'path', but no 'image'"),
+]
+
+
+@pytest.mark.parametrize(("change", "code", "says"), NO_IMAGE)
+def test_an_image_is_never_lost(folder: Path, change: dict[str, Any], code: str, says: str) -> None:
+    (problem,) = problems(folder, {"prefix": "p", "suffix": "s", **change})
+    assert problem.code == code and says in problem.message
+
+
+def test_an_empty_suffix_is_an_answer(folder: Path) -> None:
+    path = write(folder, {**GOOD, "suffix": ""})
+    assert read_jsonl(path)[0][0].suffix == ""
 
 
 def test_a_misspelt_required_key_names_both(folder: Path) -> None:
@@ -246,12 +327,38 @@ def test_all_problems_are_listed_not_only_the_first(folder: Path) -> None:
 
 
 def test_a_long_list_of_problems_is_counted(folder: Path) -> None:
-    path = write(folder, *["{"] * 1203, GOOD)
+    words = ["red", "green", "blue", "grey"]
+    kinds = [f"{a}{b}{c}{d}{e}" for a in words for b in words for c in words for d in words for e in words + ["x"]]
+    lines = [{**GOOD, "id": kind, "prefix": None, kind: 1} for kind in kinds[:1203]]
+    path = write(folder, *lines, GOOD)
     with pytest.raises(DataError) as caught:
         read_jsonl(path)
-    lines = str(caught.value).splitlines()
-    assert (len(lines), lines[-1]) == (1002, "... and 203 more")
-    assert lines[0].endswith("1203 of 1204 annotations cannot be used:")
+    shown = str(caught.value).splitlines()
+    assert (len(shown), shown[-1]) == (1002, "... and 203 more")
+    assert shown[0].endswith("1203 of 1204 annotations cannot be used:")
+
+
+def test_one_mistake_on_many_lines_is_one_line(folder: Path) -> None:
+    records = [{"image": "a.png", "prefix": "p", "caption": f"text {i}"} for i in range(1002)]
+    path = write(folder, *records[:500], GOOD, *records[500:], {**GOOD, "image": "b.png"}, {**GOOD, "image": "c.png"})
+    with pytest.raises(DataError) as caught:
+        read_jsonl(path)
+    assert str(caught.value).splitlines() == [
+        f"{path}: 1004 of 1005 annotations cannot be used:",
+        f"{path}: 1,002 lines (1-500, 502-1003): missing-key: 'suffix' is missing; the line has 'image', 'prefix',"
+        " 'caption'",
+        f"{path}:1004: missing-image: image b.png is not below {folder.resolve()}",
+        f"{path}:1005: missing-image: image c.png is not below {folder.resolve()}",
+    ]
+
+
+def test_a_mistake_with_names_in_it_is_counted_too(folder: Path) -> None:
+    path = write(folder, *[{**GOOD, "image": f"gone/{i}.png"} for i in range(0, 40)], GOOD)
+    with pytest.raises(DataError) as caught:
+        read_jsonl(path)
+    _, line = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: 40 lines (1-40): missing-image: image gone/0.png is not below ")
+    assert line.endswith(", and so on")
 
 
 def test_nothing_usable_is_refused_even_when_skipping(folder: Path) -> None:
@@ -259,12 +366,50 @@ def test_nothing_usable_is_refused_even_when_skipping(folder: Path) -> None:
         read_jsonl(write(folder, "{"), skip_bad=True)
 
 
+LLAVA = {"id": "0", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
+COCO = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]}
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("000.txt"))
+    return buffer.getvalue()
+
+
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("data.jsonl", "{}")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (b"image,prefix,suffix\r\na.png,caption en,a cat\r\n", "a table .CSV. with the columns image, prefix, suffix"),
+        (b"image\tcaption\na.png\ta cat\n", "a table .TSV. with the columns image, caption"),
+        (b"PAR1\x15\x04" + b"\0" * 40, "a Parquet file"),
+        (b"ARROW1\0\0" + b"\0" * 40, "an Arrow file"),
+        (b"\xff\xff\xff\xff\x38\x01\0\0\x10\0\0\0" + b"\0" * 40, "an Arrow file"),
+        (tar(), "a tar archive .a WebDataset shard"),
+        (gzip.compress(tar(), mtime=0), "a compressed file; unpack it first .gzip"),
+        (zipped(), "a compressed file; unpack it first .zip"),
+        (bz2.compress(b"{}"), "a compressed file; unpack it first .bzip2"),
+        (lzma.compress(b"{}"), "a compressed file; unpack it first .xz"),
+        (json.dumps([LLAVA]).encode(), "LLaVA's format"),
+        (json.dumps([LLAVA], indent=1).encode(), "LLaVA's format"),
+        (json.dumps(COCO).encode(), "COCO's format"),
+        (json.dumps(COCO, indent=1).encode(), "COCO's format"),
+        (json.dumps(GOOD, indent=1).encode(), "a JSON object over several lines"),
+        (pickle.dumps([GOOD], protocol=4), "a pickle, which can run code"),
+        (b"SQLite format 3\0" + b"\0" * 40, "an SQLite database"),
+        (b"\x89PNG\r\n\x1a\n", "an image; expected JSONL"),
+        (b"<!DOCTYPE html><html>", "a web page or XML"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         (b"", "no annotation in the file"),
         (b"\n \n", "no annotation in the file"),
-        (gzip.compress(json.dumps(GOOD).encode(), mtime=0), "a compressed file; unpack it first"),
+        (gzip.compress(json.dumps(GOOD).encode(), mtime=0), r"a compressed file; unpack it first \(gzip, `gunzip`\)"),
         (json.dumps(GOOD).encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         (json.dumps(GOOD).encode("utf-16-le"), "UTF-16 text; save it as UTF-8"),
         (json.dumps([GOOD], indent=1).encode(), "a JSON list; expected JSONL"),
@@ -275,6 +420,42 @@ def test_a_file_of_another_kind_is_refused(folder: Path, data: bytes, message: s
     path.write_bytes(data)
     with pytest.raises(DataError, match=message):
         read_jsonl(path, skip_bad=True)
+
+
+def test_llavas_lines_are_named(folder: Path) -> None:
+    (problem,) = problems(folder, LLAVA)
+    assert problem.code == "unknown-key" and '{"image": ..., "prefix": QUESTION, "suffix": ANSWER}' in problem.message
+
+
+def test_what_the_advice_makes_of_a_table_is_read(folder: Path) -> None:
+    """The command that the message gives is run as it is."""
+    table = folder / "data.csv"
+    table.write_text('image,prefix,suffix\na.png,caption en,"a cat, black"\n')
+    with pytest.raises(DataError) as caught:
+        read_jsonl(table)
+    command = str(caught.value).split("converts it: ")[1].split(" (then")[0]
+    command = command.replace("FILE.jsonl", "made.jsonl").replace("FILE", "data.csv").replace("python", sys.executable)
+    subprocess.run(command, shell=True, check=True, cwd=folder)
+    assert read_jsonl(folder / "made.jsonl")[0][0].suffix == "a cat, black"
+
+
+def test_a_link_out_of_the_root_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").touch()
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "images").symlink_to(tmp_path / "elsewhere")
+    (problem,) = problems_of(root, {**GOOD, "image": "images/a.png"})
+    assert problem.code == "outside-root"
+    assert f"a symbolic link leads to {tmp_path.resolve() / 'elsewhere' / 'a.png'}" in problem.message
+    assert "image_root" in problem.message
+    path = write(root, {**GOOD, "image": "elsewhere/a.png"})
+    assert len(read_jsonl(path, image_root=tmp_path)[0]) == 1
+
+
+def problems_of(root: Path, record: dict[str, Any]) -> list[Problem]:
+    text = {"prefix": "p", "suffix": "s", "id": "good"}
+    return read_jsonl(write(root, record, text), skip_bad=True)[1]
 
 
 def test_a_path_that_is_no_file_is_refused(folder: Path) -> None:

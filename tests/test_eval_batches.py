@@ -164,6 +164,6 @@ def test_our_models_read_several_images(tmp_path: Path) -> None:
     evaluate((model, processor), pairs, "exact_match", tmp_path / "o", max_new_tokens=6, progress=False)
     groups: list[Any] = [[pair.image, *pair.more_images] for pair in pairs]
     both = vlm.generate(model, processor, groups, ["same?"] * 4, max_new_tokens=6)
-    first = vlm.generate(model, processor, [pair.image for pair in pairs], ["same?"] * 4, max_new_tokens=6)
+    first = vlm.generate(model, processor, [pair.images[0] for pair in pairs], ["same?"] * 4, max_new_tokens=6)
     said = [json.loads(line)["prediction"] for line in (tmp_path / "o" / "items.jsonl").read_text().splitlines()]
     assert said == both != first

@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports from lower layers and from its own, and never in a circle.
 LAYERS = (
-    ("errors", "settings", "files", "images", "config", "masks", "loss", "resize", "transforms", "fusion", "budget"),
+    (
+        *("errors", "settings", "files", "strictjson", "control"),
+        *("images", "config", "masks", "loss", "resize", "transforms", "fusion", "budget"),
+    ),
     ("data", "content", "piece_model", "tokenizer", "prompts", "processor", "encoders", "projectors"),
     ("model", "beam", "generation", "geometry", "towers", "build", "checkpoints", "presets", "info", "siglip"),
     ("eval", "train", "check"),

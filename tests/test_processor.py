@@ -162,7 +162,6 @@ def test_prefix_that_does_not_fit(processor: Processor) -> None:
         ((None, []), "batch is empty"),
         (([1], ["a", "b"], ["c", "d"]), "2 text, 2 ids, 1 images, 2 suffix"),
         (([1, 2], ["a", "b"], ["c"]), "2 images, 1 suffix"),
-        (([1], ["a"], [""]), "sample '0': the suffix '' has no token"),
         (([1], [3], ["c"]), "sample '0': the prefix is int"),
         (([1], ["a"], [None]), "sample '0'"),
         (([1], ["a\ud800"], ["c"]), "sample '0', prefix: .*surrogate"),
@@ -276,3 +275,30 @@ def test_broken_processor_directories(processor: Processor, tmp_path: Path) -> N
     file.write_text(json.dumps({"processor_class": "PaliGemmaProcessor"}))
     with pytest.raises(CheckpointError, match="written by 'PaliGemmaProcessor'"):
         Processor.from_pretrained(tmp_path)
+
+
+def test_an_empty_suffix_teaches_to_stop(processor: Processor) -> None:
+    """Nothing to say is something to learn: EOS, alone supervised, also where there is room for one token only."""
+    newline = words(processor, "\n")
+    batch = processor(None, ["detect cat", "a"], ["", "b"], ids=["none", "some"])
+    head = [2, *words(processor, "detect cat"), *newline]
+    row, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()  # type: ignore[index]
+    assert row[: len(head) + 1] == [*head, 1] and labels[: len(head) + 1] == [-100] * len(head) + [1]
+    assert set(labels[len(head) + 1 :]) <= {-100} and batch.token_type_ids[0].sum() == 1
+    tight = processor(None, ["detect cat"], [""], max_text_length=len(head) + 1)
+    assert tight.input_ids[0].tolist() == [*head, 1] and tight.truncated == []
+    with pytest.raises(DataError, match="leaves none to supervise"):
+        processor(None, ["detect cat"], [""], max_text_length=len(head))
+
+
+def test_samples_of_text_alone_stand_beside_others(processor: Processor) -> None:
+    """None and [] are no image; the rows with images are those of a batch without the others."""
+    image = processor.image_token_id
+    mixed = processor([None, picture(1), [], [picture(2), picture(3)]], ["a", "b", "c", "d"], ["x"] * 4)
+    assert (mixed.input_ids == image).sum(1).tolist() == [0, 4, 0, 8]
+    alone = processor([picture(1), [picture(2), picture(3)]], ["b", "d"], ["x"] * 2)
+    assert mixed.pixel_values is not None and alone.pixel_values is not None
+    assert torch.equal(mixed.pixel_values, alone.pixel_values)
+    assert processor([None, []], ["a", "b"], ["x"] * 2).pixel_values is None
+    with pytest.raises(DataError, match="sample 1: one of its images is None"):
+        processor([picture(1), [picture(2), None]], ["a", "b"])  # type: ignore[list-item]

@@ -26,18 +26,12 @@ ORIENTATION = 0x0112
 """The EXIF tag that says how an image is turned upright."""
 
 
-def images_of(item: Example | Labelled) -> tuple[Path | Image.Image, ...]:
-    """All images of an item, in order."""
-    more = item.more_images if isinstance(item, Example) else ()
-    return tuple(image for image in (item.image, *more) if image is not None)
-
-
 def of_items(items: Sequence[Example] | Sequence[Labelled], fields: Sequence[str]) -> str:
     """sha256 over some fields of every item and over the content of its images, in order."""
-    found = of_files({image for item in items for image in images_of(item) if isinstance(image, Path)})
+    found = of_files({image for item in items for image in item.images if isinstance(image, Path)})
     total = hashlib.sha256()
     for item in items:
-        images = [found[image] if isinstance(image, Path) else of_picture(image) for image in images_of(item)]
+        images = [found[image] if isinstance(image, Path) else of_picture(image) for image in item.images]
         total.update(json.dumps([[getattr(item, name) for name in fields], images]).encode() + b"\n")
     return total.hexdigest()
 

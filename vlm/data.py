@@ -2,21 +2,26 @@
 
     {"image": "images/0001.jpg", "prefix": "caption en", "suffix": "a red car"}
     {"image": "images/0002.jpg", "prefix": "answer en what colour?", "answers": ["red", "red", "dark red"], "id": "q7"}
+    {"images": ["a.jpg", "b.jpg"], "prefix": "answer en what changed?", "suffix": "the car is gone"}
+    {"prefix": "answer en what is the capital of France?", "suffix": "Paris"}
 
     image       path below the image root (the file's own folder by default); nothing else is ever opened, no URLs
+    images      instead of `image`, several of them in the order in which the model sees them; `[]` is none
     prefix      what the model is asked; may be empty
-    suffix      what the model should say: the training target
+    suffix      what the model should say: the training target; "" is "nothing to say" and teaches to stop at once
     references  captions that an evaluation compares with (a list of text)
     answers     answers of different people to the same question (a list of text)
     id          text or a whole number, unique in the file; the line number by default
 
-Other keys are kept in `Example.info`, unless they look like a misspelt one of these. Probes of a vision tower read
-`{"image": ..., "label": ...}` instead.
+A line without `image` and `images` is about text alone. Other keys are kept in `Example.info`, unless something that
+was meant for the model would be lost with them. Refused are: a key that resembles one of these (`answer`, `suffix2`,
+`image_2`, and `image` beside `images`), dialogues (`conversations`, `messages`), `video` and `audio`, a key whose value
+is an image that the line does not show otherwise, and in a line without an image every key that speaks of one. Probes
+of a vision tower read `{"image": ..., "label": ...}` instead.
 """
 
 import difflib
 import functools
-import json
 import os
 import re
 import stat
@@ -27,13 +32,16 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from vlm import strictjson
 from vlm.errors import DataError
 from vlm.images import shown
 
 MAX_LINE_BYTES = 2**20
 MAX_LISTED = 1000
 """How many problems an error message lists; it always says how many there are."""
-KEYS = ("id", "image", "prefix", "suffix", "references", "answers")
+MAX_ALIKE = 3
+"""More lines with the same mistake are one problem in a message, with their count and numbers."""
+KEYS = ("id", "image", "images", "prefix", "suffix", "references", "answers")
 LABELLED_KEYS = ("id", "image", "label")
 
 
@@ -42,7 +50,8 @@ class Example:
     """One annotation that passed every check; the image has not been decoded yet."""
 
     id: str
-    image: Path | Image.Image
+    image: Path | Image.Image | None
+    """None: about text alone."""
     prefix: str
     suffix: str | None
     references: tuple[str, ...]
@@ -55,6 +64,11 @@ class Example:
     """Whatever else is known of the item and metrics or breakdowns read: choices, question type, language, ... From an
     annotation file: its other keys, as they are."""
 
+    @property
+    def images(self) -> tuple[Path | Image.Image, ...]:
+        """All images, in the order in which the model sees them."""
+        return () if self.image is None else (self.image, *self.more_images)
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -63,6 +77,11 @@ class Labelled:
     id: str
     image: Path | Image.Image
     label: str
+
+    @property
+    def images(self) -> tuple[Path | Image.Image, ...]:
+        """The image, as `Example` has it."""
+        return (self.image,)
 
 
 _T = TypeVar("_T", Example, Labelled)
@@ -101,7 +120,7 @@ def read_jsonl(
     Args:
         path: the JSONL file (UTF-8).
         image_root: folder that holds the images. No image outside it is accepted, symbolic links included.
-        require: which of `suffix`, `references` and `answers` every line must have; `image` and `prefix` always.
+        require: which of `suffix`, `references` and `answers` every line must have; `prefix` always.
         skip_bad: skip unusable lines and return their problems, instead of refusing the file.
 
     Raises:
@@ -153,9 +172,44 @@ def _listing(problems: list[Problem], name: str, num_good: int) -> str:
     if len(problems) == 1 and num_good:
         return str(problems[0])
     total = len(problems) + num_good
-    more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    lines = listing(problems)
+    more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
     head = f"{name}: {len(problems)} of {total} annotations cannot be used:"
-    return "\n".join([head, *map(str, problems[:MAX_LISTED]), *more])
+    return "\n".join([head, *lines[:MAX_LISTED], *more])
+
+
+def listing(problems: Sequence[Problem]) -> list[str]:
+    """One line per problem, in order; a mistake that more than `MAX_ALIKE` lines have is one line with their count,
+    their numbers and what the first of them says."""
+    alike: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        # Names and numbers differ between lines with the same mistake.
+        mistake = re.sub(r"\S*[\d/\\.]\S*", "...", problem.message)
+        alike.setdefault((problem.file, problem.code, mistake), []).append(problem)
+    files = {name: place for place, name in enumerate(dict.fromkeys(problem.file for problem in problems))}
+    lines: list[tuple[int, int, str]] = []
+    for group in alike.values():
+        first = group[0]
+        if len(group) <= MAX_ALIKE:
+            lines += [(files[problem.file], problem.line, str(problem)) for problem in group]
+            continue
+        same = all(problem.message == first.message for problem in group)
+        said = first.message if same else f"{first.message}, and so on"
+        text = f"{first.file}: {len(group):,} lines ({spans([p.line for p in group])}): {first.code}: {said}"
+        lines.append((files[first.file], first.line, text))
+    return [text for *_, text in sorted(lines)]
+
+
+def spans(numbers: Sequence[int], most: int = 8) -> str:
+    """Rising numbers in few characters: "1-4, 7, 9-12 and more"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown_runs = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:most]]
+    return ", ".join(shown_runs) + (" and more" if len(runs) > most else "")
 
 
 # --- from bytes to JSON objects
@@ -166,18 +220,11 @@ def _lines(path: str | Path, name: str) -> Iterator[tuple[int, bytes]]:
 
     Split at b"\\n" only: `str.splitlines` would cut records at U+2028 and others that are legal inside JSON text.
     """
+    descriptor = strictjson.open_regular(path, name, "a JSONL file", "cannot read the annotations")
     try:
-        # O_NONBLOCK: a FIFO must be refused, not waited for.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise DataError(f"{name}: cannot read the annotations: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{name}: no file can have this name ({error})") from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise DataError(f"{name}: a directory, pipe or device; expected a JSONL file")
+        strictjson.refuse_other_formats(os.read(descriptor, strictjson.HEAD_BYTES), name)
+        os.lseek(descriptor, 0, os.SEEK_SET)
         with open(descriptor, "rb", closefd=False) as file:
-            _refuse_other_formats(file.peek(16)[:16], name)
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
@@ -191,48 +238,19 @@ def _lines(path: str | Path, name: str) -> Iterator[tuple[int, bytes]]:
         os.close(descriptor)
 
 
-def _refuse_other_formats(start: bytes, name: str) -> None:
-    """Say at once what a file is that would fail on every line."""
-    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
-        raise DataError(f"{name}: a compressed file; unpack it first")
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or start[1:4:2] == b"\0\0":
-        raise DataError(f"{name}: UTF-16 text; save it as UTF-8")
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        raise DataError(f"{name}: a JSON list; expected JSONL, one object per line (`jq -c '.[]'` converts it)")
-
-
 def _parse(line: bytes, number: int) -> dict[str, Any]:
-    """One line as a JSON object; JSON's dark corners are refused, not guessed at."""
+    """One line as a JSON object."""
     if len(line) > MAX_LINE_BYTES:
         raise _Refused("line-too-long", f"more than {MAX_LINE_BYTES:,} bytes; is a newline missing?")
+    if number > 1 and line.startswith(b"\xef\xbb\xbf"):
+        raise _Refused("not-json", "a byte order mark at column 1; were two files joined?")
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-        raise _Refused("not-utf-8", f"byte 0x{byte:02x} at column {error.start + 1}; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise _Refused("not-json", f"{error.msg} at column {error.colno}; is the line cut off?") from error
-    except RecursionError as error:
-        raise _Refused("not-json", "brackets nested too deep") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise _Refused("not-json", "a number with too many digits") from error
+        value = strictjson.parse(line)
+    except strictjson.NotJSON as error:
+        raise _Refused(error.code, str(error)) from error
     if not isinstance(value, dict):
         raise _Refused("not-an-object", f"expected {{...}} with keys, got {_kind(value)}")
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Refused("duplicate-key", f"key {twice!r} is there twice; only one of the values can be meant")
-    return value
-
-
-def _no_constant(text: str) -> None:
-    raise _Refused("not-json", f"{text} is no JSON value; use null or leave the key out")
 
 
 # --- from JSON objects to examples
@@ -240,28 +258,50 @@ def _no_constant(text: str) -> None:
 
 def _example(line: bytes, number: int, name: str, images: "_ImageRoot", require: Sequence[str]) -> Example:
     record = _parse(line, number)
-    _refuse_misspelt_keys(record)
-    _require(record, ("image", "prefix", *require))
+    named = _images(record)
+    _refuse_leftovers(record, KEYS, named)
+    _require(record, ("prefix", *require))
     suffix = record.get("suffix")
-    if suffix is not None and not _text(suffix, "suffix").strip() and "suffix" in require:
-        raise _Refused("empty", "'suffix' is blank; there would be nothing to learn")
+    if suffix is not None and _text(suffix, "suffix") and not suffix.strip() and "suffix" in require:
+        raise _Refused("empty", "'suffix' is blank but not empty; write \"\" where there is nothing to say")
+    found = [images.find(image) for image in named]
     return Example(
         id=_id(record.get("id"), number),
-        image=images.find(_text(record["image"], "image")),
+        image=found[0] if found else None,
         prefix=_text(record["prefix"], "prefix"),
         suffix=suffix,
         references=_texts(record.get("references"), "references"),
         answers=_texts(record.get("answers"), "answers"),
         file=name,
         line=number,
+        more_images=tuple(found[1:]),
         info={key: value for key, value in record.items() if key not in KEYS},
     )
 
 
+def _images(record: dict[str, Any]) -> list[str]:
+    """The names of the line's images, in order; none where it is about text alone."""
+    if "image" in record and "images" in record:
+        raise _Refused("unknown-key", "'image' beside 'images': only one is read; put all of them into 'images'")
+    if "image" in record:
+        if record["image"] is None:
+            raise _Refused("missing-key", "'image' is null; leave the key out where the line is about text alone")
+        if isinstance(record["image"], list):
+            raise _Refused("wrong-type", "'image' should be text, got a list; several images are 'images'")
+        return [_text(record["image"], "image")]
+    if "images" not in record:
+        return []
+    if record["images"] is None:
+        raise _Refused("missing-key", "'images' is null; leave the key out where the line is about text alone")
+    if record["images"] == []:
+        return []
+    return list(_texts(record["images"], "images"))
+
+
 def _labelled(line: bytes, number: int, name: str, images: "_ImageRoot") -> Labelled:
     record = _parse(line, number)
-    _refuse_misspelt_keys(record, LABELLED_KEYS)
     _require(record, ("image", "label"))
+    _refuse_leftovers(record, LABELLED_KEYS, [_text(record["image"], "image")])
     label = _text(record["label"], "label")
     if not label.strip():
         raise _Refused("empty", "'label' is blank; give each image its class")
@@ -277,12 +317,75 @@ def _require(record: dict[str, Any], keys: Sequence[str]) -> None:
             )
 
 
-def _refuse_misspelt_keys(record: dict[str, Any], keys: Sequence[str] = KEYS) -> None:
-    """`answer` for `answers` would drop what somebody annotated; a key that resembles none of ours is theirs."""
-    for key in record.keys() - set(keys):
-        close = difflib.get_close_matches(key, [known for known in keys if known not in record], n=1, cutoff=0.85)
-        if close:
-            raise _Refused("unknown-key", f"key {key!r}: did you mean {close[0]!r}? Rename it")
+_DIALOGUES = ("conversations", "conversation", "messages", "dialogue", "dialog", "turns")
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_SPEAKS_OF_IMAGES = re.compile(
+    r"im(age|g)|pic(ture)?s?($|_)|photo|pixel|screenshot|file_?name|filepath|^(path|file|url)s?$"
+)
+_IMAGE_NAME = re.compile(r"[^\n]{1,4096}\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic|heif|jp2|jxl|jfif)", re.IGNORECASE)
+_IMAGE_TEXT = re.compile(r"data:image/|iVBORw0KGgo|/9j/4|R0lGOD|UklGR")  # data URLs, and base64 of PNG, JPEG, GIF, WebP
+
+
+def _refuse_leftovers(record: dict[str, Any], keys: Sequence[str], images: Sequence[str]) -> None:
+    """Refuse a key that is not read although it looks like data; the others are somebody's notes.
+
+    `answer` for `answers` would drop what somebody annotated, `image2` what the question is about.
+    """
+    shown_already = {os.path.basename(image) for image in images}
+    for key in record:
+        if key in keys:
+            continue
+        resembled = _resembled(key, keys)
+        if resembled is not None:
+            if resembled in record and resembled != "image":
+                raise _Refused(
+                    "unknown-key", f"key {key!r} beside {resembled!r} would not be read; {_advice(resembled)}"
+                )
+            wanted = "images" if resembled == "image" and "image" in record and "images" in keys else resembled
+            raise _Refused("unknown-key", f"key {key!r}: did you mean {wanted!r}? Rename it")
+        if key.lower() in _DIALOGUES:
+            raise _Refused("unknown-key", f"key {key!r}: a dialogue is not read; {strictjson.LLAVA_ADVICE}")
+        if key.lower() in _OTHER_MEDIA:
+            raise _Refused("unknown-key", f"key {key!r}: only images are read; give frames of it as 'images'")
+        if _holds_image(record[key], shown_already):
+            wanted = "images" if "images" in keys else "image"
+            raise _Refused("unknown-key", f"key {key!r} holds an image that would not be shown; put it into {wanted!r}")
+        if not images and "images" in keys and "images" not in record and _SPEAKS_OF_IMAGES.search(key.lower()):
+            raise _Refused(
+                "unknown-key",
+                f"key {key!r}, but no 'image'; rename it, or say `\"images\": []` where the line is about text alone",
+            )
+
+
+def _resembled(key: str, keys: Sequence[str]) -> str | None:
+    """The key of ours that `key` spells in another way: other case, a number behind it, a letter more or less."""
+    stem = re.sub(r"[\W_\d]+$", "", key).lower()
+    if stem in keys:
+        return stem if stem != "id" or key.lower() == "id" else None
+    close = difflib.get_close_matches(stem, [known for known in keys if known != "id"], n=1, cutoff=0.85)
+    return close[0] if close else None
+
+
+def _advice(key: str) -> str:
+    if key in ("image", "images"):
+        return "put all images into 'images'"
+    if key in ("references", "answers"):
+        return f"put all of them into {key!r}"
+    return "write a line for each, or rename the key"
+
+
+def _holds_image(value: Any, shown_already: set[str]) -> bool:
+    """Whether a value is (or lists) an image that the line does not show."""
+    if isinstance(value, str):
+        if _IMAGE_TEXT.match(value) and (value.startswith("data:") or len(value) > 64):
+            return True
+        is_link = re.match(r"https?://", value) is not None  # where an image came from; nothing is ever fetched
+        return _IMAGE_NAME.fullmatch(value) is not None and not is_link and os.path.basename(value) not in shown_already
+    if isinstance(value, list):
+        return any(_holds_image(item, shown_already) for item in value[:1000])
+    if isinstance(value, dict):
+        return any(_holds_image(item, shown_already) for item in value.values())
+    return False
 
 
 def _text(value: Any, key: str) -> str:
@@ -351,7 +454,7 @@ class _ImageRoot:
             real = os.path.realpath(os.path.join(self.root, image))
             # Before any question about the file: what is outside may not even be asked for.
             if os.path.commonpath([self.root, real]) != self.root:
-                raise _Refused("outside-root", f"image {name} lies outside the image root {shown(self.root)}")
+                raise _Refused("outside-root", self._outside(image, name, real))
             mode = os.stat(real).st_mode
         except FileNotFoundError as error:
             if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", image):
@@ -362,3 +465,13 @@ class _ImageRoot:
         if not stat.S_ISREG(mode):
             raise _Refused("not-a-file", f"image {name} is a directory, pipe or device")
         return Path(real)
+
+    def _outside(self, image: str, name: str, real: str) -> str:
+        said = f"image {name} lies outside the image root {shown(self.root)}"
+        below = os.path.commonpath([self.root, os.path.normpath(os.path.join(self.root, image))]) == self.root
+        if not below:
+            return f"{said}; give the folder that holds all images as image_root"
+        return (
+            f"{said}: a symbolic link leads to {shown(real)}; give the folder that holds the images themselves as"
+            " image_root (with paths below it), or copy them"
+        )

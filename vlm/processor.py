@@ -124,7 +124,7 @@ class Processor:
 
     def __call__(
         self,
-        images: Sequence[ImageSource | Sequence[ImageSource]] | None = None,
+        images: Sequence[ImageSource | Sequence[ImageSource] | None] | None = None,
         text: Sequence[str] | str = (),
         suffix: Sequence[str] | str | None = None,
         *,
@@ -136,7 +136,8 @@ class Processor:
         left, no labels).
 
         Args:
-            images: for each sample one image or a list of images (path, bytes or Pillow image); None for text only.
+            images: for each sample one image, a list of images (path, bytes or Pillow image), or None or an empty list
+                where it is about text alone; None for a batch of text alone.
             text: for each sample the prefix, such as `caption en`. `<image>` is never written by the user: placeholders
                 are inserted here.
             suffix: for each sample the target text, or None.
@@ -237,7 +238,11 @@ class Processor:
             return [[] for _ in range(num_samples)]
         if isinstance(images, str | Path | bytes | Image.Image):
             images = [images]
-        return [list(item) if isinstance(item, list | tuple) else [item] for item in images]
+        groups = [[] if item is None else list(item) if isinstance(item, list | tuple) else [item] for item in images]
+        for number, group in enumerate(groups):
+            if any(image is None for image in group):
+                raise DataError(f"sample {number}: one of its images is None; leave it out, or give [] for text alone")
+        return groups
 
     @staticmethod
     def _check_lengths(prefixes: list[str], suffixes: list[str] | None, names: list[str], groups: list[Any]) -> None:
@@ -253,7 +258,10 @@ class Processor:
             raise DataError(f"each sample needs one of each, got {shown} (first sample: {names[:1]})")
         for name, suffix in zip(names, suffixes or [], strict=False):
             if suffix is None:
-                raise DataError(f"sample {name!r}: the suffix is None in a training batch; give each sample a target")
+                raise DataError(
+                    f'sample {name!r}: the suffix is None in a training batch; give each sample a target, or "" where'
+                    " there is nothing to say"
+                )
 
     def _pixels(self, groups: list[list[ImageSource]], names: list[str]) -> Pixels | None:
         loaded = [self._load(image, name) for group, name in zip(groups, names, strict=True) for image in group]

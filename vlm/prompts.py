@@ -26,8 +26,8 @@ class EncodedText:
 
     Attributes:
         prefix: BOS, prefix and newline.
-        suffix: suffix and EOS, both supervised; empty when there is nothing to learn. Without EOS when the suffix was
-            cut.
+        suffix: suffix and EOS, both supervised: EOS alone for an empty suffix; empty when generating. Without EOS when
+            the suffix was cut.
         truncated: the suffix was cut to fit.
     """
 
@@ -53,13 +53,13 @@ class PromptEncoder:
 
         Args:
             prefix: the prompt, such as `caption en`.
-            suffix: the target, or None when generating.
+            suffix: the target, or None when generating. "" is a target too: to say nothing, and so EOS at once.
             sample: id that errors name.
             max_length: most text tokens, BOS, newline and EOS included, image tokens not (PaliGemma's `text_len`). Only
                 the suffix is ever cut.
 
         Raises:
-            DataError: the prefix alone does not fit, or no token of the suffix would be supervised.
+            DataError: the prefix alone does not fit, or leaves no room for a token to learn.
         """
         head = [self._bos, *self._part(prefix, "prefix", sample), *self._newline]
         if max_length is not None and len(head) > max_length:
@@ -71,8 +71,6 @@ class PromptEncoder:
         if suffix is None:
             return EncodedText(head, [], False)
         tail = self._part(suffix, "suffix", sample)
-        if not tail:
-            raise DataError(f"sample {sample!r}: the suffix {suffix!r} has no token to learn; give a target text")
         room = len(tail) + 1 if max_length is None else max_length - len(head)
         if room < 1:
             raise DataError(

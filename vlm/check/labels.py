@@ -84,7 +84,7 @@ def _add(subject: Subject, examples: list[Example], count: _Count) -> None:
 def _add_image(subject: Subject, example: Example, count: _Count) -> None:
     """Check the labels of one example behind its image; nothing is counted twice."""
     try:
-        batch = _lay_out(subject, [example], [example.image])
+        batch = _lay_out(subject, [example], [example.images])
     except (DataError, ImageError):
         return  # the text alone has been judged already, and broken images are training's business
     problem = "" if batch.labels is None else _problem(subject, batch, 0, example)
@@ -96,7 +96,7 @@ def _lay_out(subject: Subject, examples: list[Example], images: list[Any] | None
     return subject.processor(
         images,
         text=[example.prefix for example in examples],
-        suffix=[example.suffix or "" for example in examples],
+        suffix=[example.suffix for example in examples if example.suffix is not None],
         ids=[example.id for example in examples],
         max_text_length=subject.max_text_length,
     )

@@ -64,7 +64,7 @@ def plan(
     tasks = {name: _read_task(config, name) for name in config.tasks}
     if config.probes is not None:
         _check_probes(config.probes)
-    sizes = match.sizes_of([example.image for example in next(iter(tasks.values()))])
+    sizes = match.sizes_of([image for example in next(iter(tasks.values())) for image in example.images])
     if not sizes:
         raise DataError(f"{next(iter(config.tasks.values())).data}: none of the images can be opened")
     made = match.match(arms, how, sizes, config.tokens)

@@ -93,13 +93,13 @@ def costs(model: VLM, processor: Processor, spec: Spec, tasks: dict[str, list[Ex
     speed = inference_speed(
         model,
         processor,
-        [example.image for example in shown],
+        [example.images[0] for example in shown],
         prompts,
         batch_size=min(task.batch_size, len(shown)),
         max_new_tokens=task.max_new_tokens,
         repeats=SPEED_REPEATS,
     )
-    every = {str(example.image): example.image for examples in tasks.values() for example in examples}
+    every = {str(image): image for examples in tasks.values() for example in examples for image in example.images}
     trained = sorted({part for stage in spec.run.stages for part in stage.train})
     return {
         "inference": {**speed, "batch_size": min(task.batch_size, len(shown)), "new_tokens": task.max_new_tokens},
@@ -107,7 +107,7 @@ def costs(model: VLM, processor: Processor, spec: Spec, tasks: dict[str, list[Ex
             processor, list(islice((image for image in every.values() if _opens(image)), TOKEN_IMAGES))
         ),
         "parameters": {**count_parameters(model, trained), "trained_parts": trained},
-        "flops": flops_per_image(model, processor, shown[0].image, prompts[0]),
+        "flops": flops_per_image(model, processor, shown[0].images[0], prompts[0]),
     }
 
 
@@ -122,8 +122,10 @@ def decodable(examples: Sequence[Example], most: int) -> list[Example]:
         if len(found) == most:
             break
         with suppress(ImageError):
-            load_image(example.image)
-            found.setdefault(str(example.image), example)
+            for image in example.images:
+                load_image(image)
+            if example.images:
+                found.setdefault(str(example.images), example)
     if not found:
         raise DataError(f"{examples[0].file}: none of the images can be decoded")
     return list(found.values())

@@ -243,7 +243,7 @@ def _info(side: Side) -> dict[str, Any]:
 
 def _example(item: Mapping[str, Any]) -> Example:
     references, answers = (tuple(item.get(name, ())) for name in ("references", "answers"))
-    return Example(item["id"], Path(), item["prefix"], item.get("suffix"), references, answers, file="", line=0)
+    return Example(item["id"], None, item["prefix"], item.get("suffix"), references, answers, file="", line=0)
 
 
 def _bootstrap(

@@ -14,7 +14,7 @@ from typing import Literal
 from PIL import Image
 
 from vlm.budget import cut
-from vlm.content import images_of, of_items
+from vlm.content import of_items
 from vlm.data import Example
 from vlm.errors import DataError, ImageError
 from vlm.images import image_size
@@ -62,7 +62,7 @@ def listed(names: Sequence[str]) -> str:
 
 def image_name(example: Example) -> str:
     """A name of the images for people and for groups, which does not depend on where the data folder lies."""
-    return " + ".join(_image_name(image, example.file) for image in images_of(example))
+    return " + ".join(_image_name(image, example.file) for image in example.images)
 
 
 def _image_name(image: Path | Image.Image, file: str) -> str:
@@ -88,17 +88,23 @@ def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example]:
 
         images  A A A B C C   turned by 3:  B C C A A A
 
+    Items without an image stay as they are.
+
     Raises:
-        DataError: one image belongs to more than half of the items, so that no such exchange exists.
+        DataError: no item has an image, or one image belongs to more than half of those that have one, so that no such
+            exchange exists.
     """
     groups: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
-        groups.setdefault(image_name(example), []).append(index)
+        if example.images:
+            groups.setdefault(image_name(example), []).append(index)
+    if not groups:
+        raise DataError("images cannot be exchanged: none of the items has one")
     largest = max(groups, key=lambda name: len(groups[name]))
-    turn = len(groups[largest])
-    if 2 * turn > len(examples):
+    turn, total = len(groups[largest]), sum(map(len, groups.values()))
+    if 2 * turn > total:
         raise DataError(
-            f"images cannot be exchanged: {turn} of {len(examples)} items have the image {largest}; at most half may"
+            f"images cannot be exchanged: {turn} of {total} items have the image {largest}; at most half may"
         )
     rng = random.Random(seed)
     names = sorted(groups)
@@ -133,7 +139,7 @@ def image_sizes(example: Example) -> list[tuple[int, int]]:
     """(width, height) of the images of an item, from their headers; none where one cannot be opened (it will be among
     the failures)."""
     try:
-        return [image_size(image) for image in images_of(example)]
+        return [image_size(image) for image in example.images]
     except ImageError:
         return []
 

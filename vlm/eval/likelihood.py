@@ -126,7 +126,8 @@ def _check(
 
 def _normalized(total: _Total, text: str, normalization: str) -> float:
     value, num_tokens = total
-    divisors = {"none": 1, "token": num_tokens, "byte": len(text.encode("utf-8", "surrogatepass"))}
+    # An empty candidate (EOS alone) has no byte to divide by.
+    divisors = {"none": 1, "token": num_tokens, "byte": max(1, len(text.encode("utf-8", "surrogatepass")))}
     return value / divisors[normalization]
 
 
@@ -177,13 +178,15 @@ def _chunk_totals(model: VLM, suffixes: Tensor, first: Tensor, prefix_mask: Tens
     """Sums over the tokens of each candidate.
 
     Args:
-        suffixes: int64[P, C], padded with -100; C is at least 2: a token and EOS.
+        suffixes: int64[P, C], padded with -100; a candidate ends in EOS, and an empty one is EOS alone.
         first: float32[P, V], log-probabilities of the first token.
         prefix_mask: int64[P, S]. cache: of the prefixes, P rows; it is filled further.
     """
     real = suffixes != IGNORE
     tokens = suffixes.clamp(min=0)
     known = tokens[:, :-1]  # the last token of a row predicts nothing
+    if not known.shape[1]:  # empty candidates only
+        return [(value, 1) for value in first.gather(1, tokens)[:, 0].double().tolist()]
     out = model(
         input_ids=known,
         attention_mask=torch.cat([prefix_mask, real[:, :-1].to(prefix_mask.dtype)], dim=1),

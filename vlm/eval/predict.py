@@ -14,7 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-from vlm.content import images_of
 from vlm.data import Example
 from vlm.errors import ConfigError, DataError, ImageError
 from vlm.images import load_image
@@ -207,7 +206,7 @@ def _free() -> None:
 def decode(example: Example, background: tuple[int, int, int]) -> Pictures | ImageError:
     """All images of an example, or the error of the first that cannot be used."""
     try:
-        return [load_image(image, background=background) for image in images_of(example)]
+        return [load_image(image, background=background) for image in example.images]
     except ImageError as error:
         return error
 

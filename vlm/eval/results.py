@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import vlm
-from vlm.content import images_of
 from vlm.data import Example, Problem
 from vlm.errors import DataError
 
@@ -190,12 +189,12 @@ def item_lines(
     """One record per item, in the order of the data: prediction, gold texts, facts, kind and scores."""
     for example, record in zip(job.examples, records, strict=True):
         gold = {"suffix": example.suffix, "references": example.references, "answers": example.answers}
-        line = {**record, **{key: value for key, value in gold.items() if value}}
+        line = {**record, **{key: value for key, value in gold.items() if value not in (None, ())}}
         if said[example.id] != record["prediction"]:
             line["scored_as"] = said[example.id]
         if example.info:
             line["info"] = dict(example.info)
-        images = [str(image) for image in images_of(example) if not hasattr(image, "size")]
+        images = [str(image) for image in example.images if not hasattr(image, "size")]
         if images:
             line["images"] = images
         yield {

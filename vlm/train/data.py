@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 300
 """The run stops when a micro-batch takes longer to load."""
 IN_A_ROW = 100
-Chosen = tuple[int, Any]
-"""Index of an example and its image (or what stands for it where features were made before, `vlm.train.features`)."""
+Chosen = tuple[int, list[Any]]
+"""Index of an example and its images (or what stands for them where features were made before, `vlm.train.features`);
+no image where the example is about text alone."""
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Failure:
     """An image that could not be decoded during training; its place went to another example."""
 
     example: Example
+    image: Path | Image.Image | None
+    """Which of its images."""
     code: str
     message: str
 
@@ -89,7 +92,7 @@ class MicroBatches(Dataset[MicroBatch]):
         self.max_text_length, self.augmentations = max_text_length, augmentations
         self.batch_tokens = batch_tokens
         # By image, not by example: a picture often has several questions.
-        self._cache: dict[Path | int, Image.Image] = {}
+        self._cache: dict[Path | tuple[int, int], Image.Image] = {}
         self._cache_left = cache_images_mb * 10**6
         self._by_budget = {budget: with_budget(processor, budget) for budget in budgets}
 
@@ -107,14 +110,14 @@ class MicroBatches(Dataset[MicroBatch]):
         return item
 
     def _batch(self, processor: Processor, chosen: Sequence[Chosen]) -> Batch:
-        return processor([image for _, image in chosen], **self._texts(chosen))
+        return processor([images for _, images in chosen], **self._texts(chosen))
 
     def _texts(self, chosen: Sequence[Chosen]) -> dict[str, Any]:
         """What the processor is told of the examples, beside their images."""
         examples = [self.examples[index] for index, _ in chosen]
         return {
             "text": [example.prefix for example in examples],
-            "suffix": [example.suffix or "" for example in examples],
+            "suffix": [example.suffix for example in examples],
             "ids": [example.id for example in examples],
             "max_text_length": self.max_text_length,
         }
@@ -133,7 +136,7 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def _lengths(self, processor: Processor, chosen: Sequence[Chosen]) -> list[int]:
         """Tokens of each example, image and text."""
-        return processor.lengths([[image.size] for _, image in chosen], **self._texts(chosen))
+        return processor.lengths([[image.size for image in images] for _, images in chosen], **self._texts(chosen))
 
     def _processor(self, key: Key) -> Processor:
         """The processor with the patch budget of the key's optimizer step."""
@@ -142,25 +145,28 @@ class MicroBatches(Dataset[MicroBatch]):
         return self._by_budget[drawn(self.mixture.seed, key.step, list(self._by_budget))]
 
     def _pick(self, position: int, item: MicroBatch) -> Chosen:
-        """The example at a position and its image; while images fail, the position's next substitute."""
+        """The example at a position and its images; while images fail, the position's next substitute."""
         index = self.mixture.example(position)
         for attempt in range(IN_A_ROW):
-            item.images_read += 1
+            images: list[Any] = []
             try:
-                image = self._image(index)
+                for number in range(len(self.examples[index].images)):
+                    item.images_read += 1
+                    images.append(self._image(index, number))
             except ImageError as error:
-                item.failures.append(Failure(self.examples[index], error.code, str(error)))
+                example = self.examples[index]
+                item.failures.append(Failure(example, example.images[len(images)], error.code, str(error)))
                 index = self.mixture.substitute(position, attempt)
                 continue
-            return index, self._augment(image, position)
+            return index, self._augment(images, position)
         raise DataError(
             f"{IN_A_ROW} images in a row could not be decoded (see failures.jsonl); last: {item.failures[-1].message}"
         )
 
-    def _image(self, index: int) -> Any:
-        """The image of an example."""
-        source = self.examples[index].image
-        key = source if isinstance(source, Path) else index
+    def _image(self, index: int, number: int) -> Any:
+        """One of the images of an example."""
+        source = self.examples[index].images[number]
+        key = source if isinstance(source, Path) else (index, number)
         if key in self._cache:
             return self._cache[key]
         image = load_image(source, background=self.processor.image_transform.background)
@@ -170,14 +176,16 @@ class MicroBatches(Dataset[MicroBatch]):
             self._cache_left -= size
         return image
 
-    def _augment(self, image: Any, position: int) -> Any:
-        """One view of the image, drawn from the position: an example repeated within an epoch is seen in another."""
-        if self.augmentations:
+    def _augment(self, images: list[Any], position: int) -> list[Any]:
+        """One view of each image, drawn from the position: an example repeated within an epoch is seen in another."""
+        if self.augmentations and images:
             seed = (self.mixture.seed, position)
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-            for augmentation in self.augmentations:
-                image = augmentation(image, rng)
-        return image
+            for number, image in enumerate(images):
+                for augmentation in self.augmentations:
+                    image = augmentation(image, rng)
+                images[number] = image
+        return images
 
 
 def with_budget(processor: Processor, budget: int) -> Processor:

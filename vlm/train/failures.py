@@ -42,7 +42,7 @@ class Failures:
 
     def _append(self, failure: Failure) -> None:
         example = failure.example
-        key = (str(example.image), example.line)
+        key = (str(failure.image), example.line)
         if key in self._listed:
             return
         self._listed.add(key)

@@ -34,7 +34,7 @@ from vlm.encoders import EncoderOutput
 from vlm.errors import ConfigError, ImageError
 from vlm.files import publishing_file
 from vlm.processor import Batch, Processor
-from vlm.train.data import MicroBatches
+from vlm.train.data import Chosen, MicroBatches
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +57,17 @@ class Plan:
         self, folder: Path, examples: Sequence[Example], *, image_bytes: int, identity: Mapping[str, Any]
     ) -> None:
         numbers: dict[Path, int] = {}
-        image_of = []
+        images_of: list[tuple[int, ...]] = []
         for example in examples:
-            if not isinstance(example.image, Path):
-                raise ConfigError(f"example {example.id}: cache_features needs image files, got an image in memory")
-            image_of.append(numbers.setdefault(example.image, len(numbers)))
+            for image in example.images:
+                if not isinstance(image, Path):
+                    raise ConfigError(f"example {example.id}: cache_features needs image files, got an image in memory")
+                numbers.setdefault(image, len(numbers))
+            images_of.append(tuple(numbers[image] for image in example.images if isinstance(image, Path)))
         self.folder = folder
         self.images = list(numbers)
-        self.image_of = np.array(image_of, dtype=np.int64)
-        """Number of the image of each example."""
+        self.images_of = images_of
+        """Numbers of the images of each example."""
         self.per_shard = max(1, SHARD_BYTES // image_bytes)
         self._identity = {name: of_values(value) for name, value in identity.items()}
 
@@ -145,24 +147,28 @@ class FeatureStore:
             offsets.append(np.cumsum(lengths[-1]) - lengths[-1])
             self.masked |= json.loads(metadata["masked"])
             self._failures.update({int(i): tuple(said) for i, said in json.loads(metadata["failures"]).items()})
-        self._lengths, self._offsets, self._grids = (np.concatenate(parts) for parts in (lengths, offsets, grids))
+        # No shard at all where every example is about text alone.
+        empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
+        self._lengths, self._offsets, self._grids = (
+            np.concatenate([none, *parts]) for none, parts in zip(empty, (lengths, offsets, grids), strict=True)
+        )
 
     @property
     def failed(self) -> int:
         """Images that did not decode."""
         return len(self._failures)
 
-    def grid(self, example: int) -> tuple[int, int]:
-        """(rows, columns) of an example's image. Raises the `ImageError` with which it did not decode."""
-        image = self._plan.image_of[example]
+    def grid(self, example: int, number: int = 0) -> tuple[int, int]:
+        """(rows, columns) of one of an example's images. Raises the `ImageError` with which it did not decode."""
+        image = self._plan.images_of[example][number]
         if image in self._failures:
             raise ImageError(*self._failures[image])
         rows, columns = self._grids[image]
         return int(rows), int(columns)
 
-    def read(self, example: int) -> Tensor:
-        """float[P, E]: the features of an example's image, in the dtype that the tower gave."""
-        image = int(self._plan.image_of[example])
+    def read(self, example: int, number: int = 0) -> Tensor:
+        """float[P, E]: the features of one of an example's images, in the dtype that the tower gave."""
+        image = self._plan.images_of[example][number]
         start = int(self._offsets[image])
         with safe_open(self._plan.path(image // self._plan.per_shard), framework="pt") as file:
             features: Tensor = file.get_slice("features")[start : start + int(self._lengths[image])]
@@ -175,18 +181,19 @@ class FeatureBatch(Batch):
 
     Attributes:
         features: float[M, P, E]. feature_mask: bool[M, P], or None when every row is a patch. feature_grids: int64[M,
-            2]. As `EncoderOutput`.
+            2]. As `EncoderOutput`; all None when no example of the batch has an image.
     """
 
     features: Tensor | None = None
     feature_mask: Tensor | None = None
     feature_grids: Tensor | None = None
 
-    def split(self) -> tuple[dict[str, Tensor], EncoderOutput]:
-        """The tensors of the text, and what the tower gave."""
+    def split(self) -> tuple[dict[str, Tensor], EncoderOutput | None]:
+        """The tensors of the text, and what the tower gave (None without an image)."""
         names = ("features", "feature_mask", "feature_grids")
-        assert self.features is not None and self.feature_grids is not None
-        encoded = EncoderOutput(self.features, self.feature_mask, self.feature_grids)
+        encoded = None
+        if self.features is not None and self.feature_grids is not None:
+            encoded = EncoderOutput(self.features, self.feature_mask, self.feature_grids)
         return {name: tensor for name, tensor in self._tensors() if name not in names}, encoded
 
 
@@ -198,19 +205,20 @@ class FeatureBatches(MicroBatches):
         super().__init__(*arguments, **settings)
         self._store = store
 
-    def _image(self, index: int) -> Any:
+    def _image(self, index: int, number: int) -> Any:
         """(rows, columns): all that is needed to lay out a batch."""
-        return self._store.grid(index)
+        return self._store.grid(index, number)
 
-    def _lengths(self, processor: Processor, chosen: Sequence[tuple[int, Any]]) -> list[int]:
-        texts = self._texts(chosen)
-        lengths = processor.lengths([[]] * len(chosen), **texts)
-        return [processor.num_image_tokens(grid) + n for (_, grid), n in zip(chosen, lengths, strict=True)]
+    def _lengths(self, processor: Processor, chosen: Sequence[Chosen]) -> list[int]:
+        lengths = processor.lengths([[]] * len(chosen), **self._texts(chosen))
+        return [sum(map(processor.num_image_tokens, grids)) + n for (_, grids), n in zip(chosen, lengths, strict=True)]
 
-    def _batch(self, processor: Processor, chosen: Sequence[tuple[int, Any]]) -> FeatureBatch:
-        grids = [grid for _, grid in chosen]
-        batch = processor(grids=[[grid] for grid in grids], **self._texts(chosen))
-        rows = [self._store.read(index) for index, _ in chosen]
+    def _batch(self, processor: Processor, chosen: Sequence[Chosen]) -> FeatureBatch:
+        batch = processor(grids=[grids for _, grids in chosen], **self._texts(chosen))
+        rows = [self._store.read(index, number) for index, grids in chosen for number in range(len(grids))]
+        if not rows:
+            return FeatureBatch(**vars(batch))
+        grids = [grid for _, own in chosen for grid in own]
         features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = None
         if self._store.masked:

@@ -139,7 +139,20 @@ class StageModule(pl.LightningModule):
         out = self.compute(batch.to(self.device, non_blocking=True))
         self._micros.append((out.loss_sum.detach(), out.loss_weight.detach(), batch))
         loss: Tensor = out.loss_sum
-        return loss
+        return loss if has_images(batch) else loss + self._untouched()
+
+    def _untouched(self) -> Tensor:
+        """Zero, and zero gradients for the parts that a batch of text alone does not reach.
+
+        Data parallel training waits for the gradient of every parameter, and would wait for ever on a rank whose batch
+        has no image. With one process they are zero too and not missing, so that the optimizer does the same whatever
+        the number of processes and of micro-batches.
+        """
+        model: Any = self.model
+        unreached = [p for name in ("encoder", "projector") for p in model.parts()[name].parameters()]
+        # Sums of nothing: their gradient is zero whatever the values are.
+        sums = [p.flatten()[:0].sum() for p in unreached if p.requires_grad]
+        return torch.stack(sums).sum() if sums else torch.zeros((), device=self.device)
 
     def _add_gradients(self, loss: Tensor) -> None:
         """A backward pass like Lightning's, inside the step. Data parallel training exchanges nothing here, whatever
@@ -291,6 +304,11 @@ class FullModule(StageModule):
 def module_class(stage: StageConfig) -> type[StageModule]:
     """The module a stage asks for."""
     return {"frozen_encoder": FrozenEncoderModule, "full": FullModule}[stage.module]
+
+
+def has_images(batch: Batch) -> bool:
+    """Whether a batch shows any image, as pixels or as features."""
+    return batch.pixel_values is not None or (isinstance(batch, FeatureBatch) and batch.features is not None)
 
 
 def checksum(batches: Sequence[Batch]) -> int:

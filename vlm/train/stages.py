@@ -5,7 +5,7 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from vlm.checkpoints import load, save
 from vlm.checkpoints.preprocessing import own_transform
 from vlm.config import VLMConfig
 from vlm.content import of_items
-from vlm.data import Example, read_jsonl
+from vlm.data import Example, Problem, listing, read_jsonl
 from vlm.encoders import model_types
 from vlm.errors import ConfigError, DataError
 from vlm.geometry import planned, with_geometry
@@ -45,7 +45,7 @@ def run_stages(config: RunConfig, *, main: bool, skip_bad: bool, stop: StopSigna
     began = time.monotonic()
     join_process_group()
     examples, counts, skipped = read_sources(config, skip_bad)
-    val = _read_val(config, skip_bad)
+    val, skipped_val = _read_val(config, skip_bad)
     jobs = read_jobs(config.evaluate)
     digest = data_digest(examples)
     stages = [make_stage(config, i, examples, counts, val, digest, jobs) for i in range(len(config.stages))]
@@ -63,7 +63,7 @@ def run_stages(config: RunConfig, *, main: bool, skip_bad: bool, stop: StopSigna
             finished.append(stage.config.name)
     final = config.out / "model"
     if main:
-        _finish(config, start, final, skipped, time.monotonic() - began)
+        _finish(config, start, final, skipped + skipped_val, time.monotonic() - began)
     barrier()
     return final
 
@@ -117,8 +117,7 @@ def read_sources(config: RunConfig, skip_bad: bool) -> tuple[list[Example], tupl
             continue
         if not own:
             problems.append(f"{source.path}: no usable example")
-        for problem in bad:
-            log.warning("skipped %s:%s: %s: %s", problem.file, problem.line, problem.code, problem.message)
+        tell_skipped(bad)
         examples += own
         counts.append(len(own))
         skipped += len(bad)
@@ -129,10 +128,20 @@ def read_sources(config: RunConfig, skip_bad: bool) -> tuple[list[Example], tupl
     return examples, tuple(counts), skipped
 
 
-def _read_val(config: RunConfig, skip_bad: bool) -> list[Example]:
+def _read_val(config: RunConfig, skip_bad: bool) -> tuple[list[Example], int]:
+    """The validation examples, and how many annotations were skipped."""
     if config.data.val is None:
-        return []
-    return read_jsonl(config.data.val, image_root=config.data.image_root, require=("suffix",), skip_bad=skip_bad)[0]
+        return [], 0
+    root = config.data.image_root
+    examples, bad = read_jsonl(config.data.val, image_root=root, require=("suffix",), skip_bad=skip_bad)
+    tell_skipped(bad)
+    return examples, len(bad)
+
+
+def tell_skipped(problems: Sequence[Problem]) -> None:
+    """List the annotations that `--skip-bad` leaves out."""
+    for line in listing(problems):
+        log.warning("skipped %s", line)
 
 
 def data_digest(examples: list[Example]) -> str:

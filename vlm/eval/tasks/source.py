@@ -39,7 +39,7 @@ class Item:
 
     id: str
     images: tuple[Path | Image.Image, ...]
-    """The image, or several that the prompt is about, in order."""
+    """The image, or several that the prompt is about, in order; none where it is about text alone."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """What the prompt template may name: question, choices, language, ..."""
     suffix: str | None = None

@@ -177,7 +177,7 @@ class Task:
     def _example(self, item: Item, file: str, number: int) -> Example:
         return Example(
             id=item.id,
-            image=item.images[0],
+            image=item.images[0] if item.images else None,
             prefix=fill(self.prompt, item.fields, where=f"task {self.name!r}, item {item.id!r}"),
             suffix=item.suffix,
             references=item.references,
@@ -189,7 +189,7 @@ class Task:
         )
 
     def _report_missing(self, examples: Sequence[Example], source: Source) -> None:
-        paths = {image for ex in examples for image in (ex.image, *ex.more_images) if isinstance(image, Path)}
+        paths = {image for ex in examples for image in ex.images if isinstance(image, Path)}
         missing = sorted(path for path in paths if not path.is_file())
         if not missing:
             return

@@ -20,7 +20,7 @@ def read(source: Source) -> Iterator[Item]:
     for example in examples:
         yield Item(
             id=example.id,
-            images=(example.image, *example.more_images),
+            images=example.images,
             fields={"prefix": example.prefix},
             suffix=example.suffix,
             references=example.references,
