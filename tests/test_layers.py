@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from lower layers and from its own, and never in a circle.
 LAYERS = (
     (
-        *("errors", "settings", "files", "strictjson", "control"),
+        *("errors", "settings", "files", "strictjson"),
         *("images", "config", "masks", "loss", "resize", "transforms", "fusion", "budget"),
     ),
     ("data", "content", "piece_model", "tokenizer", "prompts", "processor", "encoders", "projectors"),
