@@ -19,6 +19,9 @@ from vlm import settings
 from vlm.errors import ConfigError, nearest
 
 PARTS = ("encoder", "projector", "decoder")
+MIN_RATE, MAX_RATE = 1e-12, 1.0
+"""AdamW's step is about as long as the rate, whatever the gradient: outside these no float32 weight can be trained."""
+TIMESCALE = 10_000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,11 @@ class DataConfig:
                 f"max_num_patches is {self.max_num_patches!r}, expected patches per image (1 or more) or a list such as"
                 f" [128, 256, 576, 784, 1024]; leave it out to train with the model's own budget"
             )
+        if isinstance(self.train, list) and self.image_root is not None and self.val is None:
+            raise ConfigError(
+                "image_root is for one training file and for `val`, and `train` is a list here; give each file of the"
+                " list its own image_root"
+            )
 
     def budgets(self) -> list[int]:
         """The patch budgets that training draws from; empty: the model's own."""
@@ -144,7 +152,7 @@ class EvaluateConfig:
     limit: int | None = 256
     """Items of each task: the same ones every time, drawn once with a fixed seed. None takes all."""
     max_new_tokens: int = 32
-    """For a JSONL file: most tokens of an answer."""
+    """For a JSONL file: most tokens of an answer; tasks bring their own."""
     batch_size: int = 16
     """Items at a time."""
 
@@ -152,6 +160,12 @@ class EvaluateConfig:
         if bool(self.metrics) == (self.tasks is not None):
             raise ConfigError("evaluate: give either `metrics`, for a JSONL file in `data`, or `tasks`, for a folder")
         _positive("evaluate", limit=self.limit, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        defaults = {"image_root": None, "max_new_tokens": 32}
+        for name, default in defaults.items():
+            if self.tasks is not None and getattr(self, name) != default:
+                raise ConfigError(
+                    f"evaluate: {name} is for a JSONL file; the tasks ({self.tasks}) bring their own; leave it out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +205,7 @@ class StageConfig:
     """Steps of linear warm-up when 1 or more, a fraction of the stage when below 1."""
     final: float = 0.0
     """Learning rate at the end of `linear` and `cosine`, as a fraction of the peak."""
-    timescale: float = 10_000.0
+    timescale: float = TIMESCALE
     """Steps after which `rsqrt` has divided the rate by sqrt(2)."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; None does not clip."""
@@ -217,11 +231,9 @@ class StageConfig:
         _positive(f"stage {self.name}", steps=self.steps, epochs=self.epochs, batch_size=self.batch_size)
         _positive(f"stage {self.name}", accumulate=self.accumulate, clip_norm=self.clip_norm, eps=self.eps)
         _positive(f"stage {self.name}", timescale=self.timescale, max_text_length=self.max_text_length)
-        if self.warmup < 0 or self.weight_decay < 0 or not 0 <= self.final <= 1:
-            raise ConfigError(f"stage {self.name}: warmup and weight_decay must be 0 or more, final between 0 and 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"stage {self.name}: betas must be at least 0 and below 1, got {list(self.betas)}")
         _positive(f"stage {self.name}", batch_tokens=self.batch_tokens)
+        self._check_schedule()
+        self._check_adamw()
         if self.batch_tokens is not None and self.accumulate > 1:
             raise ConfigError(
                 f"stage {self.name}: accumulate cuts a step into equal micro-batches, batch_tokens by length; give one"
@@ -238,6 +250,43 @@ class StageConfig:
         names = ("image_size", "image", "layer", "projector", "encoder_kind")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
+    def _check_schedule(self) -> None:
+        """Settings of another schedule than the one that is set would be without effect."""
+        if self.warmup < 0 or not 0 <= self.final <= 1:
+            raise ConfigError(f"stage {self.name}: warmup must be 0 or more, final between 0 and 1")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ConfigError(
+                f"stage {self.name}: warmup {self.warmup:g} is no whole number of steps; below 1 it is a fraction of"
+                f" the stage"
+            )
+        if self.final != 0 and self.schedule not in ("linear", "cosine"):
+            raise ConfigError(
+                f"stage {self.name}: final {self.final:g} has no effect on the schedule {self.schedule!r}; leave it"
+                f" out, or choose linear or cosine"
+            )
+        if self.timescale != TIMESCALE and self.schedule != "rsqrt":
+            raise ConfigError(
+                f"stage {self.name}: timescale {self.timescale:g} has no effect on the schedule {self.schedule!r};"
+                f" leave it out, or choose rsqrt"
+            )
+
+    def _check_adamw(self) -> None:
+        if self.weight_decay < 0:
+            raise ConfigError(f"stage {self.name}: weight_decay must be 0 or more, got {self.weight_decay:g}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"stage {self.name}: betas must be at least 0 and below 1, got {list(self.betas)}")
+        if not 1e-30 <= self.eps <= 1:
+            raise ConfigError(
+                f"stage {self.name}: eps must be between 1e-30 (float32 holds little less) and 1 (more stops every"
+                f" weight), got {self.eps:g}"
+            )
+        for part, rate in self.train.items():
+            if rate * self.weight_decay >= 1:
+                raise ConfigError(
+                    f"stage {self.name}: weight_decay {self.weight_decay:g} times the learning rate of {part}"
+                    f" ({rate:g}) is 1 or more: every step would wipe the weights out; lower one of them"
+                )
+
     def _check_parts(self) -> None:
         for part, rate in self.train.items():
             if part not in PARTS:
@@ -248,6 +297,12 @@ class StageConfig:
                 raise ConfigError(
                     f"stage {self.name}: train.{part}: the learning rate must be above 0, got {rate}; "
                     f"leave the part out to freeze it"
+                )
+            if not MIN_RATE <= rate <= MAX_RATE:
+                raise ConfigError(
+                    f"stage {self.name}: train.{part}: a learning rate of {rate:g} cannot train: AdamW moves a weight"
+                    f" by about the rate in each step, so below {MIN_RATE:g} nothing changes and above {MAX_RATE:g}"
+                    f" nothing is left; usual are 1e-6 to 1e-2"
                 )
         if not self.train:
             raise ConfigError(f"stage {self.name}: nothing trains; give at least one part a learning rate in `train`")
@@ -296,6 +351,7 @@ class RunConfig:
     """Optimizer steps between checkpoints; one is also written at the end of a stage and when the run is stopped."""
     keep_checkpoints: int = 2
     validate_every: int | None = None
+    """Steps between measurements of the loss on `data.val`; it is also measured at the end of each stage."""
     evaluate: EvaluateConfig | None = None
     """Score the model's answers every `evaluate_every` steps and at the end of each stage; training is not changed."""
     evaluate_every: int | None = None
@@ -314,6 +370,10 @@ class RunConfig:
         _positive("run", nodes=self.nodes, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
         _positive("run", keep_checkpoints=self.keep_checkpoints, validate_every=self.validate_every)
         _positive("run", evaluate_every=self.evaluate_every)
+        if self.validate_every is not None and self.data.val is None:
+            raise ConfigError(
+                "validate_every is set, but there is nothing to validate on; add `val` to `data`, or leave it out"
+            )
         if self.evaluate_every is not None and self.evaluate is None:
             raise ConfigError(
                 "evaluate_every is set, but nothing says what to evaluate; add `evaluate: {data, metrics}`"
