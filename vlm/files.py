@@ -397,21 +397,51 @@ class Lock:
     """A lock that the process holds until `close`, its end or its death; the file names the holder. See `locked`."""
 
     def __init__(self, path: Path, busy: Callable[[str], VLMError]) -> None:
-        with disk_errors(path):
-            self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-        descriptor = self._descriptor
-        if not _lock(descriptor):
-            owner = os.read(descriptor, 100).decode(errors="replace").strip() or "unknown"
+        self._path = path
+        self._descriptor: int | None = None
+        while not self._take(busy):  # whoever held it has removed it in between
+            self.close()
+        try:
+            with disk_errors(path):
+                os.ftruncate(self._open, 0)
+                os.write(self._open, f"{os.getpid()} on {platform.node()}\n".encode())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _open(self) -> int:
+        assert self._descriptor is not None
+        return self._descriptor
+
+    def _take(self, busy: Callable[[str], VLMError]) -> bool:
+        """Lock the file; False when it is no longer the one at the path, so that its lock keeps nobody out."""
+        with disk_errors(self._path):
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        if not _lock(self._open):
+            owner = os.read(self._open, 100).decode(errors="replace").strip() or "unknown"
             self.close()
             raise busy(owner)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} on {platform.node()}\n".encode())
+        try:
+            return os.path.samestat(os.fstat(self._open), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Give the lock back."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def remove(self) -> None:
+        """Delete the lock's file and give the lock back; nothing is done once it was given back."""
+        if self._descriptor is None:
+            return
+        if os.name == "nt":  # no open file can be deleted there
+            self.close()
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+        self.close()
 
     def __enter__(self) -> Lock:
         return self
@@ -421,7 +451,7 @@ class Lock:
 
 
 def locked(path: str | Path, busy: Callable[[str], VLMError]) -> Lock:
-    """Take the lock of `path` (a file that is made for it, never deleted).
+    """Take the lock of `path`, a file that is made for it and stays, unless the holder removes it.
 
     Args:
         busy: makes the error when somebody holds it, from a text that names the process.

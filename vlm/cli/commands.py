@@ -24,7 +24,7 @@ from vlm.cli.options import (
     geometry,
     unless_auto,
 )
-from vlm.errors import nearest
+from vlm.errors import ConfigError, nearest
 
 DIFF = "eval-diff"
 """`vlm eval diff` is a command of its own for argparse: it shares no option with `eval`."""
@@ -112,6 +112,11 @@ def _train(commands: Any) -> None:
         "change settings: --set seed=1 stages.0.steps=100",
     )
     parser.add_argument("--resume", action="store_true", help="go on after the newest complete checkpoint")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: go on although settings or data that change the result are others now; it is recorded",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="skip and list broken annotations")
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
 
@@ -121,13 +126,15 @@ def run_train(options: Namespace) -> int:
     from vlm import settings
     from vlm.train import load_config, run
 
+    if options.accept_changes and not options.resume:
+        raise ConfigError("--accept-changes is about a run that goes on; add --resume")
     config = load_config(options.config, options.overrides)
     if options.print_config:
         import yaml
 
         print(yaml.safe_dump(settings.to_dict(config), sort_keys=False), end="")
         return console.OK
-    print(run(config, resume=options.resume, skip_bad=options.skip_bad))
+    print(run(config, resume=options.resume, skip_bad=options.skip_bad, accept_changes=options.accept_changes))
     summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
     return console.SKIPPED if summary["skipped_annotations"] or summary["failed_images"] else console.OK
 

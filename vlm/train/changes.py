@@ -13,7 +13,7 @@ A stage has begun with its first checkpoint: without one a resumed run starts it
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Effect = Literal["none", "rounding", "same data", "same model", "later", "results", "never"]
@@ -43,7 +43,17 @@ _NOTHING: dict[str, tuple[str, ...]] = {
     "data": ("val", "cache_images_mb"),
 }
 _ROUNDING = ("accumulate", "batch_tokens", "cache_features")
+_SHAPE = ("image_size", "image", "layer", "projector", "encoder_kind")
 _LENGTH = ("steps", "epochs")
+_WORDS: dict[Effect, str] = {
+    "none": "no result depends on it",
+    "rounding": "the same gradient, but for rounding and the draws of dropout",
+    "same data": "the same data",
+    "same model": "the same model",
+    "later": "nothing of it had begun",
+    "results": "accepted, it changes the result",
+    "never": "it cannot change any more",
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,11 @@ class Change:
     effect: Effect
     why: str = ""
     """For `never`."""
+
+    @property
+    def consequence(self) -> str:
+        """The effect in words."""
+        return _WORDS[self.effect]
 
     def __str__(self) -> str:
         where = "" if self.section == "run" else f"{self.section}: "
@@ -85,7 +100,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], begun: Mapping[str, 
     found += _leaves("run", _without(old, "model", "data", "stages"), _without(new, "model", "data", "stages"))
     found += _data(old["data"], new["data"])
     if not goes_on:
-        found = [_too_late(change, "every stage is finished") for change in found]
+        found = [
+            too_late(change, "every stage is finished") if change.effect == "results" else change for change in found
+        ]
     if old["model"] != new["model"]:
         for name in sorted({*old["model"], *new["model"]}):
             before, after = old["model"].get(name), new["model"].get(name)
@@ -122,9 +139,7 @@ def _sources(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"repeat": 1.0, **source} for source in train] if isinstance(train, list) else [{"repeat": 1.0}]
 
 
-def _stages(
-    old: list[dict[str, Any]], new: list[dict[str, Any]], begun: Mapping[str, Begun]
-) -> Iterator[Change]:
+def _stages(old: list[dict[str, Any]], new: list[dict[str, Any]], begun: Mapping[str, Begun]) -> Iterator[Change]:
     for index in range(max(len(old), len(new))):
         before = old[index] if index < len(old) else None
         after = new[index] if index < len(new) else None
@@ -137,8 +152,7 @@ def _stages(
             later = [stage["name"] for stage in old[index + 1 :] if stage["name"] in begun]
             yield from _stage(before, after, state, later)  # type: ignore[arg-type]
         elif before is None or after is None or before["name"] != after["name"]:
-            names = [stage and stage["name"] for stage in (before, after)]
-            yield Change("run", f"stages.{index}", *names, "later")
+            yield Change("run", f"stages.{index}", before and before["name"], after and after["name"], "later")
         else:
             for change in _settings(before, after):
                 yield _with(change, "later")
@@ -151,12 +165,14 @@ def _stage(old: dict[str, Any], new: dict[str, Any], state: Begun, later: list[s
     for change in found:
         if change.setting in _ROUNDING:
             yield _with(change, "rounding")
+        elif change.setting in _SHAPE:
+            yield _with(change, "never", "the stage has begun with this model; add a stage for another one")
         elif change.setting.startswith("train.") and None in (change.before, change.after):
             yield _with(change, "never", "which parts train is fixed once the stage has begun; add a stage for it")
         elif state.finished and longer and later:
-            yield _too_late(change, f"stage {later[0]} has begun from its model")
+            yield too_late(change, f"stage {later[0]} has begun from its model")
         elif state.finished and not longer:
-            yield _too_late(change, "the stage is finished")
+            yield too_late(change, "the stage is finished")
         else:
             yield change
 
@@ -170,12 +186,13 @@ def _settings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
             yield Change(section, f"train.{part}", before, after, "results")
 
 
-def _too_late(change: Change, why: str) -> Change:
-    return _with(change, "never", f"{why}: it can no longer act") if change.effect == "results" else change
+def too_late(change: Change, why: str) -> Change:
+    """The same change, forbidden, because it would do nothing."""
+    return _with(change, "never", f"{why}: it can no longer act")
 
 
 def _with(change: Change, effect: Effect, why: str = "") -> Change:
-    return Change(change.section, change.setting, change.before, change.after, effect, why)
+    return replace(change, effect=effect, why=why)
 
 
 def listed(found: list[Change]) -> str:

@@ -2,8 +2,8 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,21 @@ class MetricsFile:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text.getvalue())
-        os.replace(temporary, path)
-        self._file = path.open("a", newline="")
+        files.write_text(path, text.getvalue())
+        with files.disk_errors(path):
+            self._file = path.open("a", newline="", encoding="utf-8")
+        self._path = path
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
     def write(self, **row: Any) -> None:
         """Append a row; columns left out stay empty. Floats keep all their digits, so runs can be compared exactly."""
-        self._writer.writerow(row)
-        self._file.flush()
+        with files.disk_errors(self._path):
+            self._writer.writerow(row)
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk has refused was told when it was written
+            self._file.close()
 
 
 def read(path: Path) -> list[dict[str, str]]:

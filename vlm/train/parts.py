@@ -1,6 +1,5 @@
 """Which parameters train: freezing by part, the manifest that records it, and the proof that it held."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm import files
 from vlm.checkpoints import identity
 from vlm.errors import TrainingError, nearest
 from vlm.train.config import PARTS, StageConfig
@@ -137,7 +137,7 @@ def _count(rows: list[Row]) -> int:
 
 def write_manifest(path: Path, rows: list[Row], **extra: Any) -> None:
     """The manifest as JSON: `{"parameters": [...], ...extra}`."""
-    path.write_text(json.dumps({**extra, "parameters": [asdict(row) for row in rows]}, indent=1) + "\n")
+    files.write_json(path, {**extra, "parameters": [asdict(row) for row in rows]})
 
 
 def frozen_digests(model: nn.Module, stage: StageConfig) -> dict[str, str]:

@@ -1,10 +1,10 @@
 """Which example is seen when: a pure function of the seed, so a run can start again at any step.
 
 Each epoch is a permutation of the mixture, drawn from (seed, epoch) alone. The permutations are laid end to end into
-one endless line of positions, and optimizer step s takes the positions [s * B, (s + 1) * B). Rank r and micro-batch a
-take a fixed slice of these. What is drawn for an example (its augmentation, the example in its place when its image
-does not decode) is drawn from (seed, position), so `repeat` shows it in several views. There is no state: to resume at
-step s is to begin counting at s. With B = 8, 2 ranks and 2 micro-batches:
+one endless line of positions, and optimizer step s takes the positions [s * B, (s + 1) * B), as long as B stays the
+same. Rank r and micro-batch a take a fixed slice of these. What is drawn for an example (its augmentation, the example
+in its place when its image does not decode) is drawn from (seed, position), so `repeat` shows it in several views.
+There is no state: to resume at step s is to begin counting at s. With B = 8, 2 ranks and 2 micro-batches:
 
     position   0 1 2 3 4 5 6 7
     rank       0 0 0 0 1 1 1 1
@@ -113,10 +113,23 @@ def steps_of(epochs: float, epoch_length: int, batch_size: int) -> int:
 class StepSampler:
     """The micro-batches of one rank from optimizer step `start` up to (not including) `stop`, in order.
 
+    Args:
+        position: of step `start` in the endless line; None when every step before had this `batch_size`.
+
     Raises `ConfigError` when `batch_size` cannot be shared equally by `world` ranks of `accumulate` micro-batches.
     """
 
-    def __init__(self, start: int, stop: int, batch_size: int, *, accumulate: int = 1, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        batch_size: int,
+        *,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        position: int | None = None,
+    ) -> None:
         shares = accumulate * world
         if batch_size % shares:
             raise ConfigError(
@@ -125,15 +138,17 @@ class StepSampler:
             )
         self.start, self.stop, self.batch_size = start, stop, batch_size
         self.accumulate, self.rank, self.size = accumulate, rank, batch_size // shares
+        self.position = start * batch_size if position is None else position
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[Key]:
         for step in range(self.start, self.stop):
+            first = self.position + (step - self.start) * self.batch_size
             for micro in range(self.accumulate):
                 place = self.rank * self.accumulate + micro
-                yield Key(step, micro, step * self.batch_size + place * self.size, self.size)
+                yield Key(step, micro, first + place * self.size, self.size)
 
 
 def stage_seed(seed: int, stage: int) -> int:

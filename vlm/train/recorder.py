@@ -44,14 +44,16 @@ class Recorder(pl.Callback):
         rows: list[parts.Row],
         frozen: dict[str, str],
         start: int,
+        position: int,
         scaler: Any,
         validator: Validator | None,
         evaluator: Evaluator | None = None,
     ) -> None:
-        """Called before the first step, at optimizer step `start`."""
+        """Called before the first step, at optimizer step `start` and its position in the line of examples."""
         self.stage, self.rows, self.frozen, self._scaler, self._validator = stage, rows, frozen, scaler, validator
         self._evaluator = evaluator
         self._last_step, self._saved = start, start
+        self._begin = start, position
         name, out = stage.config.name, stage.run.out
         self._failures = Failures(out, stage.run.bad_image_share)
         self._over_budget: set[str] = set()
@@ -179,6 +181,8 @@ class Recorder(pl.Callback):
         state = {
             "stage": self.stage.config.name,
             "steps": self.stage.steps,
+            "position": self._begin[1] + (step - self._begin[0]) * self.stage.config.batch_size,
+            "start": self.stage.start,
             "data": self.stage.data_digest,
             "frozen": self.frozen,
             "scaler": trainer.precision_plugin.state_dict() or None,

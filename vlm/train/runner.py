@@ -15,14 +15,17 @@ log = logging.getLogger("vlm")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
 
-def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False) -> Path:
+def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, accept_changes: bool = False) -> Path:
     """Train all stages of `config`, each from the last one's model, and return the directory of the final model.
 
     Everything is written below `config.out` (see `vlm.train.rundir`). Killed at any moment and started again with
-    `resume=True`, the run ends with the same weights, on a CPU bit for bit.
+    `resume=True`, the run ends with the same weights, on a CPU bit for bit. One that ends before its first step leaves
+    nothing.
 
     Args:
         resume: continue the run in `config.out` after its newest complete checkpoint; without a run there, start one.
+        accept_changes: go on although settings or data that change the result are others now (see
+        `vlm.train.changes`); what changed is recorded in `versions.json`.
         skip_bad: leave out annotations that are wrong, and list them, instead of refusing the file.
 
     Raises:
@@ -30,10 +33,14 @@ def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False) -> P
         Stopped: (a SystemExit with code 143 or 130) SIGTERM or SIGINT came; a checkpoint was saved.
     """
     main = is_main_process()
-    with StopSignal() as stop, open_run(config, resume=resume, main=main), _log_to(config.out, main):
+    with (
+        StopSignal() as stop,
+        open_run(config, resume=resume, main=main, accept_changes=accept_changes) as directory,
+        _log_to(config.out, main),
+    ):
         from vlm.train.stages import run_stages
 
-        return run_stages(config, main=main, skip_bad=skip_bad, stop=stop)
+        return run_stages(config, directory, main=main, skip_bad=skip_bad, stop=stop)
 
 
 def is_main_process() -> bool:

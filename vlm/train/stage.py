@@ -64,6 +64,12 @@ class Stage:
         return self.run.out / self.config.name
 
     @property
+    def start(self) -> str:
+        """The model that the stage begins with, relative to the run's directory."""
+        index = self.run.stages.index(self.config)
+        return f"{self.run.stages[index - 1].name}/model" if index else "start"
+
+    @property
     def precision(self) -> str:
         return self.config.precision or self.run.precision
 
@@ -118,7 +124,8 @@ def train_stage(stage: Stage, model: nn.Module, processor: Processor, recorder: 
         module = _module(stage, model, processor, rows, frozen, resumed, recorder, stop)
         validator = _validator(stage, processor, trainer.world_size)
         scaler = resumed.state.get("scaler") if resumed else None
-        recorder.begin(stage, rows, frozen, start, scaler, validator, _evaluator(stage, processor))
+        evaluator = _evaluator(stage, processor)
+        recorder.begin(stage, rows, frozen, start, _position(stage, resumed), scaler, validator, evaluator)
         if start < stage.steps:
             _fit(trainer, module, stop)
         _check_frozen(stage, model, frozen)
@@ -225,6 +232,7 @@ def _module(
             accumulate=stage.config.accumulate,
             rank=module.global_rank,
             world=module.trainer.world_size,
+            position=_position(stage, resumed),
         )
         return loader(data, sampler, workers=stage.run.workers, pin_memory=torch.cuda.is_available())
 
@@ -288,12 +296,12 @@ def _restore(stage: Stage, model: nn.Module, frozen: dict[str, str]) -> checkpoi
     found = checkpoint.newest(stage.folder / "checkpoints")
     if found is None:
         return None
-    for name, value in {"data": stage.data_digest, "frozen": frozen, "steps": stage.steps}.items():
-        if found.state.get(name) != value:
-            raise CheckpointError(
-                f"{found.path}: {name} changed since this checkpoint was written (then {found.state.get(name)!r}, "
-                f"now {value!r}); put it back, or start again in another `out`"
-            )
+    # Whether data and settings are still the same was settled for the whole run (`RunDirectory.settle`).
+    if found.state.get("frozen") != frozen:
+        raise CheckpointError(
+            f"{found.path}: the frozen parts are not those of this checkpoint (then {found.state.get('frozen')!r}, now"
+            f" {frozen!r}); put the model back that the stage began with, or start again in another `out`"
+        )
     tensors = parts.trained_tensors(model, stage.config)
     if set(tensors) != set(found.model):
         odd = sorted(set(tensors) ^ set(found.model))
@@ -303,6 +311,13 @@ def _restore(stage: Stage, model: nn.Module, frozen: dict[str, str]) -> checkpoi
             tensor.copy_(found.model[name])
     log.info("stage %s: resumed at step %d of %d from %s", stage.config.name, found.step, stage.steps, found.path)
     return found
+
+
+def _position(stage: Stage, resumed: checkpoint.Checkpoint | None) -> int:
+    """Where in the endless line of examples the stage goes on: behind what was seen, whatever the batch was then."""
+    if resumed is None:
+        return 0
+    return int(resumed.state.get("position", resumed.step * stage.config.batch_size))
 
 
 def _check_frozen(stage: Stage, model: nn.Module, before: dict[str, str]) -> None:

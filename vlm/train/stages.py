@@ -16,13 +16,13 @@ from transformers import AutoConfig
 
 from vlm import files, settings
 from vlm.build import new
-from vlm.checkpoints import load, save
+from vlm.checkpoints import identity, load, save
 from vlm.checkpoints.preprocessing import own_transform
 from vlm.config import VLMConfig
 from vlm.content import of_items
 from vlm.data import Example, Problem, listing, read_jsonl
 from vlm.encoders import model_types
-from vlm.errors import ConfigError, DataError
+from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.geometry import planned, with_geometry
 from vlm.model import VLM
 from vlm.processor import Processor
@@ -34,13 +34,14 @@ from vlm.train.evaluate import read_jobs
 from vlm.train.processes import barrier, join_process_group
 from vlm.train.quiet import quiet_transformers
 from vlm.train.recorder import Recorder
+from vlm.train.rundir import RunDirectory, accepted, read_record
 from vlm.train.signals import StopSignal
 from vlm.train.stage import Stage, make_stage, train_stage
 
 log = logging.getLogger(__name__)
 
 
-def run_stages(config: RunConfig, *, main: bool, skip_bad: bool, stop: StopSignal) -> Path:
+def run_stages(config: RunConfig, directory: RunDirectory, *, main: bool, skip_bad: bool, stop: StopSignal) -> Path:
     """See `vlm.train.run`."""
     began = time.monotonic()
     join_process_group()
@@ -50,6 +51,9 @@ def run_stages(config: RunConfig, *, main: bool, skip_bad: bool, stop: StopSigna
     digest = data_digest(examples)
     stages = [make_stage(config, i, examples, counts, val, digest, jobs) for i in range(len(config.stages))]
     start = config.out / "start"
+    directory.settle(
+        digest, {stage.config.name: stage.steps for stage in stages}, lambda: _makes_the_same(config.model, start)
+    )
     if main and checkpoint.problem(start):
         with quiet_transformers():
             model, processor = make_model(config.model)
@@ -71,7 +75,7 @@ def run_stages(config: RunConfig, *, main: bool, skip_bad: bool, stop: StopSigna
 def _run_stage(stage: Stage, start: Path, finished: list[str], main: bool, stop: StopSignal) -> Path:
     """Train one stage from the model at `start`, unless it is finished already; returns its model directory."""
     target = stage.folder / "model"
-    if checkpoint.problem(target) is None:
+    if _finished(stage, target):
         log.info("stage %s: finished before", stage.config.name)
         if main:
             features.remove(stage.features, stage.config.name)
@@ -97,6 +101,19 @@ def _run_stage(stage: Stage, start: Path, finished: list[str], main: bool, stop:
         features.remove(stage.features, stage.config.name)
     barrier()
     return target
+
+
+def _finished(stage: Stage, target: Path) -> bool:
+    """Whether the stage's model is there, and is that of its last step: more steps may have been asked for since."""
+    if checkpoint.problem(target) is not None:
+        return False
+    done = json.loads((target / "training.json").read_text(encoding="utf-8"))["steps"]
+    if done < stage.steps and not any((stage.folder / "checkpoints").glob("step-*")):
+        raise CheckpointError(
+            f"stage {stage.config.name}: its {done} steps are done, and it cannot go on to {stage.steps}:"
+            f" {stage.folder / 'checkpoints'} holds no checkpoint; set steps to {done}, or add a stage"
+        )
+    return bool(done >= stage.steps)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -163,6 +180,12 @@ def make_model(config: ModelConfig) -> tuple[VLM, Processor]:
         if getattr(config, name) is not None:
             setattr(model.config, name, getattr(config, name))
     return model, processor
+
+
+def _makes_the_same(config: ModelConfig, start: Path) -> bool:
+    """Whether a model that was configured anew is the one that the run began with: it may have moved."""
+    with quiet_transformers():
+        return identity.of_model(*make_model(config)) == identity.of_model(*load(start, dtype="float32"))
 
 
 def _new_model(config: ModelConfig) -> tuple[VLM, Processor]:
@@ -239,14 +262,16 @@ def _publish_model(model: VLM, processor: Processor, target: Path, provenance: d
 
 
 def _provenance(stage: Stage) -> dict[str, Any]:
-    versions = json.loads((stage.run.out / "versions.json").read_text())[-1]["libraries"]
+    record = read_record(stage.run.out)
+    changed = accepted(stage.run.out)
     return {
         "stage": stage.config.name,
         "steps": stage.steps,
         "config": settings.to_dict(stage.run),
         "data_sha256": stage.data_digest,
         "examples": len(stage.examples),
-        "libraries": versions,
+        "libraries": record[-1]["libraries"] if record else {},
+        **({"changes": changed} if changed else {}),
     }
 
 
@@ -273,7 +298,7 @@ def _finish(config: RunConfig, last: Path, final: Path, skipped: int, seconds: f
         "skipped_annotations": skipped,
         "failed_images": len(failures.read_text().splitlines()) if failures.exists() else 0,
     }
-    (config.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    files.write_json(config.out / "summary.json", summary)
     log.info("trained model: %s (%.0f s)", final, seconds)
 
 
