@@ -97,7 +97,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], begun: Mapping[str, 
     found = [*_stages(old["stages"], new["stages"], begun)]
     left = any(not state.finished for state in begun.values()) or len(begun) < len(new["stages"])
     goes_on = left or any(change.setting in _LENGTH and change.effect == "results" for change in found)
-    found += _leaves("run", _without(old, "model", "data", "stages"), _without(new, "model", "data", "stages"))
+    rest = [_without(tree, "out", "model", "data", "stages") for tree in (old, new)]  # the directory may have moved
+    found += _leaves("run", *rest)
     found += _data(old["data"], new["data"])
     if not goes_on:
         found = [

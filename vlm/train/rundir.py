@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -126,6 +127,7 @@ class RunDirectory:
                     f" examples then {known[:16]}, now {data[:16]}); put it back, or use another `out`, or add"
                     f" --accept-changes to go on with it on purpose (it is recorded)"
                 )
+            found = [replace(change, effect="results") if change.effect == "same data" else change for change in found]
             found.append(Change("data", "examples (sha256)", known, data, "results"))
         self._entry["data_sha256"] = data
         if found:
