@@ -406,7 +406,7 @@ def _positive(where: str, **values: float | None) -> None:
 
 
 def _check_name(name: str) -> None:
-    reserved = {"start", "model", "logs"}
+    reserved = {"start", "model", "logs", "tensorboard"}
     if not name or not all(c.isalnum() or c in "-_" for c in name) or name in reserved:
         raise ConfigError(
             f"stage name {name!r}: use letters, digits, `-` and `_` only, and none of {', '.join(sorted(reserved))}"
