@@ -20,7 +20,10 @@ LAYERS = (
         *("errors", "settings", "files", "strictjson"),
         *("images", "config", "masks", "loss", "resize", "transforms", "fusion", "budget"),
     ),
-    ("data", "content", "piece_model", "tokenizer", "prompts", "processor", "encoders", "projectors"),
+    (
+        *("backends", "inputs", "data", "content", "piece_model", "tokenizer", "prompts"),
+        *("processor", "encoders", "projectors"),
+    ),
     ("model", "beam", "generation", "geometry", "towers", "build", "checkpoints", "presets", "info", "siglip"),
     ("eval", "train", "check"),
     ("demo", "compare", "cli", "__main__"),

@@ -115,12 +115,13 @@ def test_largest_chunk_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_full_logits_never_exist_in_training() -> None:
-    """The output layer is not called, and no tensor of the step has a row of logits for each position."""
+    """The output layer sees the supervised rows only, and no tensor of the step has a row of logits for each
+    position."""
     model, _ = loud("siglip", "gemma")
     batch = lay_out(model, ROWS, labels=True)
     positions = batch["input_ids"].numel()
-    called = []
-    handle = model.lm_head.register_forward_hook(lambda *_: called.append(1))
+    called: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda _, inputs, output: called.append(output.shape[:-1].numel()))
     saved: list[tuple[int, ...]] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -130,9 +131,9 @@ def test_full_logits_never_exist_in_training() -> None:
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             out = model(**batch)
-        assert not called and out.logits is None
+        assert called == [17] and out.logits is None
         model(**without_labels(batch))
-        assert called
+        assert called == [17, positions]
     finally:
         handle.remove()
     vocabulary = model.config.text_config.vocab_size

@@ -93,7 +93,8 @@ class VLMConfig(PreTrainedConfig):
 
     model_type = "vlm"
     sub_configs = {"text_config": PreTrainedConfig, "vision_config": PreTrainedConfig}
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    # What transformers' Trainer does not gather as predictions.
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states", "loss_sum", "loss_weight"]
 
     encoder: str = "siglip"
     vision_config: Any = None

@@ -15,6 +15,7 @@ Source of `example`: big_vision `trainers/proj/paligemma/train.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -28,6 +29,8 @@ Reduction = Literal["token", "example"]
 IGNORE = -100
 CHUNK_BYTES = 512 * 2**20
 """Logits of one chunk, in float32 bytes."""
+Head = Callable[[Tensor], Tensor]
+"""An output layer: hidden states float[..., D] to logits float[..., V]."""
 
 
 class SupervisedRows(NamedTuple):
@@ -84,36 +87,55 @@ def supervised_rows(
 
 def linear_cross_entropy(
     hidden: Tensor,
-    head: Tensor,
+    head: Head | Tensor,
     target: Tensor,
     weight: Tensor,
     *,
+    vocabulary: int | None = None,
     softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Weighted sum of `-log softmax(hidden @ head.T)[target]`, in float32.
+    """Weighted sum of `-log softmax(head(hidden))[target]`, in float32.
 
     Args:
         hidden: float[R, D], hidden states of the supervised rows.
-        head: float[V, D], output embedding.
+        head: the output layer, which is called: whatever wraps, hooks, quantises or offloads it takes part, once for
+            each chunk and, with several chunks, once more in the backward pass. Or its matrix, float[V, D].
         target: int64[R].
         weight: float32[R].
+        vocabulary: V, which decides how many rows a chunk has; needed beside a layer only.
         softcap: c of `c * tanh(logits / c)` (Gemma 2), or None.
         chunk_rows: rows at a time; None chooses it so that one chunk of float32 logits takes at most `CHUNK_BYTES`.
 
     Returns:
-        float32[], differentiable in `hidden` and `head`.
+        float32[], differentiable in `hidden` and in the parameters of `head`.
+
+    Raises:
+        ConfigError: a layer without `vocabulary` or `chunk_rows`.
     """
-    rows = chunk_rows or max(1, CHUNK_BYTES // (4 * head.shape[0]))
+    size = head.shape[0] if isinstance(head, Tensor) else vocabulary
+    if chunk_rows is None and size is None:
+        raise ConfigError("linear_cross_entropy of a layer needs vocabulary or chunk_rows: how many rows fit a chunk")
+    rows = chunk_rows or max(1, CHUNK_BYTES // (4 * int(size or 1)))
+    layer = _of_rows(head)
     if hidden.shape[0] <= rows:
-        return _chunk_loss(hidden, head, target, weight, softcap)
+        return _chunk_loss(hidden, layer, target, weight, softcap)
     chunks = zip(hidden.split(rows), target.split(rows), weight.split(rows), strict=True)
-    parts = [checkpoint(_chunk_loss, h, head, t, w, softcap, use_reentrant=False) for h, t, w in chunks]
+    parts = [checkpoint(_chunk_loss, h, layer, t, w, softcap, use_reentrant=False) for h, t, w in chunks]
     return torch.stack(parts).sum()
 
 
-def _chunk_loss(hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
-    logits = apply_softcap(F.linear(hidden, head).float(), softcap)
+def _of_rows(head: Head | Tensor) -> Head:
+    """The output layer as a function of rows, float[R, D] to float[R, V]."""
+    if isinstance(head, Tensor):
+        return lambda rows: F.linear(rows, head)
+    # As one sequence: what wraps an output layer may expect float[B, S, D], which the layer gets elsewhere. `squeeze`
+    # because an index would copy the logits in the backward pass.
+    return lambda rows: head(rows.unsqueeze(0)).squeeze(0)
+
+
+def _chunk_loss(hidden: Tensor, layer: Head, target: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+    logits = apply_softcap(layer(hidden).float(), softcap)
     return (F.cross_entropy(logits, target, reduction="none") * weight).sum()
 
 

@@ -25,9 +25,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
-from vlm import loss, masks, projectors
+from vlm import backends, inputs, loss, masks, projectors
+from vlm.backends import attention_softcap
 from vlm.config import VLMConfig, part
 from vlm.encoders import EncoderOutput, feature_width, square_grid
 from vlm.errors import ConfigError, DataError
@@ -45,23 +46,41 @@ CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWit
 
 
 @dataclass
-class VLMOutput(ModelOutput):
-    """What a forward returns.
+class VLMModelOutput(ModelOutput):
+    """What a forward of the model without its output layer returns.
 
     Attributes:
-        loss: float32[], mean over this batch; with labels only.
-        loss_sum: float32[], the loss before division; differentiable. Divide gradients by the sum of `loss_weight` over
-            micro-batches and ranks.
-        loss_weight: float32[], what `loss_sum` is divided by: supervised tokens, or examples.
-        logits: float[B, S, V] without labels (or the last `logits_to_keep` positions), None with labels.
+        last_hidden_state: float[B, S, D].
         cache: the decoder's cache; called `past_key_values` before transformers 5.24, as in its own outputs.
         hidden_states, attentions: of the decoder, when asked for.
         image_hidden_states: float[T, D], the image tokens that entered the decoder, in placeholder order.
     """
 
+    last_hidden_state: Tensor | None = None
+    if CACHE == "cache":
+        cache: Any = None
+    else:
+        past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class VLMOutput(ModelOutput):
+    """What a forward returns, in transformers' order; what only this library has comes last.
+
+    Attributes:
+        loss: float32[], mean over this batch, or `loss_sum` divided by `num_items_in_batch`; with labels only.
+        logits: float[B, S, V] (or the positions of `logits_to_keep`). With labels only where no gradient is recorded,
+            or where they are asked for: a step of training never needs them.
+        cache, hidden_states, attentions, image_hidden_states: as in `VLMModelOutput`.
+        loss_sum: float32[], the loss before division; differentiable. Divide gradients by the sum of `loss_weight` over
+            micro-batches and ranks.
+        loss_weight: float32[], what `loss_sum` is divided by: supervised tokens, or examples.
+    """
+
     loss: Tensor | None = None
-    loss_sum: Tensor | None = None
-    loss_weight: Tensor | None = None
     logits: Tensor | None = None
     if CACHE == "cache":
         cache: Any = None
@@ -70,6 +89,8 @@ class VLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
+    loss_sum: Tensor | None = None
+    loss_weight: Tensor | None = None
 
 
 class VLMPreTrainedModel(PreTrainedModel):
@@ -101,6 +122,12 @@ class VLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = False
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        # Asked for in a configuration: transformers calls this when the model is built. The parts check their own.
+        backends.check_name(attn_implementation, self.config)
+        adjusted: str = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        return adjusted
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Towers and decoders are transformers models and initialise themselves; only the projector is ours.
@@ -119,6 +146,7 @@ class VLMModel(VLMPreTrainedModel):
         self.multi_modal_projector = projectors.build(
             config.projector_config, feature_width(config.vision_config), config.text_config.hidden_size
         )
+        backends.check(config, {"text_config": config.text_config._attn_implementation})
         if attention_softcap(config) is not None:
             # sdpa has no soft-cap: transformers 5.17 would drop it in silence, later versions refuse.
             config.text_config._attn_implementation = "eager"
@@ -137,7 +165,7 @@ class VLMModel(VLMPreTrainedModel):
         Returns:
             (float[T, D], int64[M]): the tokens of all images one after the other, and how many each image has.
         """
-        return self.project(self.vision_tower(pixel_values, **naflex))
+        return self.project(self.encode(pixel_values, **naflex))
 
     def project(self, encoded: EncoderOutput) -> tuple[Tensor, Tensor]:
         """Tower features to decoder tokens; returns what `image_tokens` returns."""
@@ -167,31 +195,88 @@ class VLMModel(VLMPreTrainedModel):
         tokens = tokens.to(embeds.dtype)
         return embeds.masked_scatter(placeholders[..., None], tokens), tokens
 
+    def encode(
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, spatial_shapes: Tensor | None = None
+    ) -> EncoderOutput:
+        """Run the vision tower on the pixels of a batch.
+
+        Raises:
+            DataError: tensors that the tower does not read, or one that it needs is not there.
+        """
+        given = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        naflex = {name: tensor for name, tensor in given.items() if tensor is not None}
+        inputs.check_tower(self.vision_tower, naflex, self.config.encoder)
+        output: EncoderOutput = self.vision_tower(pixel_values, **naflex)
+        return output
+
+    @can_return_tuple
     def forward(
         self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Tensor],
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
         sequence_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
         cache: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        encoded: EncoderOutput | None = None,
         **kwargs: Any,
-    ) -> Any:
-        """Run the decoder with the prefix-LM mask; returns transformers' BaseModelOutputWithPast."""
+    ) -> VLMModelOutput:
+        """Image tokens in the place of their placeholders, then the decoder with the prefix-LM mask.
+
+        Args:
+            labels: of a whole training batch; they change nothing here, the loss is that of `VLM`.
+            kwargs: `output_hidden_states`, `output_attentions` and `return_dict`, as for any transformers model.
+
+        The others, and what is refused: as for `VLM.forward`.
+        """
+        inputs.check_names(kwargs)
+        pixels = {
+            "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+        }
+        inputs.check_sources(input_ids, inputs_embeds, encoded, pixels)
+        cache = inputs.only_cache(cache, past_key_values)
+        image_tokens = None
+        if inputs_embeds is None:
+            assert input_ids is not None
+            if pixel_values is not None:
+                encoded = self.encode(pixel_values, pixel_attention_mask, spatial_shapes)
+            inputs_embeds, image_tokens = self.embed(input_ids, encoded)
+        inputs.check_labels(labels, token_type_ids, inputs_embeds)
+        if attention_mask is None:
+            attention_mask = no_padding(inputs_embeds, cache)
+        if position_ids is None and not isinstance(attention_mask, dict):
+            # The end of the row: with a filled cache the attention mask covers the cached tokens too.
+            position_ids = masks.position_ids(attention_mask, sequence_ids)[:, -inputs_embeds.shape[1] :]
         if isinstance(attention_mask, dict):
             layer_masks: Any = attention_mask
         else:
             layer_masks = decoder_masks(self.config, inputs_embeds, attention_mask, token_type_ids, sequence_ids, cache)
         if set(layer_masks) == {"full_attention"} and not getattr(self.config.text_config, "layer_types", None):
             layer_masks = layer_masks["full_attention"]
-        return self.language_model(
+        out = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=layer_masks,
             position_ids=position_ids,
             use_cache=use_cache,
+            return_dict=True,
             **{CACHE: cache},
             **kwargs,
+        )
+        return VLMModelOutput(
+            last_hidden_state=out.last_hidden_state,
+            **{CACHE: out.get(CACHE)},
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            image_hidden_states=image_tokens,
         )
 
 
@@ -199,7 +284,7 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
     """A PaliGemma-style vision-language model: tower -> projector -> Gemma."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True
 
     def __init__(self, config: VLMConfig) -> None:
         super().__init__(config)
@@ -226,6 +311,7 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         return next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
 
     # The names are spelled out because generate() checks its arguments against this signature.
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -241,9 +327,11 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Tensor | None = None,
         reduction: loss.Reduction = "token",
         encoded: EncoderOutput | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> VLMOutput:
         """Loss with labels, logits without. The tensors are those of `vlm.Batch`.
@@ -252,56 +340,56 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
             reduction: of the loss, `token` or `example` (see `vlm.loss`).
             encoded: tower features computed before, instead of `pixel_values`.
             cache: of the decoder; `past_key_values` is its name before transformers 5.24, and the same.
-            inputs_embeds, use_cache, logits_to_keep: as for any transformers decoder.
+            inputs_embeds: float[B, S, D] instead of `input_ids`: image tokens are in their places, so no pixels.
+            use_cache: as for any transformers decoder; with labels only where it is True.
+            logits_to_keep: positions whose logits are wanted: the last n, 0 for all, or an index. None is all.
+            num_items_in_batch: supervised tokens of all micro-batches of a step, and of all ranks; `loss` is then
+                `loss_sum` divided by it (transformers' Trainer passes it). Of the `token` reduction only.
+            skip_logits: leave the logits out, which labels allow. None leaves them out in training, that is in train
+                mode or where gradients are recorded, unless `logits_to_keep` is given; evaluation gets loss and logits.
+            kwargs: `output_hidden_states`, `output_attentions` and `return_dict`, as for any transformers model.
 
         Raises:
             DataError: placeholders and image tokens differ in number; labels without token_type_ids; no supervised
-                token.
+                token; an argument that nothing would read, alone or beside the others.
+            ConfigError: settings of the loss that nothing would read, or that contradict each other.
         """
-        self._check_inputs(labels, token_type_ids, inputs_embeds, input_ids)
-        cache = past_key_values if cache is None else cache
-        image_tokens = None
-        if inputs_embeds is None:
-            assert input_ids is not None
-            if encoded is None and pixel_values is not None:
-                encoded = self.encode(pixel_values, pixel_attention_mask, spatial_shapes)
-            inputs_embeds, image_tokens = self.model.embed(input_ids, encoded)
-        if attention_mask is None:
-            attention_mask = no_padding(inputs_embeds, cache)
-        if position_ids is None and not isinstance(attention_mask, dict):
-            # The end of the row: with a filled cache the attention mask covers the cached tokens too.
-            position_ids = masks.position_ids(attention_mask, sequence_ids)[:, -inputs_embeds.shape[1] :]
+        inputs.check_loss_settings(labels, reduction, num_items_in_batch, skip_logits, logits_to_keep)
+        if skip_logits is None:
+            skip_logits = labels is not None and logits_to_keep is None and (self.training or torch.is_grad_enabled())
+        if labels is not None and use_cache is None:
+            use_cache = False
         out = self.model(
-            inputs_embeds,
-            attention_mask,
-            token_type_ids,
-            position_ids,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            labels=labels,
             sequence_ids=sequence_ids,
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
             cache=cache,
-            use_cache=False if labels is not None else use_cache,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            encoded=encoded,
+            return_dict=True,
             **kwargs,
         )
-        result = VLMOutput(
-            **{CACHE: out.get(CACHE)},
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            image_hidden_states=image_tokens,
-        )
-        if labels is None:
-            result.logits = self.logits(keep(out.last_hidden_state, logits_to_keep))
-        else:
-            self._add_loss(result, out.last_hidden_state, labels, sequence_ids, reduction)
+        hidden = out.last_hidden_state
+        result = VLMOutput(**{name: value for name, value in out.items() if name != "last_hidden_state"})
+        if not skip_logits:
+            result.logits = self.logits(keep(hidden, 0 if logits_to_keep is None else logits_to_keep))
+        if labels is not None:
+            self._add_loss(result, hidden, labels, sequence_ids, reduction, num_items_in_batch)
         return result
 
     def encode(
         self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, spatial_shapes: Tensor | None = None
     ) -> EncoderOutput:
-        """Run the vision tower on the pixels of a batch."""
-        naflex: dict[str, Tensor] = {}
-        if pixel_attention_mask is not None and spatial_shapes is not None:
-            naflex = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        output: EncoderOutput = self.model.vision_tower(pixel_values, **naflex)
-        return output
+        """Run the vision tower on the pixels of a batch; see `VLMModel.encode`."""
+        return self.model.encode(pixel_values, pixel_attention_mask, spatial_shapes)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states float[..., D] to logits float[..., V], with the decoder's final soft-cap unless
@@ -310,45 +398,52 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         return loss.apply_softcap(self.lm_head(hidden), softcap)
 
     def _add_loss(
-        self, result: VLMOutput, hidden: Tensor, labels: Tensor, sequence_ids: Tensor | None, reduction: loss.Reduction
+        self,
+        result: VLMOutput,
+        hidden: Tensor,
+        labels: Tensor,
+        sequence_ids: Tensor | None,
+        reduction: loss.Reduction,
+        num_items: Tensor | int | None,
     ) -> None:
         rows = loss.supervised_rows(labels, sequence_ids, reduction)
         if rows.target.numel() == 0:
             raise DataError("no token of this batch is supervised: all labels are -100; give each sample a suffix")
         softcap = final_softcap(self.config) if self.config.softcap_in_loss else None
         result.loss_sum = loss.linear_cross_entropy(
-            hidden[rows.batch, rows.position], self.lm_head.weight, rows.target, rows.weight, softcap=softcap
+            hidden[rows.batch, rows.position],
+            self.lm_head,
+            rows.target,
+            rows.weight,
+            vocabulary=self.config.text_config.vocab_size,
+            softcap=softcap,
         )
         result.loss_weight = rows.total
-        result.loss = result.loss_sum / rows.total
-
-    @staticmethod
-    def _check_inputs(
-        labels: Tensor | None, token_type_ids: Tensor | None, inputs_embeds: Tensor | None, input_ids: Tensor | None
-    ) -> None:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise DataError("pass exactly one of input_ids and inputs_embeds")
-        if labels is not None and token_type_ids is None:
-            raise DataError(
-                "labels without token_type_ids: the prefix-LM mask cannot be known and the targets would leak;"
-                " pass the processor's whole batch: model(**batch)"
-            )
+        result.loss = result.loss_sum / (rows.total if num_items is None else num_items)
 
     def set_attn_implementation(self, attn_implementation: str | dict[Any, Any], *args: Any, **kwargs: Any) -> Any:
         """Switch the attention backend at run time.
 
+        Args:
+            attn_implementation: `sdpa` or `eager`, for all parts or, as a map, for `vision_config`, `text_config` and
+                `""` (the model's own, which nothing runs on).
+
         Raises:
-            ConfigError: sdpa for a decoder with an attention soft-cap (Gemma 2), which sdpa would drop.
+            ConfigError: a backend or part that there is not; sdpa for a decoder with an attention soft-cap (Gemma 2),
+                which sdpa would drop. Nothing is changed then.
         """
-        wanted: Any = attn_implementation
-        if isinstance(wanted, dict):
-            wanted = wanted.get("text_config", wanted.get("", None))
-        if attention_softcap(self.config) is not None and wanted not in (None, "eager"):
-            raise ConfigError(
-                f"{wanted!r} attention would drop the decoder's soft-cap of {attention_softcap(self.config)} (Gemma"
-                f" 2); use 'eager'"
-            )
-        return super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        backends.check(self.config, attn_implementation)
+        try:
+            return super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        except (ValueError, ImportError) as error:  # a tower of one's own that has another list
+            raise backends.unsupported(self.config, attn_implementation, str(error)) from error
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """transformers' own; what belongs to the pixels goes where they go, to the first step only."""
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if prepared.get("pixel_values") is None:
+            prepared = {name: value for name, value in prepared.items() if name not in NAFLEX_INPUTS}
+        return prepared
 
     @staticmethod
     def create_masks_for_generate(
@@ -412,11 +507,6 @@ def keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return hidden[:, logits_to_keep]
 
 
-def attention_softcap(config: VLMConfig) -> float | None:
-    """Soft-cap of the decoder's attention scores (Gemma 2), or None."""
-    return getattr(config.text_config, "attn_logit_softcapping", None)
-
-
 def final_softcap(config: VLMConfig) -> float | None:
     """Soft-cap of the decoder's logits (Gemma 2), or None."""
     return getattr(config.text_config, "final_logit_softcapping", None)
@@ -439,8 +529,8 @@ def decoder_masks(
         token_type_ids: int[B, S] or [B, T], of the new tokens at the end; None while decoding one token at a time.
 
     Raises:
-        DataError: a first input without token_type_ids, prefix tokens after a filled cache, or an attention mask that
-            leaves the cached tokens out.
+        DataError: a first input without token_type_ids; prefix tokens or packed samples after a filled cache; an
+            attention mask that leaves the cached tokens out.
     """
     num_new = inputs_embeds.shape[1]
     total = attention_mask.shape[1]
@@ -464,6 +554,11 @@ def decoder_masks(
             keys, _ = _key_range(cache, layer, total, num_new)
             allowed = _pad_keys(allowed, keys)
         else:
+            if sequence_ids is not None:
+                raise DataError(
+                    "sequence_ids beside a filled cache: which packed sample the cached tokens belong to is not known"
+                    " any more; generate for samples that are not packed"
+                )
             if token_type_ids is not None and bool((token_type_ids[:, -num_new:] == 0).any()):
                 raise DataError(
                     "prefix tokens after a filled cache would not be seen by it; pass the whole prefix at once"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from vlm.backends import attention_softcap
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import (
     Subject,
@@ -21,7 +22,7 @@ from vlm.check.subject import (
     text_length,
     text_logits,
 )
-from vlm.model import CACHE, attention_softcap
+from vlm.model import CACHE
 
 STEPS = 10
 """Tokens decoded one by one."""

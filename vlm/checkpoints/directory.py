@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vlm.backends import check_name
 from vlm.checkpoints import big_vision, configs, manifest
 from vlm.checkpoints.files import INDEX, Weights, check_regular, locate, read_json
 from vlm.checkpoints.loader import Placement, live_source, load_model
@@ -86,10 +87,12 @@ def load(
         CheckpointError: a file is missing or broken; tensors are missing, unexpected, mis-shaped, quantised or not
             finite; model and processor do not belong together.
         GenerationError: float16 without `force_fp16`.
-        ConfigError: an unknown dtype, or an attention backend that would drop the decoder's soft-cap.
+        ConfigError: an unknown dtype, or an attention backend that there is not, or that would drop the decoder's
+            soft-cap.
     """
     if device is not None and device_map is not None:
         raise ConfigError("device and device_map are both given; use one")
+    check_name(attn_implementation)
     from vlm.checkpoints import in_stage  # it builds on what needs this package
 
     if in_stage.is_checkpoint(path):

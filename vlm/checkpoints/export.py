@@ -19,6 +19,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vlm.backends import attention_softcap
 from vlm.checkpoints import card, layout, probes, tower
 from vlm.checkpoints.directory import DTYPES, check_pair
 from vlm.checkpoints.parity import LIMITS, ParityReport, compare, compare_files
@@ -26,7 +27,7 @@ from vlm.checkpoints.shards import parse_size
 from vlm.errors import CheckpointError, ConfigError, DiskError, nearest
 from vlm.files import publishing
 from vlm.generation import check_dtype
-from vlm.model import VLM, attention_softcap, final_softcap
+from vlm.model import VLM, final_softcap
 from vlm.processor import Processor
 
 log = logging.getLogger(__name__)

@@ -32,8 +32,9 @@ and nothing else is needed: `VLMConfig(encoder="my_file")` and `vlm.new` find it
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -161,6 +162,25 @@ def count_flops(tower: Any, config: PreTrainedConfig) -> int:
 
 
 # --- towers of other libraries --------------------------------------------------------------------------------------
+
+
+def runs(module: nn.Module, method: Callable[..., Any]) -> None:
+    """Make a call of the module run this in the place of its `forward`.
+
+    A method that is called past the module goes without its hooks, among them those that bring offloaded parameters in.
+    """
+    module.forward = method
+
+
+def trunk_features(trunk: Any, config: Any) -> Callable[[Tensor], Any]:
+    """What a call of a timm model has to run: its features, or the outputs of the chosen blocks in rising order."""
+    if not config.feature_layers:
+        features: Callable[[Tensor], Any] = trunk.forward_features
+        return features
+    indices = [block - 1 for block in feature_layers(config)]
+    return functools.partial(
+        trunk.forward_intermediates, indices=indices, norm=False, output_fmt="NLC", intermediates_only=True
+    )
 
 
 def unused_names(module: nn.Module) -> list[str]:

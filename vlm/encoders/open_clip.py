@@ -18,8 +18,10 @@ open_clip is imported when a tower is built, never to open this file.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -40,6 +42,8 @@ from vlm.encoders import (
     missing_extra,
     plain,
     row_order,
+    runs,
+    trunk_features,
     unused_names,
     without,
 )
@@ -274,6 +278,12 @@ class Encoder(PreTrainedModel):
         super().__init__(config)
         self.visual = make_visual(config)
         check_whole_cells(config, "the open_clip tower")
+        visual: Any = self.visual
+        if hasattr(visual, "trunk"):
+            runs(visual.trunk, trunk_features(visual.trunk, config))
+            runs(visual, functools.partial(_through_trunk, visual))
+        else:
+            runs(visual, features_of(visual, config))
         self.post_init()
 
     @classmethod
@@ -297,25 +307,34 @@ class Encoder(PreTrainedModel):
         pixel_values = pixel_values.to(self.dtype)
         if self.config.feature_layers:
             return measured_output(self.config, self._blocks(pixel_values))
-        features = raw_features(self.visual, pixel_values)
+        features = self.visual(pixel_values)
         return measured_output(self.config, row_order(features, self.config.layout, self.config.num_prefix_tokens))
 
     def _blocks(self, pixel_values: Tensor) -> Tensor:
         """Outputs of the chosen blocks, in their order; the final norm on the last one where it is chosen."""
         visual: Any = self.visual
         blocks = feature_layers(self.config)
-        options: dict[str, Any] = {"indices": [block - 1 for block in blocks], "output_fmt": "NLC"}
-        options["intermediates_only"] = True
         if hasattr(visual, "trunk"):
-            found = visual.trunk.forward_intermediates(pixel_values, **options, norm=False)
-            norm = getattr(visual.trunk, "norm", nn.Identity())
+            found, norm = visual(pixel_values), getattr(visual.trunk, "norm", nn.Identity())
         else:
-            found = visual.forward_intermediates(pixel_values, **options)["image_intermediates"]
+            found = visual(pixel_values)["image_intermediates"]
             norm = visual.ln_post if _has_norm(visual) else nn.Identity()
         outputs = dict(zip(sorted(blocks), found, strict=True))
         if self.config.feature_norm:
             outputs[max(blocks)] = norm(outputs[max(blocks)])
         return torch.cat([outputs[block] for block in blocks], dim=-1)
+
+
+def features_of(visual: Any, config: Config) -> Callable[[Tensor], Any]:
+    """What a call of the tower has to run: its features, or the outputs of the chosen blocks in rising order."""
+    if not config.feature_layers:
+        return functools.partial(raw_features, visual)
+    indices = [block - 1 for block in feature_layers(config)]
+    return functools.partial(visual.forward_intermediates, indices=indices, output_fmt="NLC", intermediates_only=True)
+
+
+def _through_trunk(visual: Any, pixel_values: Tensor) -> Any:
+    return visual.trunk(pixel_values)
 
 
 def flops(config: Config) -> int:

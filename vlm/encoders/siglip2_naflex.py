@@ -56,7 +56,24 @@ def resize_position_grid(table: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class Embeddings(Siglip2VisionEmbeddings):
-    """Patch embedding plus position embeddings resized to each image's grid."""
+    """Patch embedding plus position embeddings resized to each image's grid.
+
+    transformers reads both matrices past their modules; here the modules run, so that whatever hooks, wraps, quantises
+    or offloads them takes part.
+    """
+
+    def forward(self, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
+        """float[M, N, P*P*3], int64[M, 2] -> float[M, N, E]."""
+        table = self.position_table(pixel_values.device)
+        positions = self.resize_positional_embeddings(table, spatial_shapes, max_length=pixel_values.shape[1])
+        embedded: Tensor = self.patch_embedding(pixel_values.to(table.dtype))
+        return embedded + positions
+
+    def position_table(self, device: torch.device) -> Tensor:
+        """float[A, A, E], the learned square grid."""
+        side = self.position_embedding_size
+        rows: Tensor = self.position_embedding(torch.arange(side * side, device=device))
+        return rows.view(side, side, -1)
 
     @staticmethod
     def resize_positional_embeddings(positional_embeddings: Tensor, spatial_shapes: Tensor, max_length: int) -> Tensor:
@@ -75,11 +92,10 @@ class PackedEmbeddings(Embeddings):
 
     def forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:  # type: ignore[override]
         """float[T, P*P*3] and the grid of each image -> float[T, E]. Images with equal grids share one resize."""
-        side = self.position_embedding_size
-        table = self.position_embedding.weight.reshape(side, side, -1)
+        table = self.position_table(patches.device)
         # Kept for this call only: the table may change between two, and each call has its own autograd graph.
         resized = {grid: resize_position_grid(table, *grid) for grid in dict.fromkeys(grids)}
-        embedded: Tensor = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
+        embedded: Tensor = self.patch_embedding(patches.to(table.dtype))
         return embedded + torch.cat([resized[grid] for grid in grids])
 
 

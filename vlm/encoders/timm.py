@@ -38,6 +38,8 @@ from vlm.encoders import (
     missing_extra,
     plain,
     row_order,
+    runs,
+    trunk_features,
     unused_names,
     without,
 )
@@ -269,6 +271,7 @@ class Encoder(PreTrainedModel):
         super().__init__(config)
         self.trunk = make_trunk(config)
         check_whole_cells(config, config.architecture)
+        runs(self.trunk, trunk_features(self.trunk, config))
         self.post_init()
 
     @classmethod
@@ -293,20 +296,16 @@ class Encoder(PreTrainedModel):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """float[M, 3, H, W] -> float[M, P, E]."""
-        trunk: Any = self.trunk
         if self.config.feature_layers:
             return self._blocks(pixel_values)
-        features: Tensor = trunk.forward_features(pixel_values)
+        features: Tensor = self.trunk(pixel_values)
         return row_order(features, self.config.layout, self.config.num_prefix_tokens)
 
     def _blocks(self, pixel_values: Tensor) -> Tensor:
         """Outputs of the chosen blocks, in their order; the final norm on the last one where it is chosen."""
         trunk: Any = self.trunk
         blocks = feature_layers(self.config)
-        found = trunk.forward_intermediates(
-            pixel_values, indices=[b - 1 for b in blocks], norm=False, output_fmt="NLC", intermediates_only=True
-        )
-        outputs = dict(zip(sorted(blocks), found, strict=True))
+        outputs = dict(zip(sorted(blocks), trunk(pixel_values), strict=True))
         if self.config.feature_norm:
             outputs[max(blocks)] = trunk.norm(outputs[max(blocks)])
         return torch.cat([outputs[block] for block in blocks], dim=-1)

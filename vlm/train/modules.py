@@ -192,7 +192,7 @@ class StageModule(pl.LightningModule):
 
     def compute(self, batch: Batch) -> Any:
         """The model's output for one batch."""
-        return self.model(**batch, reduction=self.stage.loss_reduction)
+        return self.model(**batch, reduction=self.stage.loss_reduction, skip_logits=True)
 
     # --- the parts of a step ----------------------------------------------------------------------------------------
 
@@ -280,14 +280,14 @@ class FrozenEncoderModule(StageModule):
         """The model's output, with the tower run beforehand under `no_grad`, unless the batch holds its features."""
         if isinstance(batch, FeatureBatch):
             texts, features = batch.split()
-            return self.model(**texts, encoded=features, reduction=self.stage.loss_reduction)
+            return self.model(**texts, encoded=features, reduction=self.stage.loss_reduction, skip_logits=True)
         tensors = {name: batch[name] for name in batch.keys()}
         pixels = {name: tensors.pop(name) for name in PIXELS if name in tensors}
         encoded = None
         if pixels:
             with torch.no_grad():
                 encoded = self.model.encode(**pixels)  # type: ignore[operator]
-        return self.model(**tensors, encoded=encoded, reduction=self.stage.loss_reduction)
+        return self.model(**tensors, encoded=encoded, reduction=self.stage.loss_reduction, skip_logits=True)
 
     def encode(self, pixels: Pixels) -> EncoderOutput:
         """The tower's features, in the precision in which the stage trains."""
