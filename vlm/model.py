@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from vlm import backends, inputs, loss, masks, projectors
 from vlm.backends import attention_softcap
 from vlm.config import VLMConfig, part
-from vlm.encoders import EncoderOutput, feature_width, square_grid
+from vlm.encoders import EncoderOutput, check_output, feature_width, square_grid
 from vlm.errors import ConfigError, DataError
 from vlm.processor import Processor
 
@@ -168,7 +168,12 @@ class VLMModel(VLMPreTrainedModel):
         return self.project(self.encode(pixel_values, **naflex))
 
     def project(self, encoded: EncoderOutput) -> tuple[Tensor, Tensor]:
-        """Tower features to decoder tokens; returns what `image_tokens` returns."""
+        """Tower features to decoder tokens; returns what `image_tokens` returns.
+
+        Raises:
+            ConfigError: the tower gave what is no `EncoderOutput` of its configuration.
+        """
+        check_output(encoded, self.config)
         tokens, mask = self.multi_modal_projector(encoded.features, encoded.mask, encoded.grid)
         if mask is None:
             return tokens.flatten(0, 1), torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
+from vlm.check import tower
 from vlm.check.report import Finding, Report, Result, not_applicable
 from vlm.check.subject import Subject, attention_backends, preserved
 from vlm.check.table import CHECKS, Check
@@ -55,13 +57,14 @@ def run(
         path=None if path is None else Path(path),
         stage_manifest=None if stage_manifest is None else Path(stage_manifest),
     )
+    tower_problem = cache(partial(tower.problem, subject))
     backends = ", ".join(dict.fromkeys(attention_backends(model).values()))
     return Report(
         model="" if path is None else str(path),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         attention=backends,
-        results=tuple(_run_one(check, subject) for check in chosen),
+        results=tuple(_run_one(check, subject, tower_problem) for check in chosen),
     )
 
 
@@ -79,12 +82,13 @@ def choose(only: Sequence[str] | None) -> tuple[Check, ...]:
     return tuple(check for check in CHECKS if check.name in only)
 
 
-def _run_one(check: Check, subject: Subject) -> Result:
+def _run_one(check: Check, subject: Subject, tower_problem: Callable[[], str]) -> Result:
     log.info("%s: %s", check.name, check.title)
     began = time.monotonic()
     try:
         with preserved(subject.model):
-            finding = check.function(subject)
+            problem = tower_problem() if check.runs_tower else ""
+            finding = Finding(problem=f"not run: {problem}") if problem else check.function(subject)
     except torch.OutOfMemoryError as error:
         finding = not_applicable(f"out of memory: {' '.join(str(error).split())[:200]}")
     except (VLMError, RuntimeError) as error:

@@ -141,6 +141,56 @@ def square_output(config: Any, features: Tensor) -> EncoderOutput:
     return EncoderOutput(features, None, torch.full((features.shape[0], 2), rows, device=features.device))
 
 
+def check_output(output: Any, config: Any, num_images: int | None = None) -> None:
+    """Refuse what a tower returns if it is not float[M, P, E] features with a mask and a grid, before a projector makes
+    a message about matrices of it. Looks at types and shapes only, so nothing waits for a GPU.
+
+    Args:
+        output: what the tower returned for `num_images` images (None: for any number).
+        config: the `VLMConfig`.
+
+    Raises:
+        ConfigError: says what was returned, what the contract is and what to do.
+    """
+    kind, width = config.encoder, feature_width(config.vision_config)
+    if not isinstance(output, EncoderOutput):
+        raise ConfigError(
+            f"the {kind} tower returned {_described(output)}, expected vlm.encoders.EncoderOutput(features, mask,"
+            f" grid); vlm.encoders.square_output(config, features) makes one for square images"
+        )
+    features, mask, grid = output
+    if not isinstance(features, Tensor) or not features.is_floating_point() or features.ndim != 3:
+        problem = f"features are {_described(features)}, expected float[M, P, E]"
+    elif num_images not in (None, features.shape[0]):
+        problem = f"features are {_described(features)}, expected those of {num_images} images"
+    elif features.shape[2] != width:
+        problem = (
+            f"features are {features.shape[2]} wide, its configuration says {width} (hidden_size, times the number of"
+            f" feature_layers); the projector was built for that"
+        )
+    elif mask is not None and not (
+        isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == features.shape[:2]
+    ):
+        problem = (
+            f"the mask is {_described(mask)}, expected None or bool{list(features.shape[:2])}, False on padding rows"
+        )
+    elif not (
+        isinstance(grid, Tensor) and grid.dtype in (torch.int64, torch.int32) and grid.shape == (features.shape[0], 2)
+    ):
+        problem = (
+            f"the grid is {_described(grid)}, expected int64[{features.shape[0]}, 2]: (rows, columns) of each image"
+        )
+    else:
+        return
+    raise ConfigError(f"the {kind} tower does not keep its contract (docs/encoders.md): {problem}")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def missing_extra(library: str, extra: str, error: Exception) -> ConfigError:
     """What to say where a tower needs a library that is not there."""
     return ConfigError(
