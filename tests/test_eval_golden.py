@@ -10,6 +10,7 @@ import pytest
 
 from vlm.eval import metrics
 from vlm.eval.metrics import anls, aokvqa, boxes, chartqa, choices, pope, tallyqa, textvqa, vqa
+from vlm.locations import box_to_loc
 
 DATA = Path(__file__).parent / "data" / "metrics"
 
@@ -152,4 +153,4 @@ def test_boxes_equal_the_reference() -> None:
         assert boxes.loc_to_box(item["text"]) == pytest.approx((x0, y0, x1, y1), abs=1e-12)
         left, top, width, height = item["bbox_xywh"]
         corners = (left, top, left + width, top + height)
-        assert boxes.box_to_loc(corners, *item["image_wh"]) == item["text"]
+        assert box_to_loc(corners, *item["image_wh"]) == item["text"]

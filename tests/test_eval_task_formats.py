@@ -17,10 +17,10 @@ from tasktools import Root, gold_scores_all, load, values
 
 from vlm.errors import ConfigError, DataError
 from vlm.eval import metrics, tasks
-from vlm.eval.metrics.boxes import box_to_loc
 from vlm.eval.tasks import Task, loaders
 from vlm.eval.tasks.loaders import countbenchqa, mmmu
 from vlm.eval.tasks.source import Folder, Row
+from vlm.locations import box_to_loc
 
 
 @pytest.fixture

@@ -1,18 +1,23 @@
-"""Augmentation: which view of a picture is shown when."""
+"""Augmentation: which view of a picture is shown when, and where the boxes in its text go."""
 
 from collections import defaultdict
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from vlm.data import Example
+from vlm.errors import DataError
+from vlm.locations import box_to_loc, text_to_objects
 from vlm.presets import tiny
 from vlm.processor import Processor
-from vlm.train.augment import pipeline
+from vlm.train.augment import AUGMENTATIONS, apply, check, pipeline
 from vlm.train.data import MicroBatches, loader
 from vlm.train.plan import Mixture, StepSampler
+
+MASK = "".join(f"<seg{code:03d}>" for code in range(16))
 
 
 @cache
@@ -67,3 +72,101 @@ def test_another_seed_shows_other_views() -> None:
     examples = [noise("a")]
     one, other = (views(dataset(examples, ["crop"], seed=seed), StepSampler(0, 4, 1)) for seed in (1, 2))
     assert not any(torch.equal(one[position], other[position]) for position in one)
+
+
+# --- Boxes
+
+
+SIDE = 28
+"""Of the tiny model's images, in pixels."""
+
+
+def painted(corners: tuple[int, int, int, int], size: tuple[int, int], text: str = "{} cat") -> Example:
+    """A black picture with a white rectangle x0, y0, x1, y1 (pixels), and a text that says where it is."""
+    image = Image.new("RGB", size)
+    image.paste("white", corners)
+    return example("a", image, suffix=text.format(box_to_loc(corners, *size)))
+
+
+def picture(example: Example) -> Image.Image:
+    assert isinstance(example.image, Image.Image)
+    return example.image
+
+
+def white_box(image: Image.Image) -> tuple[float, ...]:
+    """Where the white pixels are, in shares of the image."""
+    across, down = (np.flatnonzero(np.asarray(image)[..., 0].max(axis=axis) > 127) for axis in (0, 1))
+    return (
+        across[0] / image.width, down[0] / image.height, (across[-1] + 1) / image.width, (down[-1] + 1) / image.height
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [["hflip"], ["vflip"], ["rotate90"], ["crop"], ["brightness"], [*AUGMENTATIONS]])
+@pytest.mark.parametrize("corners", [(20, 30, 60, 90), (0, 0, 200, 150), (150, 5, 200, 20), (0, 100, 199, 150)])
+def test_boxes_go_where_the_pixels_go(names: list[str], corners: tuple[int, int, int, int]) -> None:
+    shown = painted(corners, (200, 150))
+    texts = set()
+    for draw in range(24):
+        (image,), (prefix, suffix) = apply(
+            pipeline(names), [picture(shown)], ["caption en", str(shown.suffix)], np.random.default_rng(draw)
+        )
+        (found,) = text_to_objects(suffix)
+        # Half a bin for the token that was there, half for the new one, both larger after a crop.
+        assert found.box == pytest.approx(white_box(image), abs=1.3 / 1023), (names, draw)
+        assert found.label == "cat" and prefix == "caption en"
+        texts.add(suffix)
+    assert len(texts) > 1 or names == ["brightness"] or corners == (0, 0, 200, 150)
+
+
+def test_a_batch_of_training_holds_the_moved_box() -> None:
+    examples = [painted((20, 30, 60, 90), (200, 150), "{} cat ; <loc0000><loc1023> corner")]
+    data = dataset(examples, ["rotate90", "hflip"], repeat=8)
+    seen = set()
+    for item in loader(data, StepSampler(0, 8, 1)):
+        batch, tokenizer = item.batch, processor().tokenizer
+        text = tokenizer.decode(batch.input_ids[0][batch.labels[0] != -100], skip_special_tokens=True)
+        cat, corner = text_to_objects(text)
+        row = (batch.pixel_values[0, 0] > 0).float()
+        down, across = row.amax(1).nonzero()[:, 0], row.amax(0).nonzero()[:, 0]
+        where = (across[0] / SIDE, down[0] / SIDE, (across[-1] + 1) / SIDE, (down[-1] + 1) / SIDE)
+        assert cat.box == pytest.approx([float(share) for share in where], abs=0.75 / SIDE)
+        assert corner.label == "corner" and corner.point in {(0, 0), (0, 1), (1, 0), (1, 1)}
+        seen.add(text)
+    assert len(seen) > 3
+
+
+def test_a_crop_cuts_no_object_off() -> None:
+    """Less than half of the small box would be left of many windows, and any part of a mask is too much."""
+    small, masked = painted((0, 0, 12, 12), (200, 150)), painted((0, 20, 100, 60), (200, 150), "{}" + MASK + " cat")
+    changed = 0
+    for draw in range(40):
+        for shown, least in ((small, 0.5), (masked, 1.0)):
+            (image,), (text,) = apply(
+                pipeline(["crop"]), [picture(shown)], [str(shown.suffix)], np.random.default_rng(draw)
+            )
+            changed += image.size != (200, 150)
+            before, after = ((np.asarray(i)[..., 0] > 127).sum() for i in (picture(shown), image))
+            assert after >= least * before * 0.99
+            (found,) = text_to_objects(text)
+            assert found.box == pytest.approx(white_box(image), abs=1.3 / 1023)
+            assert found.codes == (tuple(range(16)) if shown is masked else ())
+    assert 10 < changed < 80
+
+
+def test_several_images_are_seen_in_one_view() -> None:
+    left, right = (picture(painted((10, 10, 50, 50), (100, 80))) for _ in range(2))
+    for draw in range(8):
+        (one, other), _ = apply(pipeline([*AUGMENTATIONS]), [left, right], [""], np.random.default_rng(draw))
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("names", [["hflip"], ["brightness", "vflip"], ["rotate90", "crop"]])
+def test_masks_that_would_have_to_turn_are_refused_with_file_and_line(names: list[str]) -> None:
+    examples = [noise("a"), painted((20, 30, 60, 90), (200, 150), "{}" + MASK + " cat")]
+    turning = names[-1] if names[-1] != "crop" else names[0]
+    with pytest.raises(
+        DataError, match=rf"^train.jsonl:1: augment: {turning} would turn the picture, but not the mask"
+    ):
+        check(pipeline(names), examples)
+    check(pipeline(["crop", "brightness"]), examples)
+    check(pipeline(names), examples[:1])

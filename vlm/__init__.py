@@ -39,6 +39,7 @@ _MODULES = (
     "generation",
     "images",
     "info",
+    "locations",
     "loss",
     "masks",
     "presets",

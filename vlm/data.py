@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from vlm import strictjson
+from vlm import locations, strictjson
 from vlm.errors import DataError
 from vlm.images import shown
 
@@ -264,6 +264,7 @@ def _example(line: bytes, number: int, name: str, images: "_ImageRoot", require:
     suffix = record.get("suffix")
     if suffix is not None and _text(suffix, "suffix") and not suffix.strip() and "suffix" in require:
         raise _Refused("empty", "'suffix' is blank but not empty; write \"\" where there is nothing to say")
+    _refuse_misplaced_boxes(record)
     found = [images.find(image) for image in named]
     return Example(
         id=_id(record.get("id"), number),
@@ -277,6 +278,16 @@ def _example(line: bytes, number: int, name: str, images: "_ImageRoot", require:
         more_images=tuple(found[1:]),
         info={key: value for key, value in record.items() if key not in KEYS},
     )
+
+
+def _refuse_misplaced_boxes(record: dict[str, Any]) -> None:
+    """`<loc>` and `<seg>` tokens that are none would be read as letters, in silence."""
+    for key in ("prefix", "suffix", "references", "answers"):
+        value = record.get(key)
+        for text in value if isinstance(value, list) else [value]:
+            wrong = locations.problems(text) if isinstance(text, str) else []
+            if wrong:
+                raise _Refused("bad-location", f"{key!r}: {'; '.join(wrong[:3])}")
 
 
 def _images(record: dict[str, Any]) -> list[str]:

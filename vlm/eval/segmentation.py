@@ -12,7 +12,6 @@ Architecture, tokens and score follow big_vision's `evaluators/proj/paligemma/tr
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,15 +21,13 @@ import numpy as np
 from PIL import Image
 
 from vlm.errors import CheckpointError, DataError
+from vlm.locations import BINS, NUM_CODES, first_segment
 
 from .files import listed
-from .metrics.boxes import BINS
 from .metrics.result import MetricResult, mean_result
 
-NUM_CODES = 128
 _GRID = 4
 _AT_ONCE = 64  # masks decoded together: some 40 MB of activations
-_ANSWER = re.compile(r"<loc(\d{4})>" * 4 + r"<seg(\d{3})>" * 16, re.ASCII)
 _CODE_BOOK = "_vq_vae._embedding"
 _RESIDUAL = ("decoder.2.net", "decoder.3.net")
 _UPSAMPLING = ("decoder.4", "decoder.6", "decoder.8", "decoder.10")
@@ -52,14 +49,10 @@ class Segment:
 
 def parse(answer: str) -> Segment | None:
     """The segment that an answer starts with; None unless it is complete, in range, and its box has an area."""
-    match = _ANSWER.match(answer)
-    if match is None:
+    segment = first_segment(answer)
+    if segment is None:
         return None
-    numbers = [int(number) for number in match.groups()]
-    y0, x0, y1, x1 = numbers[:4]
-    codes = tuple(numbers[4:])
-    if max(numbers[:4]) >= BINS or max(codes) >= NUM_CODES or y1 <= y0 or x1 <= x0:
-        return None
+    (y0, x0, y1, x1), codes = segment
     return Segment((y0, x0, y1, x1), codes)
 
 

@@ -18,7 +18,7 @@ from vlm.data import Example
 from vlm.errors import ConfigError, DataError, ImageError, VLMError
 from vlm.images import load_image
 from vlm.processor import Batch, Processor
-from vlm.train.augment import Augmentation
+from vlm.train.augment import Augmentation, OfImages, apply
 from vlm.train.plan import Key, Mixture, drawn
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,18 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 300
 """The run stops when a micro-batch takes longer to load."""
 IN_A_ROW = 100
-Chosen = tuple[int, list[Any]]
-"""Index of an example and its images (or what stands for them where features were made before, `vlm.train.features`);
-no image where the example is about text alone."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An example as it is shown this time."""
+
+    index: int
+    images: list[Any]
+    """Or what stands for them where features were made before (`vlm.train.features`); none where the example is about
+    text alone."""
+    prefix: str
+    suffix: str | None
 
 
 @dataclass
@@ -82,7 +91,7 @@ class MicroBatches(Dataset[MicroBatch]):
         processor: Processor,
         *,
         max_text_length: int | None = None,
-        augmentations: Sequence[Augmentation] = (),
+        augmentations: Sequence[Augmentation | OfImages] = (),
         cache_images_mb: int = 0,
         budgets: Sequence[int] = (),
         batch_tokens: int | None = None,
@@ -110,15 +119,14 @@ class MicroBatches(Dataset[MicroBatch]):
         return item
 
     def _batch(self, processor: Processor, chosen: Sequence[Chosen]) -> Batch:
-        return processor([images for _, images in chosen], **self._texts(chosen))
+        return processor([shown.images for shown in chosen], **self._texts(chosen))
 
     def _texts(self, chosen: Sequence[Chosen]) -> dict[str, Any]:
         """What the processor is told of the examples, beside their images."""
-        examples = [self.examples[index] for index, _ in chosen]
         return {
-            "text": [example.prefix for example in examples],
-            "suffix": [example.suffix for example in examples],
-            "ids": [example.id for example in examples],
+            "text": [shown.prefix for shown in chosen],
+            "suffix": [shown.suffix for shown in chosen],
+            "ids": [self.examples[shown.index].id for shown in chosen],
             "max_text_length": self.max_text_length,
         }
 
@@ -128,15 +136,15 @@ class MicroBatches(Dataset[MicroBatch]):
             return [list(range(len(chosen)))]
         lengths = self._lengths(processor, chosen)
         item.over_budget = [
-            self.examples[index].id
-            for (index, _), length in zip(chosen, lengths, strict=True)
+            self.examples[shown.index].id
+            for shown, length in zip(chosen, lengths, strict=True)
             if length > self.batch_tokens
         ]
         return cut(lengths, self.batch_tokens)
 
     def _lengths(self, processor: Processor, chosen: Sequence[Chosen]) -> list[int]:
         """Tokens of each example, image and text."""
-        return processor.lengths([[image.size for image in images] for _, images in chosen], **self._texts(chosen))
+        return processor.lengths([[image.size for image in shown.images] for shown in chosen], **self._texts(chosen))
 
     def _processor(self, key: Key) -> Processor:
         """The processor with the patch budget of the key's optimizer step."""
@@ -158,7 +166,7 @@ class MicroBatches(Dataset[MicroBatch]):
                 item.failures.append(Failure(example, example.images[len(images)], error.code, str(error)))
                 index = self.mixture.substitute(position, attempt)
                 continue
-            return index, self._augment(images, position)
+            return self._augment(index, images, position)
         raise DataError(
             f"{IN_A_ROW} images in a row could not be decoded (see failures.jsonl); last: {item.failures[-1].message}"
         )
@@ -176,16 +184,15 @@ class MicroBatches(Dataset[MicroBatch]):
             self._cache_left -= size
         return image
 
-    def _augment(self, images: list[Any], position: int) -> list[Any]:
-        """One view of each image, drawn from the position: an example repeated within an epoch is seen in another."""
-        if self.augmentations and images:
-            seed = (self.mixture.seed, position)
-            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-            for number, image in enumerate(images):
-                for augmentation in self.augmentations:
-                    image = augmentation(image, rng)
-                images[number] = image
-        return images
+    def _augment(self, index: int, images: list[Any], position: int) -> Chosen:
+        """One view of an example, drawn from the position: one that is repeated within an epoch is seen in another."""
+        example = self.examples[index]
+        if not self.augmentations:
+            return Chosen(index, images, example.prefix, example.suffix)
+        seed = (self.mixture.seed, position)
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+        shown, texts = apply(self.augmentations, images, [example.prefix, example.suffix or ""], rng)
+        return Chosen(index, shown, texts[0], None if example.suffix is None else texts[1])
 
 
 def with_budget(processor: Processor, budget: int) -> Processor:

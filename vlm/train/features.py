@@ -211,14 +211,16 @@ class FeatureBatches(MicroBatches):
 
     def _lengths(self, processor: Processor, chosen: Sequence[Chosen]) -> list[int]:
         lengths = processor.lengths([[]] * len(chosen), **self._texts(chosen))
-        return [sum(map(processor.num_image_tokens, grids)) + n for (_, grids), n in zip(chosen, lengths, strict=True)]
+        return [
+            sum(map(processor.num_image_tokens, shown.images)) + n for shown, n in zip(chosen, lengths, strict=True)
+        ]
 
     def _batch(self, processor: Processor, chosen: Sequence[Chosen]) -> FeatureBatch:
-        batch = processor(grids=[grids for _, grids in chosen], **self._texts(chosen))
-        rows = [self._store.read(index, number) for index, grids in chosen for number in range(len(grids))]
+        batch = processor(grids=[shown.images for shown in chosen], **self._texts(chosen))
+        rows = [self._store.read(shown.index, number) for shown in chosen for number in range(len(shown.images))]
         if not rows:
             return FeatureBatch(**vars(batch))
-        grids = [grid for _, own in chosen for grid in own]
+        grids = [grid for shown in chosen for grid in shown.images]
         features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = None
         if self._store.masked:

@@ -17,8 +17,7 @@ from vlm.encoders import feature_width
 from vlm.errors import CheckpointError, ConfigError
 from vlm.eval.job import Job
 from vlm.processor import Processor
-from vlm.train import checkpoint, parts
-from vlm.train.augment import pipeline
+from vlm.train import augment, checkpoint, parts
 from vlm.train.config import RunConfig, StageConfig
 from vlm.train.data import MicroBatches, loader, with_budget
 from vlm.train.encode import Encoding
@@ -77,7 +76,7 @@ class Stage:
         """What trains, with the features of the images if there is a store of them."""
         settings: dict[str, Any] = {
             "max_text_length": self.config.max_text_length,
-            "augmentations": pipeline(self.config.augment),
+            "augmentations": augment.pipeline(self.config.augment),
             "cache_images_mb": self.run.data.cache_images_mb,
             "budgets": self.run.data.budgets(),
             "batch_tokens": self.config.batch_tokens,
@@ -101,9 +100,13 @@ def make_stage(
     digest: str,
     jobs: dict[str, Job] | None = None,
 ) -> Stage:
-    """The stage at `index`; `counts` are the numbers of examples of the files that `examples` came from."""
+    """The stage at `index`; `counts` are the numbers of examples of the files that `examples` came from.
+
+    Raises `DataError` for examples that the stage's augmentations cannot change.
+    """
     seed = stage_seed(run.seed, index)
     mixture = Mixture(counts, tuple(source.repeat for source in run.data.sources()), seed)
+    augment.check(augment.pipeline(run.stages[index].augment), examples)
     return Stage(run, run.stages[index], seed, examples, val, mixture, digest, jobs or {})
 
 

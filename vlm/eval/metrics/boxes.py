@@ -1,7 +1,6 @@
 """Referring expressions: boxes in PaliGemma's `<loc>` tokens, intersection over union, accuracy at 0.5.
 
-A box is four tokens `<locY0><locX0><locY1><locX1>` with numbers 0000 to 1023; big_vision encodes round(v * 1023) and
-decodes t / 1023, v being the share of the height or width. (The demos of the model card divide by 1024.)
+`vlm.locations` reads the tokens; here is what counts as right.
 
 Scores of masks are not here: sixteen `<seg>` tokens become a mask only through the decoder of the VQ-VAE that made them
 (`vlm.eval.segmentation`, given its weights). `refcoco_paligemma` gives the box accuracies of the same evaluator.
@@ -9,51 +8,20 @@ Scores of masks are not here: sixteen `<seg>` tokens become a mask only through 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm.errors import DataError
+from vlm.locations import Box, first_segment, loc_to_box, problems, tokens_to_box
 
 from .registry import Info, Predictions, References, register
 from .result import MetricResult, mean_result
 
-Box = tuple[float, float, float, float]
-"""x0, y0, x1, y1."""
-BINS = 1024
-_LOC = r"<loc(\d{4})>"
-_FOUR = re.compile(r"\s*".join([_LOC] * 4), re.ASCII)
-_FOUR_AND_MASK = re.compile(_LOC * 4 + r"(?:<seg(?:0\d\d|1[01]\d|12[0-7])>){16}", re.ASCII)
-
-
-def loc_to_box(text: str, width: float = 1.0, height: float = 1.0) -> Box | None:
-    """The first four `<loc>` tokens in a row as x0, y0, x1, y1, in units of `width` and `height`.
-
-    None if there are none, a number is above 1023, or the box has no area.
-    """
-    return _to_box(_FOUR.search(text), width, height)
-
-
-def _to_box(match: re.Match[str] | None, width: float = 1.0, height: float = 1.0) -> Box | None:
-    if match is None:
-        return None
-    numbers = [int(number) for number in match.groups()]
-    y0, x0, y1, x1 = (number / (BINS - 1) for number in numbers)
-    if max(numbers) >= BINS or y1 <= y0 or x1 <= x0:
-        return None
-    return x0 * width, y0 * height, x1 * width, y1 * height
-
 
 def _segment_to_box(text: str) -> Box | None:
     """The box of a text that starts with a whole segment, four `<loc>` and sixteen `<seg>` tokens."""
-    return _to_box(_FOUR_AND_MASK.match(text))
-
-
-def box_to_loc(box: Sequence[float], width: float = 1.0, height: float = 1.0) -> str:
-    """The four tokens of a box x0, y0, x1, y1: round(share * 1023), clipped to 0..1023."""
-    x0, y0, x1, y1 = box
-    shares = (y0 / height, x0 / width, y1 / height, x1 / width)
-    return "".join(f"<loc{min(max(round(share * (BINS - 1)), 0), BINS - 1):04d}>" for share in shares)
+    segment = first_segment(text)
+    return None if segment is None else tokens_to_box(segment[0])
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
@@ -82,7 +50,7 @@ def _gold_box(name: str, key: str, references: References, info: Info) -> Box:
                 return box
         raise DataError(
             f"{name}: item {key!r} has no gold box; give 'box' [x0, y0, x1, y1] in pixels with 'image_size' [width, "
-            f"height], or a gold text with four <loc> tokens (got {references[key][0]!r})"
+            f"height], or a gold text with four <loc> tokens (got {references[key][0]!r}{_why(references[key][0])})"
         )
     if facts.get("image_size") is None:
         raise DataError(f"{name}: item {key!r} has 'box' in pixels but no 'image_size' [width, height]")
@@ -91,6 +59,10 @@ def _gold_box(name: str, key: str, references: References, info: Info) -> Box:
     if width <= 0 or height <= 0 or x1 <= x0 or y1 <= y0:
         raise DataError(f"{name}: item {key!r} has an empty box {facts['box']} or image {facts['image_size']}")
     return x0 / width, y0 / height, x1 / width, y1 / height
+
+
+def _why(gold: str) -> str:
+    return "".join(f"; {problem}" for problem in problems(gold)[:3])
 
 
 def _numbers(name: str, key: str, fact: str, value: Any, how_many: int) -> list[float]:

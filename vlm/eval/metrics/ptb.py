@@ -25,7 +25,7 @@ _DROPPED = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", 
 _NEXT_LINE = "\nzz"
 _LINE_SEPARATORS = dict.fromkeys(map(ord, "\n\r\v\f\u2028\u2029"), " ")
 _IDEOGRAPHS = "\u3005-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"  # kana too: each is a word
-_BETWEEN_LETTERS = "-_.'\u00ad\u058a\u2010\u2011\u2027\u203f"
+_BETWEEN_LETTERS = "-_.'\u00ad\u058a\u2010-\u2015\u2027\u203f"
 _LOOKALIKES = frozenset(ptb_rules.LOOKALIKES)
 _BEYOND_16_BITS = re.compile("[\U00010000-\U0010ffff]")
 # A word of ASCII letters before a blank, or before a comma and a blank, with all blanks that follow. No rule reaches

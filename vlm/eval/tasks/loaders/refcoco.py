@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlm.errors import DataError
-from vlm.eval.metrics.boxes import box_to_loc
+from vlm.locations import box_to_loc
 
 from ..source import Item, Source
 
