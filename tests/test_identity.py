@@ -102,9 +102,9 @@ OTHERS: dict[str, Callable[[Pair], Pair]] = {
     "tokenizer": with_tokenizer,
     "repetition penalty": lambda pair: with_attribute(pair, "generation_config", "repetition_penalty", 1.5),
     "a bit of a weight": lambda pair: flipped(pair),
-    "dtype": lambda pair: (copy.deepcopy(pair[0]).to(torch.bfloat16), pair[1]),
+    "dtype": lambda pair: (copy.deepcopy(pair[0]).bfloat16(), pair[1]),
 }
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def flipped(pair: Pair) -> Pair:

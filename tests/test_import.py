@@ -16,7 +16,7 @@ from transformers import SiglipModel, SiglipVisionModel
 
 import vlm
 from vlm import siglip
-from vlm.checkpoints import directory, importing
+from vlm.checkpoints import importing, saving
 from vlm.checkpoints.importing import convert
 from vlm.cli import main
 from vlm.encoders.siglip import Encoder
@@ -74,7 +74,7 @@ def test_a_changed_weight_fails_and_leaves_nothing(
         with torch.no_grad():
             weight = model.model.vision_tower.encoder.layers[0].self_attn.q_proj.weight
             weight.copy_(weight.T.clone())
-        return directory.save(model, *args, **options)
+        return saving.save(model, *args, **options)
 
     monkeypatch.setattr(importing, "save", spoiled)
     with pytest.raises(CheckpointError, match="59 tensors on disk differ by 1"):

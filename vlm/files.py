@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import sys
@@ -122,6 +123,20 @@ def disk_errors(path: str | Path, numbers: Container[int | None] | None = None) 
         raise DiskError(
             f"cannot write {path}: {error.strerror or error}; make room or write to another place"
         ) from error
+
+
+@contextmanager
+def rust_disk_errors() -> Iterator[None]:
+    """Turn what safetensors and tokenizers say of the disk, as exceptions of their own with the system's number in the
+    text, into the OSError that it was."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))
+        if number is None or isinstance(error, OSError | VLMError):
+            raise
+        code = int(number[1] or number[2])
+        raise OSError(code, os.strerror(code)) from error
 
 
 # --- a file that grows ------------------------------------------------------------------------------------------------
@@ -378,9 +393,10 @@ def _swap(a: Path, b: Path) -> bool:
 
 def _move_files(staging: Path, place: Path, keep: Callable[[str], bool] | None) -> None:
     """The new entries into a directory that must stay where it is: markers away first, back last."""
-    for name in MARKERS:
-        (place / name).unlink(missing_ok=True)
     new = {entry.name for entry in staging.iterdir()}
+    for name in MARKERS:
+        if name in new or keep is None or not keep(name):
+            (place / name).unlink(missing_ok=True)
     for entry in place.iterdir():
         stays = keep is not None and keep(entry.name)
         if entry != staging and (entry.name in new or not stays):

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.utils import cached_file
 
 from vlm import projectors
 from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
+from vlm.files import disk_errors, publishing, rust_disk_errors
 from vlm.fusion import open_transform
 from vlm.images import load_image
 from vlm.loss import IGNORE
@@ -28,6 +30,8 @@ from vlm.transforms import ImageTransform, Pixels
 
 logger = logging.getLogger(__name__)
 CONFIG_NAME = "processor_config.json"
+FILES = (CONFIG_NAME, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+"""What a processor's files are called; those of an earlier one give way."""
 DEFAULT_PROJECTOR = {"kind": "linear"}
 ImageSource = str | Path | bytes | Image.Image
 
@@ -92,6 +96,11 @@ class Batch:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 yield item.name, value
+
+
+def not_a_processors(name: str) -> bool:
+    """Whether a file is none of a processor's."""
+    return not any(fnmatch(name, pattern) for pattern in FILES)
 
 
 class Processor:
@@ -304,17 +313,26 @@ class Processor:
         )
 
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> list[str]:
-        """Write `processor_config.json` and the tokenizer files into a directory."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write `processor_config.json` and the tokenizer files into a directory, in one step; others there stay.
+
+        Raises:
+            DiskError: the disk refuses; the directory is as it was.
+        """
+        with disk_errors(path), publishing(path, keep=not_a_processors) as staging:
+            written = self.write(staging)
+        return [str(Path(path) / name) for name in written]
+
+    def write(self, folder: Path) -> list[str]:
+        """Write the processor's files into a directory that is being made; returns their names."""
         values = {
             "processor_class": type(self).__name__,
             "image_transform": self.image_transform.to_dict(),
             "projector": self.projector,
         }
-        target = folder / CONFIG_NAME
-        target.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        return [str(target), *self.tokenizer.save_pretrained(folder)]
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        with rust_disk_errors():
+            return [CONFIG_NAME, *(Path(file).name for file in self.tokenizer.save_pretrained(folder))]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Processor:

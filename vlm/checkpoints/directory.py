@@ -1,9 +1,8 @@
-"""Opening and writing models: this library's directories, PaliGemma in Hugging Face format, big_vision files."""
+"""Opening models: this library's directories, PaliGemma in Hugging Face format, big_vision files."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from vlm.backends import check_name
 from vlm.checkpoints import big_vision, configs, manifest
-from vlm.checkpoints.files import INDEX, Weights, check_regular, locate, read_json
+from vlm.checkpoints.files import Weights, check_regular, locate, read_json
 from vlm.checkpoints.loader import Placement, live_source, load_model
 from vlm.checkpoints.names import HEAD
 from vlm.checkpoints.preprocessing import from_sentencepiece, open_tokenizer, own_transform, paligemma_transform
@@ -67,7 +66,7 @@ def load(
         path: a directory that `vlm.save` wrote, a training run or a stage of one (its model), a checkpoint inside a
             stage, a PaliGemma 1 or 2 directory in Hugging Face format, a hub id of either, or a big_vision `.npz` of
             PaliGemma.
-        dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps the checkpoint's.
+        dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps each tensor's own.
         device: where the whole model goes; None is the CPU.
         device_map: instead of `device`: `auto` (GPUs first, then memory, then disk), or part name -> device.
         max_memory: device -> bytes or `"10GB"`, for `device_map="auto"`.
@@ -113,7 +112,8 @@ def load(
         if tokenizer is not None:
             raise ConfigError(f"{path} has its own tokenizer; tokenizer= is for a big_vision .npz")
         model, processor = _open_folder(path, revision, verify, placement, allow_nonfinite)
-    check_dtype(model.config, model.dtype, force=force_fp16)
+    for decoders in {parameter.dtype for parameter in model.parts()["decoder"].parameters()}:
+        check_dtype(model.config, decoders, force=force_fp16)
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
     return model, processor
@@ -233,30 +233,6 @@ def _note_generation_settings(folder: Path) -> None:
     ignored = sorted(set(read_json(folder / "generation_config.json")) - EXPECTED_GENERATION_SETTINGS)
     if ignored:
         logger.info("%s: generation_config.json sets %s; not used, give settings yourself", folder, ", ".join(ignored))
-
-
-def save(model: VLM, processor: Processor, path: str | Path, *, max_shard_size: str = "5GB") -> Path:
-    """Write a model directory that `load` and transformers' Auto classes open bit for bit.
-
-    Files are written beside and moved into place; `manifest.json` comes last. Weights of an earlier save that are not
-    part of this one are removed; other files stay.
-    """
-    folder = Path(path)
-    check_pair(str(path), model.config, processor)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
-        model.save_pretrained(temporary, max_shard_size=max_shard_size)
-        processor.save_pretrained(temporary)
-        files = list(Path(temporary).iterdir())
-        (folder / manifest.NAME).unlink(missing_ok=True)
-        for file in files:
-            file.replace(folder / file.name)
-    written = {file.name for file in files}
-    for file in (*folder.glob("model*.safetensors"), folder / INDEX):
-        if file.name not in written:
-            file.unlink(missing_ok=True)
-    manifest.write(folder)
-    return folder
 
 
 def check_pair(path: str, config: VLMConfig, processor: Processor) -> None:

@@ -20,11 +20,12 @@ from vlm import siglip
 from vlm.checkpoints import big_vision, manifest, probes
 from vlm.checkpoints.big_vision_configs import EMBEDDING
 from vlm.checkpoints.big_vision_names import to_array
-from vlm.checkpoints.directory import load, save
+from vlm.checkpoints.directory import load
 from vlm.checkpoints.export import Parity, published
 from vlm.checkpoints.files import FLOATS, Weights, locate, read_json
 from vlm.checkpoints.loader import HEAD, live_source
 from vlm.checkpoints.parity import EQUAL, LIMITS, ParityReport, Row, compare
+from vlm.checkpoints.saving import save
 from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model import layer_types
@@ -71,8 +72,8 @@ def convert(
                 raise ConfigError(f"{source}: is a model directory already; use it as it is")
             options: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "verify": verify, "revision": revision}
             model, processor = load(source, dtype=dtype, tokenizer=tokenizer, **options)
-            save(model, processor, folder, max_shard_size=max_shard_size)
-            stored = model.dtype
+            save(model, processor, folder, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite)
+            stored = None if dtype is None else model.dtype
             del model
             report = _compare_directory(locate(source, revision=revision), folder, out, stored, processor, parity)
         report.require()
@@ -85,9 +86,10 @@ def convert(
 
 
 def _compare_directory(
-    source: Path, folder: Path, out: str | Path, dtype: torch.dtype, processor: Processor, parity: Parity
+    source: Path, folder: Path, out: str | Path, dtype: torch.dtype | None, processor: Processor, parity: Parity
 ) -> ParityReport:
-    report = ParityReport("vlm", str(out), "", str(dtype).removeprefix("torch."))
+    """`dtype`: that all tensors were converted to; None where each kept its own."""
+    report = ParityReport("vlm", str(out), "", dtype_names(Weights(folder)))
     if parity == "none":
         report.notes.append("nothing was compared (parity=none)")
         return report
@@ -95,7 +97,7 @@ def _compare_directory(
     origin = live_source(str(source), weights.tensors, weights.read)
     kept = [name for name in origin.shapes if name != HEAD]
     report.rows.append(_compare_tensors(folder, kept, origin.read, dtype))
-    unchanged = {FLOATS[origin.dtypes[name]] for name in kept} == {dtype}
+    unchanged = dtype is None or {FLOATS[origin.dtypes[name]] for name in kept} == {dtype}
     if parity == "full" and unchanged and _kind(source) == "paligemma":
         _compare_with_transformers(report, source, folder, processor)
     else:
@@ -107,11 +109,18 @@ def _kind(folder: Path) -> str:
     return str(read_json(folder / "config.json").get("model_type"))
 
 
-def _compare_tensors(folder: Path, names: list[str], read: Any, dtype: torch.dtype) -> Row:
+def dtype_names(weights: Weights) -> str:
+    """Such as `bfloat16`, or `bfloat16 and float32`."""
+    found = {FLOATS[info.dtype] for info in weights.tensors.values()}
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+
+
+def _compare_tensors(folder: Path, names: list[str], read: Any, dtype: torch.dtype | None) -> Row:
     written = Weights(folder)
     different = len(set(names) ^ set(written.tensors))
     for name in names:
-        different += name in written.tensors and not _same(written.read(name), read(name).to(dtype))
+        wanted = read(name) if dtype is None else read(name).to(dtype)
+        different += name in written.tensors and not _same(written.read(name), wanted)
     return Row(f"{len(names)} tensors on disk", float(different), None, str(EQUAL), different == 0)
 
 
@@ -185,11 +194,11 @@ def _from_npz(
             model, processor = load(
                 source, tokenizer=tokenizer, dtype=dtype, allow_nonfinite=allow_nonfinite, force_fp16=True
             )
-            if model.dtype == torch.float16:
+            if torch.float16 in {parameter.dtype for parameter in model.parameters()}:
                 raise CheckpointError(
                     f"{source}: float16 weights; Gemma overflows in float16, import them as --dtype float32 or bfloat16"
                 )
-            save(model, processor, folder, max_shard_size=max_shard_size)
+            save(model, processor, folder, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite)
             parameters = dict(model.state_dict())
         stored = next(iter(parameters.values())).dtype
         report = ParityReport("siglip" if two_towers else "vlm", str(out), "", str(stored).removeprefix("torch."))

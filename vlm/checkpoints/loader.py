@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from vlm.checkpoints.configs import guarded
 from vlm.checkpoints.files import FLOATS
 from vlm.checkpoints.names import HEAD, to_live
+from vlm.checkpoints.shards import widest
 from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model import VLM
@@ -55,7 +56,7 @@ class Placement:
     """Where a model goes.
 
     Attributes:
-        dtype: of all parameters; None keeps the checkpoint's.
+        dtype: of all parameters; None keeps each tensor's own.
         device: a single device.
         device_map: `auto`, or part name -> device (`cpu`, `disk`, a GPU number), as accelerate understands it.
         offload_folder: where `disk` parts are written.
@@ -114,13 +115,15 @@ def load_model(
     placement = placement or Placement()
     model: VLM = guarded(lambda: empty(config), f"{source.origin}: config.json")
     check_fit(source, expected_shapes(model))
-    placement = _with_dtype(placement, source, config)
     before_reading()
+    if placement.dtype is None:
+        _take_dtypes(model, source)
     devices = _device_map(model, placement)
     _fill(model, source, placement, devices, allow_nonfinite)
     model.tie_weights()
     check_tied(model, source.origin)
-    model.config.dtype = placement.dtype
+    kept = [FLOATS[dtype] for name, dtype in source.dtypes.items() if name != HEAD]
+    model.config.dtype = placement.dtype or widest(kept)
     ids = {key: getattr(config.text_config, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model.generation_config = GenerationConfig(**ids)
     if devices is not None:
@@ -166,27 +169,23 @@ def check_fit(source: Source, wanted: Mapping[str, tuple[int, ...]]) -> None:
             f"{name} {dtype}" for name, dtype in sorted(source.dtypes.items()) if dtype not in FLOATS
         ],
     }
-    found = [f"{len(names)} {what}: {_shown(names)}" for what, names in problems.items() if names]
+    found = [f"{len(names)} {what}: {shown(names)}" for what, names in problems.items() if names]
     if found:
         raise CheckpointError(f"{source.origin}: the weights do not fit the configuration: {'; '.join(found)}")
 
 
-def _shown(names: list[str]) -> str:
+def shown(names: list[str]) -> str:
+    """The first names, and how many follow."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _with_dtype(placement: Placement, source: Source, config: VLMConfig) -> Placement:
-    """The placement with its dtype decided: the one asked for, or the single one of the file."""
-    if placement.dtype is not None:
-        return placement
-    stored = sorted(set(source.dtypes.values()))
-    if len(stored) == 1:
-        dtype = FLOATS[stored[0]]
-    elif isinstance(config.dtype, torch.dtype) and config.dtype in FLOATS.values():
-        dtype = config.dtype
-    else:
-        raise CheckpointError(f"{source.origin}: tensors are of {', '.join(stored)}; choose one: dtype='float32'")
-    return replace(placement, dtype=dtype)
+def _take_dtypes(model: VLM, source: Source) -> None:
+    """Give the parameters, which have no memory yet, the dtypes of the file: what they take is planned by it."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        dtype = FLOATS.get(source.dtypes.get(name, ""))
+        if tensor.is_meta and dtype is not None and tensor.dtype != dtype:
+            put(model, name, torch.empty_like(tensor, dtype=dtype))
+    model.tie_weights()
 
 
 def _fill(
@@ -196,7 +195,7 @@ def _fill(
     for name in progress(source.shapes, f"Loading {Path(source.origin).name}"):
         if name == HEAD:
             continue
-        tensor = finite(source.read(name), name, source.origin, allow_nonfinite).to(placement.dtype)
+        tensor = _converted(finite(source.read(name), name, source.origin, allow_nonfinite), placement)
         device = placement.device if devices is None else _device_of(name, devices)
         if device == "disk":
             offload_weight(tensor, name, str(placement.offload_folder), index=offloaded)
@@ -205,16 +204,21 @@ def _fill(
     if HEAD in source.shapes:
         _check_stored_head(model, source, placement)
     if EMBEDDING in offloaded:  # accelerate looks for the tied name too
-        offload_weight(source.read(EMBEDDING).to(placement.dtype), HEAD, str(placement.offload_folder), index=offloaded)
+        tensor = _converted(source.read(EMBEDDING), placement)
+        offload_weight(tensor, HEAD, str(placement.offload_folder), index=offloaded)
     if offloaded:
         save_offload_index(offloaded, str(placement.offload_folder))
+
+
+def _converted(tensor: Tensor, placement: Placement) -> Tensor:
+    return tensor if placement.dtype is None else tensor.to(placement.dtype)
 
 
 def _check_stored_head(model: VLM, source: Source, placement: Placement) -> None:
     """A checkpoint may hold the output embedding too; it must be the input embedding."""
     embedding = model.model.language_model.embed_tokens.weight
     if embedding.is_meta:  # offloaded
-        embedding = source.read(EMBEDDING).to(placement.dtype)
+        embedding = _converted(source.read(EMBEDDING), placement)
     if not torch.equal(source.read(HEAD).to(embedding), embedding):
         raise CheckpointError(
             f"{source.origin}: lm_head.weight differs from embed_tokens.weight; Gemma's output embedding is the input"
@@ -282,7 +286,7 @@ def check_embedding_scale(model: VLM) -> None:
 
         raise ConfigError(
             f"transformers {transformers.__version__} scales token embeddings by {scale:.3g} instead of"
-            f" sqrt(hidden_size) = {wanted:.3g}; install transformers>=5.17,<5.24"
+            f" sqrt(hidden_size) = {wanted:.3g}; install transformers>=5.17,<5.25"
         )
 
 
@@ -318,7 +322,38 @@ def _device_map(model: VLM, placement: Placement) -> dict[str, Any] | None:
         Path(placement.offload_folder).mkdir(parents=True, exist_ok=True)
     for name in expected_shapes(model):
         _device_of(name, devices)
+    _place_head(devices, asked)
     return devices
+
+
+def _place_head(devices: dict[str, Any], asked: str | Mapping[str, Any]) -> None:
+    """The output embedding is the input embedding: one tensor, on one device.
+
+    Raises:
+        ConfigError: a map that puts them on two.
+    """
+    module, table = HEAD.rpartition(".")[0], _device_of(EMBEDDING, devices)
+    try:
+        head = _device_of(HEAD, devices)
+    except ConfigError:  # a map need not name what it has placed already
+        devices[module] = table
+        return
+    if _canonical(head) == _canonical(table):
+        return
+    if not isinstance(asked, str):
+        raise ConfigError(
+            f"device_map puts {module} on {head!r} and {EMBEDDING.rpartition('.')[0]} on {table!r}; they are one"
+            f" tensor (Gemma's output embedding is its input embedding): give both the same device"
+        )
+    devices.pop(HEAD, None)
+    devices[module] = table
+
+
+def _canonical(device: Any) -> str:
+    if isinstance(device, str) and device == "disk":
+        return device
+    place = torch.device(device)
+    return str(torch.device(place.type, place.index or 0)) if place.type != "cpu" else "cpu"
 
 
 def _device_of(name: str, devices: Mapping[str, Any]) -> Any:
