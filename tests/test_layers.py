@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     (
         *("errors", "settings", "files", "strictjson"),
-        *("images", "config", "masks", "loss", "resize", "transforms", "fusion", "budget", "locations"),
+        *("images", "config", "masks", "loss", "resize", "transforms", "fusion", "budget", "dtypes", "locations"),
     ),
     (
         *("backends", "inputs", "data", "content", "piece_model", "tokenizer", "prompts"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 import stat
@@ -116,7 +115,7 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new(pairs: tuple[Pair, Pair
     (old, old_processor), (new, new_processor) = pairs
     place = tmp_path / "work" / "m"
     known = {identity.of_weights(old): "old", identity.of_weights(new): "new"}
-    vlm.save(old, old_processor, tmp_path / "kept", max_shard_size="60KB")
+    vlm.save(old, old_processor, tmp_path / "kept", max_shard_size="150KB")
     (tmp_path / "kept" / "notes").mkdir()
     for name in ("notes/mine.txt", "mine.txt"):
         (tmp_path / "kept" / name).write_text("mine")
@@ -169,6 +168,14 @@ class WithAdapters(nn.Module):
         raise AssertionError("would have deleted what is there")
 
 
+class Compiled(nn.Module):
+    """What torch.compile returns, from outside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+
+
 class Adapted(nn.Module):
     """A linear layer that LoRA was put around in place."""
 
@@ -216,11 +223,11 @@ def with_a_window(model: vlm.VLM) -> None:
 
 
 def compiled(model: vlm.VLM) -> None:
-    model.model.multi_modal_projector = torch.compile(model.model.multi_modal_projector)
+    model.model.multi_modal_projector = Compiled(model.model.multi_modal_projector)
 
 
 def impossible_generation(model: vlm.VLM) -> None:
-    model.generation_config.update(num_return_sequences=3, do_sample=False)
+    model.generation_config.num_return_sequences = 3
 
 
 REFUSED: dict[str, tuple[Callable[[vlm.VLM], Any], str]] = {
@@ -231,7 +238,7 @@ REFUSED: dict[str, tuple[Callable[[vlm.VLM], Any], str]] = {
     "int8": (in_int8, "1 tensors are no plain float32.*up_proj.weight int8; save the model before it is quantised"),
     "float64": (lambda model: model.double(), "float64: model.float"),
     "meta": (without_values, "up_proj.weight has no values: the model was built on the meta device"),
-    "all meta": (lambda model: model.to("meta"), "has no values"),
+    "all meta": (lambda model: nn.Module.to(model, "meta"), "has no values"),
     "width": (of_another_width, r"have another shape: .*down_proj.weight \(32, 64\)"),
     "compiled part": (compiled, "multi_modal_projector._orig_mod.* wraps or replaces parts of the model"),
     "no number": (with_a_window, "could not be opened again|would be another model"),
@@ -262,7 +269,7 @@ def test_other_classes_are_refused_with_what_to_do(pairs: tuple[Pair, Pair], tmp
     (model, processor), _ = pairs
     cases: list[tuple[Any, str]] = [
         (WithAdapters(model), r"a WithAdapters is a model with adapters \(LoRA\).*model.merge_and_unload\(\)"),
-        (torch.compile(model), "wraps the model; save model._orig_mod"),
+        (Compiled(model), "a Compiled wraps the model; save model._orig_mod"),
         (model.model, "a VLMModel is a model without its output layer"),
         (nn.Linear(2, 2), "the model is a Linear, expected a vlm.VLM"),
         (None, "the model is a NoneType"),
@@ -271,7 +278,7 @@ def test_other_classes_are_refused_with_what_to_do(pairs: tuple[Pair, Pair], tmp
         with pytest.raises(ConfigError, match=message):
             vlm.save(other, processor, tmp_path / "m")
     with pytest.raises(ConfigError, match="the processor is a GemmaTokenizer, expected a vlm.Processor"):
-        vlm.save(model, processor.tokenizer, tmp_path / "m")  # type: ignore[arg-type]
+        vlm.save(model, processor.tokenizer, tmp_path / "m")
     assert not list(tmp_path.iterdir())
     vlm.save(WithAdapters(model).merge_and_unload(), processor, tmp_path / "m")
 
@@ -351,18 +358,24 @@ def stored(folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
         return {name: (file.get_slice(name).get_dtype(), file.get_tensor(name)) for name in file.keys()}
 
 
-@pytest.mark.parametrize("parts", [{"encoder": "bfloat16"}, {"decoder": "bfloat16"}, {"projector": "bfloat16"}, {"encoder": "float16", "decoder": "bfloat16"}])
-@pytest.mark.parametrize(("encoder", "decoder"), [("siglip", "gemma"), ("siglip2_naflex", "gemma2"), ("clip", "gemma3_text")])
-def test_every_tensor_keeps_its_dtype(
-    parts: dict[str, str], encoder: str, decoder: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "parts"),
+    [
+        ("siglip", "gemma", {"encoder": "bfloat16"}),
+        ("siglip2_naflex", "gemma2", {"decoder": "bfloat16"}),
+        ("clip", "gemma3_text", {"projector": "bfloat16"}),
+        ("dinov2", "gemma", {"encoder": "float16", "decoder": "bfloat16"}),
+    ],
+)
+def test_every_tensor_keeps_its_dtype(encoder: str, decoder: str, parts: dict[str, str], tmp_path: Path) -> None:
     model, processor = tiny(encoder, decoder)
     shake(model)
     batch = processor([picture(1)], ["caption en"])
     with torch.no_grad():
         exact = model(**batch).logits
     for part, dtype in parts.items():
-        model.parts()[part].to(getattr(torch, dtype))
+        for parameter in model.parts()[part].parameters():  # not the computed tables, which stay float32
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     vlm.save(model, processor, tmp_path / "m")
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
     for name, (dtype, tensor) in stored(tmp_path / "m").items():
@@ -379,7 +392,40 @@ def test_every_tensor_keeps_its_dtype(
     assert len(vlm.generate(again, processor2, [picture(1)], ["caption en"], max_new_tokens=3)) == 1
     placed, _ = vlm.load(tmp_path / "m", device_map={"": "cpu"})
     assert {n: p.dtype for n, p in placed.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
-    assert {parameter.dtype for parameter in vlm.load(tmp_path / "m", dtype="float32")[0].parameters()} == {torch.float32}
+    whole, _ = vlm.load(tmp_path / "m", dtype="float32")
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.float32}
+
+
+def test_dtypes_that_cannot_be_multiplied_come_back_and_are_told(tmp_path: Path) -> None:
+    """Inside a part every tensor keeps its dtype too; running it is refused in a sentence, and one dtype opens it."""
+    model, processor = tiny()
+    shake(model)
+    up_proj(model).weight.data = up_proj(model).weight.data.bfloat16()
+    vlm.save(model, processor, tmp_path / "m")
+    again, _ = vlm.load(tmp_path / "m")
+    assert {n: p.dtype for n, p in again.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+    for act in (
+        lambda: again(**processor([picture(1)], ["caption en"])),
+        lambda: again(**processor([picture(1)], ["caption en"], ["no"])),
+        lambda: vlm.generate(again, processor, [picture(1)], ["caption en"]),
+    ):
+        with pytest.raises(ConfigError, match="float32 and bfloat16 in language_model; .*dtype='float32'"):
+            act()
+    whole, _ = vlm.load(tmp_path / "m", dtype="float32")
+    assert torch.isfinite(whole(**processor([picture(1)], ["caption en"])).logits).all()
+
+
+def test_an_export_loses_nothing_of_the_widest_part(tmp_path: Path) -> None:
+    """PaliGemma's readers know one dtype: the narrowest that holds all. bfloat16 and float16 need float32."""
+    model, processor = tiny()
+    shake(model)
+    for part, dtype in {"encoder": torch.float16, "projector": torch.bfloat16, "decoder": torch.bfloat16}.items():
+        for parameter in model.parts()[part].parameters():
+            parameter.data = parameter.data.to(dtype)
+    report = vlm.export(model, processor, tmp_path / "p")
+    assert report.ok and report.dtype == "float32"
+    state = vlm.load(tmp_path / "p")[0].state_dict()
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in model.state_dict().items())
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------

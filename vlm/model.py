@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from vlm import backends, inputs, loss, masks, projectors
+from vlm import backends, dtypes, inputs, loss, masks, projectors
 from vlm.backends import attention_softcap
 from vlm.config import VLMConfig, part
 from vlm.encoders import EncoderOutput, check_output, feature_width, square_grid
@@ -174,7 +174,8 @@ class VLMModel(VLMPreTrainedModel):
             ConfigError: the tower gave what is no `EncoderOutput` of its configuration.
         """
         check_output(encoded, self.config)
-        tokens, mask = self.multi_modal_projector(encoded.features, encoded.mask, encoded.grid)
+        features = dtypes.enter(encoded.features, self.multi_modal_projector)
+        tokens, mask = self.multi_modal_projector(features, encoded.mask, encoded.grid)
         if mask is None:
             return tokens.flatten(0, 1), torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
         return tokens[mask], mask.sum(1)
@@ -214,6 +215,7 @@ class VLMModel(VLMPreTrainedModel):
         output: EncoderOutput = self.vision_tower(pixel_values, **naflex)
         return output
 
+    @dtypes.told
     @can_return_tuple
     def forward(
         self,
@@ -311,11 +313,18 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         }
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The decoder's; other parts may have their own."""
+        floats = (p.dtype for p in self.model.language_model.parameters() if p.is_floating_point())
+        return next(floats, super().dtype)
+
+    @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the first parameter that is in memory (parts on disk are on none)."""
         return next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
 
     # The names are spelled out because generate() checks its arguments against this signature.
+    @dtypes.told
     @can_return_tuple
     def forward(
         self,

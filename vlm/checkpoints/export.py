@@ -23,7 +23,7 @@ from vlm.backends import attention_softcap
 from vlm.checkpoints import card, layout, probes, tower
 from vlm.checkpoints.directory import DTYPES, check_pair
 from vlm.checkpoints.parity import LIMITS, ParityReport, compare, compare_files
-from vlm.checkpoints.shards import parse_size
+from vlm.checkpoints.shards import parse_size, widest
 from vlm.errors import CheckpointError, ConfigError, DiskError, nearest
 from vlm.files import publishing
 from vlm.generation import check_dtype
@@ -144,10 +144,9 @@ def _format(to: str) -> Format:
 
 
 def _dtype(model: VLM, dtype: str | torch.dtype | None) -> torch.dtype:
-    """The dtype to write: the one asked for, or the model's widest (a training run may keep some parts in float32)."""
+    """The dtype to write: the one asked for, or the narrowest that holds all parts (readers know one for all)."""
     if dtype is None:
-        own = {parameter.dtype for parameter in model.parameters()}
-        chosen = max(own, key=lambda item: (item.itemsize, str(item)))
+        chosen = widest(parameter.dtype for parameter in model.parameters())
     elif isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
