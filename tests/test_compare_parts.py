@@ -228,7 +228,7 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus(None, ["0", "1", "2"]) == ["0", "1", "2"]
     assert gpus(2, ["4", "5", "6", "7"]) == ["4,6", "5,7"]
     assert gpus(3, ["0", "1"]) == ["0", "1", "0"]
-    monkeypatch.setattr(processes, "num_cores", lambda: 6)
+    monkeypatch.setattr(processes.threads, "cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [slot.threads for slot in processes.slots(None, [])] == [6]
     assert [slot.threads for slot in processes.slots(4, [])] == [1, 1, 1, 1]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from lower layers and from its own, and never in a circle.
 LAYERS = (
     (
-        *("errors", "settings", "files", "strictjson"),
+        *("errors", "settings", "files", "children", "threads", "ranks", "strictjson"),
         *("images", "config", "masks", "loss", "resize", "transforms", "fusion", "budget", "dtypes", "locations"),
     ),
     (
@@ -54,6 +54,9 @@ FORBIDDEN = [
     ("vlm.eval.metrics", "vlm.processor"),
     ("vlm.errors", "torch"),
     ("vlm.settings", "torch"),
+    ("vlm.children", "torch"),
+    ("vlm.threads", "torch"),
+    ("vlm.ranks", "torch"),
     ("vlm.data", "torch"),
     ("vlm.images", "torch"),
 ]

@@ -102,13 +102,18 @@ def test_an_error_in_one_process_ends_both(tmp_path: Path) -> None:
     assert run_on_two(run) == [2, 2]
 
 
-def test_a_killed_process_takes_the_other_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_one_line(victim: int, tmp_path: Path, capfd: Any) -> None:
     run = config(tmp_path / "out", align(steps=10_000), devices=2, strategy="ddp")
     with two_processes(run) as processes:
         wait(lambda: steps_done(run.out) >= 2)
-        processes[1].kill()
-        processes[0].join(60)
-        assert processes[0].exitcode not in (None, 0)
+        processes[victim].kill()
+        other = processes[1 - victim]
+        other.join(60)
+        assert other.exitcode == 2
+    said = capfd.readouterr().out.splitlines()
+    assert [line for line in said if "another process of this launch has ended early" in line] == said
+    assert len(said) == 1 and said[0].startswith("error: ") and "--resume" in said[0]
 
 
 @pytest.mark.slow

@@ -11,6 +11,11 @@ Nothing heavy is imported here: torch and transformers load when the first name 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vlm import threads
+
+# Before anything here can load torch, whose libraries read the environment once.
+threads.prepare()
+
 __version__ = "0.1.0"
 
 # public name -> the module that defines it

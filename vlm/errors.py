@@ -37,6 +37,10 @@ class TrainingError(VLMError):
     """A training run that must not start or must not go on."""
 
 
+class LaunchError(VLMError):
+    """Another process of the same launch has died."""
+
+
 class ImageError(VLMError):
     """An image that cannot be used.
 

@@ -11,16 +11,16 @@ import json
 import logging
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlm import children, threads
 from vlm.compare.runs import LOG, SPEC, Spec
 from vlm.errors import ConfigError, TrainingError
 from vlm.train.signals import Stopped, StopSignal
@@ -31,6 +31,8 @@ PHASES = ("train", "measure")
 TICK_S = 0.05
 GRACE_S = 600
 """How long a run may take to save when it is asked to stop."""
+END_S = 20
+"""How long the server may take to end."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,13 @@ class Server:
     def close(self) -> None:
         """End the server, and with it every process that is left."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with suppress(BrokenPipeError):  # it has died, and something was still to be said to it
+            self._process.stdin.close()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._process.stdout.close()
 
 
@@ -128,9 +135,7 @@ class _Active:
         told = [line.strip() for line in lines if line.startswith("error: ")]
         if told:
             return told[-1].removeprefix("error: ")
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
-        return lines[-1].strip() if lines else f"exit code {code}"
+        return lines[-1].strip() if lines and code > 0 else children.ending(code)
 
 
 def slots(jobs: int | None, gpus: Sequence[str]) -> list[Slot]:
@@ -144,14 +149,9 @@ def slots(jobs: int | None, gpus: Sequence[str]) -> list[Slot]:
         own = [list(gpus[i::count]) or [gpus[i % len(gpus)]] for i in range(count)]
         return [Slot({"CUDA_VISIBLE_DEVICES": ",".join(ids)}, None, f"GPU {','.join(ids)}") for ids in own]
     given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(given) if given.isdecimal() and int(given) else max(1, num_cores() // count)
-    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return [Slot(environment, threads, "1 thread" if threads == 1 else f"{threads} threads")] * count
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    each = int(given) if given.isdecimal() and int(given) else max(1, threads.cores() // count)
+    environment = {"OMP_NUM_THREADS": str(each), "MKL_NUM_THREADS": str(each)}
+    return [Slot(environment, each, "1 thread" if each == 1 else f"{each} threads")] * count
 
 
 def visible_gpus(accelerator: str) -> list[str]:

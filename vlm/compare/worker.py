@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vlm import children
 from vlm.compare import runs
 
 TICK_S = 0.05
@@ -59,7 +60,7 @@ def serve() -> None:
     import vlm.compare.measure
     import vlm.train.stages  # noqa: F401
 
-    children: dict[int, str] = {}
+    started: dict[int, str] = {}
     partial = b""
     while True:
         if select.select([0], [], [], TICK_S)[0]:
@@ -68,39 +69,39 @@ def serve() -> None:
                 break
             *lines, partial = (partial + data).split(b"\n")
             for line in lines:
-                _handle(json.loads(line), children)
-        _reap(children)
-    for pid in children:
+                _handle(json.loads(line), started)
+        _reap(started)
+    for pid in started:
         os.kill(pid, signal.SIGKILL)
-    for pid in children:
+    for pid in started:
         os.waitpid(pid, 0)
 
 
-def _handle(request: dict[str, Any], children: dict[int, str]) -> None:
+def _handle(request: dict[str, Any], started: dict[int, str]) -> None:
     if "start" in request:
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
             _become(request, server)
-        children[pid] = request["start"]
-    for pid, name in children.items():
+        started[pid] = request["start"]
+    for pid, name in started.items():
         if name in request.get("stop", ()):
             os.kill(pid, signal.SIGTERM)
 
 
-def _reap(children: dict[int, str]) -> None:
+def _reap(started: dict[int, str]) -> None:
     """Report the processes that ended."""
-    for pid in list(children):
+    for pid in list(started):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            os.write(1, json.dumps([children.pop(pid), os.waitstatus_to_exitcode(status)]).encode() + b"\n")
+            os.write(1, json.dumps([started.pop(pid), os.waitstatus_to_exitcode(status)]).encode() + b"\n")
 
 
 def _become(request: dict[str, Any], server: int) -> None:
     """Turn the fork into the process that was asked for; never returns."""
     code = 1
     try:
-        die_with(server)
+        children.die_with(server)
         descriptor = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -122,18 +123,6 @@ def _become(request: dict[str, Any], server: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def die_with(parent: int) -> None:
-    """Be killed when the parent process ends (Linux); elsewhere a run's lock refuses the next start until then."""
-    if not Path("/proc/self").exists():
-        return
-    import ctypes
-
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
-        os._exit(1)
 
 
 if __name__ == "__main__":

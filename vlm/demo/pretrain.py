@@ -12,10 +12,8 @@ gives the same bytes whatever the number of cores.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import random
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from vlm import children
 from vlm.demo import captions, questions, scenes, towers
 from vlm.demo.learning import ANSWER_PREFIX, CAPTION_PREFIX, MOST_THINGS, WEIGHTS, Words, fit, make_tokenizer, pad, save
 from vlm.demo.towers import GRID
@@ -53,9 +52,6 @@ DECODER: dict[str, Any] = {
 }
 
 
-Job = tuple[Callable[..., None], tuple[Any, ...]]
-
-
 def pretrain(
     out: Path,
     *,
@@ -78,25 +74,22 @@ def pretrain(
     run_jobs(jobs)
 
 
-def tower_jobs(kinds: Sequence[str], out: Path, tokenizer: Path, seed: int, steps: int) -> list[Job]:
+def tower_jobs(kinds: Sequence[str], out: Path, tokenizer: Path, seed: int, steps: int) -> list[children.Job]:
     """What is left to do for `out/KIND` of every kind."""
     left = [kind for kind in kinds if not (out / kind / towers.weights_file(kind)).exists()]
     return [(towers.pretrain_tower, (kind, out / kind, tokenizer, seed, steps)) for kind in left]
 
 
-def run_jobs(jobs: Sequence[Job]) -> None:
+def run_jobs(jobs: Sequence[children.Job]) -> None:
     """Two at a time, each in a process of its own."""
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(_run, job, arguments) for job, arguments in jobs]:
-            future.result()
+    children.run_all(jobs, at_once=2, prepare=_prepare)
 
 
-def _run(job: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _prepare() -> None:
     """In its process: our log on stderr, and nothing of transformers' but errors."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    job(*arguments)
 
 
 @dataclass(frozen=True)

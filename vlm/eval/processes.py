@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from vlm import ranks
+
 _PATIENCE = timedelta(days=7)
 
 
@@ -60,11 +62,13 @@ def joined() -> Iterator[Processes]:
     if dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    ranks.end_with_launcher()
+    with ranks.all_or_none("then start all of them again, they go on where they stopped"):
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+        try:
+            yield Processes(dist.get_rank(), dist.get_world_size())
+        finally:
+            dist.destroy_process_group()
 
 
 def local_rank() -> int:

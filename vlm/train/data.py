@@ -2,10 +2,12 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from vlm import children
 from vlm.budget import cut
 from vlm.data import Example
 from vlm.errors import ConfigError, DataError, ImageError, VLMError
@@ -237,6 +240,18 @@ def check_lengths(examples: Sequence[Example], processor: Processor, max_text_le
     return cut
 
 
+class _Loader(DataLoader[Any]):
+    """Remembers its iterators, so that `loading` can end them."""
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        _iterators.add(iterator)
+        return iterator
+
+
+_iterators: WeakSet[Any] = WeakSet()
+
+
 def loader(
     dataset: Dataset[Any], sampler: Iterable[Any], *, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader[Any]:
@@ -246,8 +261,8 @@ def loader(
         # Torch installs its SIGCHLD handler once, and Lightning takes it away at the end of each stage: without it a
         # worker that died would be noticed only after LONGEST_WAIT_S.
         signal_handling._SIGCHLD_handler_set = False
-        options = {"timeout": LONGEST_WAIT_S, "worker_init_fn": _start_worker, "multiprocessing_context": "fork"}
-    return DataLoader(
+        options = {"timeout": LONGEST_WAIT_S, "multiprocessing_context": children.context(fork=True)}
+    return _Loader(
         dataset,
         batch_size=None,
         sampler=sampler,
@@ -259,13 +274,28 @@ def loader(
     )
 
 
-def _start_worker(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the training process, which saves first; die with it when it is killed."""
-    import ctypes
-    import signal
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around whatever uses a `loader`: however it is left, no loading process is left behind or waited for."""
+    try:
+        yield
+    finally:
+        for iterator in list(_iterators):
+            _abandon(iterator)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    set_parent_death_signal = 1
-    if Path("/proc/self").exists():
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+def _abandon(iterator: Any) -> None:
+    """Kill the processes of a loader's iterator. Torch would ask them to end, through locks that die with the process
+    that holds them: when one was killed, that takes seconds for each of the others, or for ever."""
+    if getattr(iterator, "_shutdown", True):
+        return  # it ended by itself, or has no processes
+    iterator._shutdown = True
+    # First, or torch's handler would take these for workers that die by themselves.
+    signal_handling._remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False
+    for worker in iterator._workers:
+        worker.kill()
+    for worker in iterator._workers:
+        worker.join()
+    if hasattr(iterator, "_pin_memory_thread"):
+        iterator._pin_memory_thread_done_event.set()

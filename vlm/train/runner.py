@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlm import ranks
 from vlm.train.config import RunConfig
 from vlm.train.rundir import open_run
 from vlm.train.signals import StopSignal
@@ -40,7 +41,9 @@ def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, acce
     ):
         from vlm.train.stages import run_stages
 
-        return run_stages(config, directory, main=main, skip_bad=skip_bad, stop=stop)
+        ranks.end_with_launcher()
+        with ranks.all_or_none("then start all of them again with --resume"):
+            return run_stages(config, directory, main=main, skip_bad=skip_bad, stop=stop)
 
 
 def is_main_process() -> bool:

@@ -19,7 +19,7 @@ from vlm.eval.job import Job
 from vlm.processor import Processor
 from vlm.train import augment, checkpoint, parts
 from vlm.train.config import RunConfig, StageConfig
-from vlm.train.data import MicroBatches, loader, with_budget
+from vlm.train.data import MicroBatches, loader, loading, with_budget
 from vlm.train.encode import Encoding
 from vlm.train.evaluate import Evaluator
 from vlm.train.failures import explain
@@ -183,7 +183,7 @@ def _strategy(run: RunConfig, devices: int) -> str | DDPStrategy:
 def _fit(trainer: pl.Trainer, module: StageModule, stop: StopSignal) -> None:
     stop.saving_possible = True
     try:
-        with quiet_lightning():
+        with quiet_lightning(), loading():
             trainer.fit(module)
     except RuntimeError as error:
         explained = explain(error, module.stage)
