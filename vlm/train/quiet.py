@@ -12,6 +12,7 @@ _EXPECTED = (
     ".*Checkpoint directory.*",
     ".*GPU available but not used.*",
     ".*barrier\\(\\).*",
+    ".*broadcast_buffers.*is deprecated.*",
     ".*LeafSpec.*is deprecated.*",
 )
 
