@@ -207,6 +207,36 @@ def test_set_up_pins_lightning_by_hash_in_the_range_of_pyproject() -> None:
     assert '"lightning>=2.6.4,<3"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
+def test_every_module_is_imported_without_what_windows_lacks() -> None:
+    """Once as here, so that all libraries are there; then again without the modules and names of POSIX."""
+    code = f"""
+import importlib, os, signal, sys
+names = {sorted(set(SOURCES) - {"vlm.__main__"})!r}
+for name in names:
+    importlib.import_module(name)
+for name in [name for name in sys.modules if name.split(".")[0] == "vlm"]:
+    del sys.modules[name]
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog"):
+    sys.modules[name] = None
+posix = {{
+    os: ("fork", "geteuid", "getuid", "sched_getaffinity", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "WNOHANG", "nice"),
+    signal: ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD", "setitimer", "alarm"),
+}}
+for module, lacking in posix.items():
+    for name in lacking:
+        vars(module).pop(name, None)
+wrong = []
+for name in names:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        wrong.append(f"{{name}}: {{error!r}}")
+print(wrong)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
+
+
 def test_late_libraries_are_imported_in_functions() -> None:
     assert [str(found) for found in OUTSIDE if found.imported.split(".")[0] in LATE and not found.late] == []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vlm import tokenizer as tokenizers
 from vlm.demo import captions, questions, scenes
+from vlm.files import publishing, write_json
 
 log = logging.getLogger("vlm")
 
@@ -91,12 +92,25 @@ def fit(
 
 
 def save(model: Any, folder: Path, files: dict[str, Any] | None = None, weights: str = WEIGHTS) -> None:
-    """Write the checkpoint with its `weights` file last, so that a folder with weights is complete."""
-    finished = folder.with_name(folder.name + ".part")
-    model.half().save_pretrained(finished)
-    for name, content in (files or {}).items():
-        (finished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(finished.iterdir(), key=lambda f: f.suffix == ".safetensors"):
-        os.replace(file, folder / (weights if file.name == WEIGHTS else file.name))
-    finished.rmdir()
+    """Put a checkpoint into the folder in one step, beside what is there."""
+    with publishing(folder, keep=lambda name: True) as finished:
+        model.half().save_pretrained(finished)
+        for name, content in (files or {}).items():
+            write_json(finished / name, content)
+        (finished / WEIGHTS).rename(finished / weights)
+
+
+def complete(folder: Path, file: str) -> bool:
+    """Whether a checkpoint with this file is there and can be read; if it is damaged, that is told."""
+    if not (folder / file).exists():
+        return False
+    try:
+        for path in folder.glob("*.json"):
+            json.loads(path.read_text(encoding="utf-8"))
+        if file.endswith(".safetensors"):
+            with safe_open(folder / file, framework="pt"):
+                pass
+    except (ValueError, SafetensorError) as error:
+        log.warning("%s is damaged (%s): it is made again", folder, error)
+        return False
+    return True

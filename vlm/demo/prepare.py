@@ -9,7 +9,6 @@ DIR/prepare.json  seed, steps and numbers of scenes; what was made for other one
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from vlm import files
 from vlm.config import kinds
 from vlm.demo import dataset, scenes
 from vlm.demo.run import Size, read_recipe
@@ -78,7 +78,7 @@ def prepare(
     log.info("towers: %s, %d steps each, %.0f s", ", ".join(own), steps, time.monotonic() - started)
     file = folder / "compare.yaml"
     note = NOTE.format(steps=steps, towers=", ".join(own))
-    file.write_text(note + yaml.safe_dump(comparison(encoders), sort_keys=False), encoding="utf-8")
+    files.write_text(file, note + yaml.safe_dump(comparison(encoders), sort_keys=False))
     return file
 
 
@@ -100,11 +100,12 @@ def _check(encoders: Sequence[str]) -> None:
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Remember what this directory is for, or refuse to mix towers that had different pretraining."""
     file = folder / "prepare.json"
-    if not file.exists():
-        file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    if before != settings:
+    before = dataset.left_over(file)
+    if before is None:
+        if file.exists():  # for whatever settings these were made
+            shutil.rmtree(folder / "towers", ignore_errors=True)
+        files.write_json(file, settings)
+    elif before != settings:
         raise ConfigError(f"{folder} was prepared with {before}, now asked for {settings}; give another directory")
 
 
@@ -149,4 +150,4 @@ def write_labelled(data: Path, seed: int) -> None:
                 image = f"images/probe-{name}-{pair[0]}-{pair[1]}-{number:02d}.png"
                 scenes.draw(scenes.make_labelled(rng, pair, held_out=name == "test")).save(data / image)
                 lines.append({"image": image, "label": " ".join(pair)})
-        dataset.write_lines(data / f"probe_{name}.jsonl", lines)
+        files.write_lines(data / f"probe_{name}.jsonl", lines)

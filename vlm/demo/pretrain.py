@@ -26,8 +26,20 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from vlm import children
 from vlm.demo import captions, questions, scenes, towers
-from vlm.demo.learning import ANSWER_PREFIX, CAPTION_PREFIX, MOST_THINGS, WEIGHTS, Words, fit, make_tokenizer, pad, save
+from vlm.demo.learning import (
+    ANSWER_PREFIX,
+    CAPTION_PREFIX,
+    MOST_THINGS,
+    WEIGHTS,
+    Words,
+    complete,
+    fit,
+    make_tokenizer,
+    pad,
+    save,
+)
 from vlm.demo.towers import GRID
+from vlm.files import publishing
 
 TOWER_STEPS = 2000
 DECODER_STEPS = 2000
@@ -66,17 +78,18 @@ def pretrain(
     """
     gemma = out / "gemma"
     gemma.mkdir(parents=True, exist_ok=True)
-    if not (gemma / "tokenizer.json").exists():
-        make_tokenizer().save_pretrained(gemma)
+    if not complete(gemma, "tokenizer.json"):
+        with publishing(gemma, keep=lambda name: True) as folder:
+            make_tokenizer().save_pretrained(folder)
     jobs = tower_jobs([encoder], out, gemma, seed, tower_steps)
-    if not (gemma / WEIGHTS).exists():
+    if not complete(gemma, WEIGHTS):
         jobs.append((pretrain_decoder, (gemma, seed, decoder_steps)))
     run_jobs(jobs)
 
 
 def tower_jobs(kinds: Sequence[str], out: Path, tokenizer: Path, seed: int, steps: int) -> list[children.Job]:
     """What is left to do for `out/KIND` of every kind."""
-    left = [kind for kind in kinds if not (out / kind / towers.weights_file(kind)).exists()]
+    left = [kind for kind in kinds if not complete(out / kind, towers.weights_file(kind))]
     return [(towers.pretrain_tower, (kind, out / kind, tokenizer, seed, steps)) for kind in left]
 
 

@@ -10,9 +10,7 @@ OUT/text.json  the table
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from vlm import files
 from vlm.demo import dataset, text
 from vlm.demo.run import claim, read_recipe
 from vlm.demo.start import Choice, make
@@ -60,18 +59,19 @@ def main(out: str | Path, *, seed: int = 0, amount: Amount | None = None) -> dic
     claim(out, {"task": "text", "seed": seed, "amount": repr(amount)})
     log.info("drawing signs")
     write(out / "data", seed, amount)
-    left = [tower for tower in TOWERS if not (out / tower / "said.jsonl").exists()]
+    asked = dataset.read_lines(out / "data" / "test.jsonl")
+    left = [tower for tower in TOWERS if not dataset.answered(out / tower / "said.jsonl", asked)]
     pretrain.run_jobs([(train_and_read, (tower, out, seed, amount.steps)) for tower in left])
     facts: dict[str, Any] = {tower: score(dataset.read_lines(out / tower / "said.jsonl")) for tower in TOWERS}
-    (out / "text.json").write_text(json.dumps({"seed": seed, **facts}, indent=1) + "\n", encoding="utf-8")
+    files.write_json(out / "text.json", {"seed": seed, **facts})
     print(table(facts))
     return facts
 
 
 def write(folder: Path, seed: int, amount: Amount) -> None:
     """Draw the training and the test set, or leave them alone when that is done."""
-    done = folder / "complete.json"
-    if done.exists():
+    drawn = {"seed": seed, "pictures": [amount.train, amount.test]}
+    if dataset.finished(folder, drawn):
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, count in (("train", amount.train), ("test", amount.test)):
@@ -83,8 +83,8 @@ def write(folder: Path, seed: int, amount: Amount) -> None:
             text.draw(sign).save(folder / image)
             line = {"id": f"{name}-{number:05d}", "image": image, "prefix": PROMPT, "suffix": sign.text}
             lines.append(line if name == "train" else {**line, "shape": sign.shape})
-        dataset.write_lines(folder / f"{name}.jsonl", lines)
-    done.write_text(json.dumps({"seed": seed}) + "\n", encoding="utf-8")
+        files.write_lines(folder / f"{name}.jsonl", lines)
+    dataset.finish(folder, drawn)
 
 
 def grid_of(number: int, name: str) -> tuple[int, int]:
@@ -106,7 +106,7 @@ def train_and_read(tower: str, out: Path, seed: int, steps: int) -> None:
     torch.set_num_threads(1)
     folder = out / tower
     folder.mkdir(exist_ok=True)
-    (folder / "train.yaml").write_text(yaml.safe_dump(recipe(tower, out, seed, steps), sort_keys=False))
+    files.write_text(folder / "train.yaml", yaml.safe_dump(recipe(tower, out, seed, steps), sort_keys=False))
     model, processor = vlm.load(train.run(train.load_config(folder / "train.yaml"), resume=True))
     lines = dataset.read_lines(out / "data" / "test.jsonl")
     images = [out / "data" / line["image"] for line in lines]
@@ -115,8 +115,7 @@ def train_and_read(tower: str, out: Path, seed: int, steps: int) -> None:
         {**line, "prediction": words, "tokens": image_tokens(processor, image)}
         for line, words, image in zip(lines, said, images, strict=True)
     ]
-    dataset.write_lines(folder / "said.part", rows)
-    os.replace(folder / "said.part", folder / "said.jsonl")
+    files.write_lines(folder / "said.jsonl", rows)
 
 
 def recipe(tower: str, out: Path, seed: int, steps: int) -> dict[str, Any]:

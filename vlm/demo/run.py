@@ -5,9 +5,7 @@ Every step leaves a file behind and is skipped when that is there, so an interru
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import platform
 import random
 import shutil
@@ -21,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from vlm import files
 from vlm.demo import captions, dataset, show, start
 from vlm.errors import ConfigError
 
@@ -30,6 +29,8 @@ RECIPE = Path(__file__).with_name("recipe.yaml")
 MAX_NEW_TOKENS = 56
 """The longest caption has 48 words and commas."""
 BATCH_SIZE = 125
+QUESTIONED = ("answers", "answers_shuffled", "answers_untrained")
+"""Files of predictions about the questions."""
 LIBRARIES = ("torch", "transformers", "lightning", "pillow", "sentencepiece")
 
 
@@ -81,8 +82,9 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     tower = {} if choice == start.Choice(steps=choice.steps, from_scratch=from_scratch) else asdict(choice)
     claim(out, {"seed": seed, "from_scratch": from_scratch, "size": repr(size), **tower})
-    if (out / "demo.json").exists():
-        facts: dict[str, Any] = json.loads((out / "demo.json").read_text(encoding="utf-8"))
+    facts: dict[str, Any] | None = dataset.left_over(out / "demo.json")
+    drawn = dataset.whole(out / "data", seed, size.train_scenes, size.test_scenes)
+    if facts is not None and drawn and Answers(out, seed, size).complete():
         show.print_results(out, facts, Answers(out, seed, size))
         return facts
     with _Clock(out / "seconds.json") as clock:
@@ -102,7 +104,7 @@ def main(
             "versions": versions(),
         }
         show.write_report(out, facts, answers)
-    (out / "demo.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    files.write_json(out / "demo.json", facts)
     show.print_results(out, facts, answers)
     return facts
 
@@ -110,10 +112,13 @@ def main(
 def claim(out: Path, settings: dict[str, Any]) -> None:
     """Remember what this directory is for, or refuse to mix two demos in it."""
     file = out / "settings.json"
-    text = json.dumps(settings, indent=1) + "\n"
-    if not file.exists():
-        file.write_text(text, encoding="utf-8")
-    elif file.read_text(encoding="utf-8") != text:
+    before = dataset.left_over(file)
+    if before is None:
+        if file.exists():  # whatever settings it was made with; training and data know theirs
+            for answers in (out / "demo.json", *out.glob("predictions/*.jsonl"), *out.glob("*/said.jsonl")):
+                answers.unlink(missing_ok=True)
+        files.write_json(file, settings)
+    elif before != settings:
         raise ConfigError(f"{out} holds a demo with other settings ({file}); give another --out, or remove it")
 
 
@@ -127,13 +132,10 @@ def _train(out: Path, begin: start.Start, seed: int, size: Size) -> Path:
     recipe["model"] |= {**begin.model, "seed": seed}
     recipe["data"]["train"] = str(out / "data" / "train.jsonl")
     file = out / "train.yaml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    files.write_text(file, yaml.safe_dump(recipe, sort_keys=False))
     train.run(train.load_config(file, size.overrides), resume=True)
-    if not (out / "model").exists():
-        partial = out / "model.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(out / "train" / "model", partial)
-        partial.rename(out / "model")
+    with files.publishing(out / "model") as folder:
+        shutil.copytree(out / "train" / "model", folder, dirs_exist_ok=True)
     return out / "model"
 
 
@@ -148,7 +150,7 @@ class Answers:
 
     def __init__(self, out: Path, seed: int, size: Size) -> None:
         self.folder = out / "predictions"
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.data = out / "data"
         self.seed = seed
         self.questions = dataset.read_lines(self.data / "test_questions.jsonl")
@@ -168,6 +170,11 @@ class Answers:
         self._predict("captions", loaded, model, self.captions)
         self._predict("answers_shuffled", loaded, model, self.shuffled())
         self._predict("answers_untrained", loaded, untrained, self.questions)
+
+    def complete(self) -> bool:
+        """Whether every model has answered everything."""
+        asked = {"captions": self.captions} | dict.fromkeys(QUESTIONED, self.questions)
+        return all(dataset.answered(self.folder / f"{name}.jsonl", lines) for name, lines in asked.items())
 
     def scores(self) -> dict[str, Any]:
         """All figures of `demo.json` that come from predictions."""
@@ -222,7 +229,7 @@ class Answers:
 
     def _predict(self, name: str, loaded: dict[Path, Any], model: Path, lines: Sequence[dict[str, Any]]) -> None:
         file = self.folder / f"{name}.jsonl"
-        if file.exists():
+        if dataset.answered(file, lines):
             return
         import vlm
 
@@ -234,9 +241,7 @@ class Answers:
         network, processor = loaded[model]
         texts = vlm.generate(network, processor, images, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
         rows = [{**line, "prediction": text} for line, text in zip(lines, texts, strict=True)]
-        partial = file.with_suffix(".part")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, file)
+        files.write_lines(file, rows)
 
 
 class _Clock:
@@ -244,7 +249,8 @@ class _Clock:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.before = float(json.loads(file.read_text())) if file.exists() else 0.0
+        before = dataset.left_over(file)
+        self.before = float(before) if isinstance(before, int | float) else 0.0
 
     def __enter__(self) -> _Clock:
         self._start = time.monotonic()
@@ -254,7 +260,7 @@ class _Clock:
         return self.before + time.monotonic() - self._start
 
     def __exit__(self, *_: object) -> None:
-        self.file.write_text(json.dumps(self.seconds()))
+        files.write_json(self.file, self.seconds())
 
 
 def versions() -> dict[str, str]:

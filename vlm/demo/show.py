@@ -19,7 +19,7 @@ PICTURES_SHOWN = 6
 CELLS = 24
 """Width of a picture in the terminal, in characters; two pixels stand above each other in each."""
 WHAT = {
-    "vqa_accuracy": "answers right, on scenes with held-out combinations",
+    "vqa_accuracy": "answers right, on scenes with held-out combinations of colour, shape and place",
     "vqa_accuracy_shuffled": "the same model with the pictures shuffled among the questions",
     "vqa_accuracy_question_only": "best constant answer to each kind of question, without a picture",
     "vqa_accuracy_untrained": "before training: the projector is zero, the decoder sees no picture",
@@ -93,9 +93,10 @@ def write_report(out: Path, facts: dict[str, Any], answers: Answers) -> Path:
 
 
 ABOUT = (
-    "Every test scene holds at least one combination of colour and shape that occurs in no training picture, caption "
-    "or question, nor in the pretraining of the tower or the decoder. The shuffled pictures show how far the questions "
-    "alone lead; a model that did not look would score the same with them."
+    "Held out are combinations of colour, shape and place: every test scene holds at least one thing in a place where "
+    "no thing of its colour and shape stands in any training picture, caption or question, nor in the pretraining of "
+    "the tower or the decoder. (The colour and the shape together do occur there, in other places.) The shuffled "
+    "pictures show how far the questions alone lead; a model that did not look would score the same with them."
 )
 
 

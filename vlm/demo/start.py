@@ -123,8 +123,9 @@ def _pretrained(choice: Choice, folder: Path, seed: int) -> int:
 
 def _new(kind: str, folder: Path, seed: int) -> None:
     from vlm.demo import towers
+    from vlm.demo.learning import complete
 
-    if not (folder / kind / towers.weights_file(kind)).exists():
+    if not complete(folder / kind, towers.weights_file(kind)):
         towers.new_tower(kind, folder / kind, seed)
 
 
