@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from lower layers and from its own, and never in a circle.
 LAYERS = (
     (
-        *("errors", "settings", "files", "children", "threads", "ranks", "strictjson"),
+        *("errors", "settings", "files", "children", "threads", "ranks", "strictjson", "control"),
         *("images", "config", "masks", "loss", "resize", "transforms", "fusion", "budget", "dtypes", "locations"),
     ),
     (
         *("backends", "inputs", "data", "content", "piece_model", "tokenizer", "prompts"),
-        *("processor", "encoders", "projectors"),
+        *("processor", "lengths", "encoders", "projectors"),
     ),
     ("model", "beam", "generation", "geometry", "towers", "build", "checkpoints", "presets", "info", "siglip"),
     ("eval", "train", "check"),

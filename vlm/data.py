@@ -26,13 +26,13 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
 
-from vlm import locations, strictjson
+from vlm import control, locations, strictjson
 from vlm.errors import DataError
 from vlm.images import shown
 
@@ -130,6 +130,27 @@ def read_jsonl(
     unknown = set(require) - {"suffix", "references", "answers"}
     assert not unknown, unknown
     return _read(path, image_root, skip_bad, functools.partial(_example, require=require))
+
+
+def without_control(examples: Sequence[Example], setting: str, *, strip: bool) -> list[Example]:
+    """The examples, with control spellings removed from their texts if `strip`, and told once per file in any case.
+
+    Args:
+        setting: what removes them, for the message: `--strip-control`.
+    """
+    counts: dict[str, control.Count] = {}
+    made = []
+    for example in examples:
+        prompt = control.find(example.prefix)
+        target = [] if example.suffix is None else control.find(example.suffix, prompt=False)
+        counts.setdefault(example.file, control.Count()).add({*prompt, *target}, example.line)
+        if strip and (prompt or target):
+            suffix = example.suffix if example.suffix is None else control.strip_control(example.suffix, prompt=False)
+            example = replace(example, prefix=control.strip_control(example.prefix), suffix=suffix)
+        made.append(example)
+    for file, count in counts.items():
+        count.tell(file or "examples in memory", setting, stripped=strip)
+    return made
 
 
 def read_labelled(path: str | Path, image_root: str | Path | None = None) -> list[Labelled]:

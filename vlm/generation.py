@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
+from vlm import control
 from vlm.beam import beam_search as big_vision_beams
 from vlm.budget import cut
 from vlm.config import VLMConfig
-from vlm.errors import GenerationError, ImageError, nearest
+from vlm.errors import DataError, GenerationError, ImageError, nearest
 from vlm.images import image_size
+from vlm.lengths import context_of, over_context
 from vlm.model import VLM
 from vlm.processor import Batch, ImageSource, Processor
 
@@ -60,7 +62,7 @@ def check_dtype(config: VLMConfig, dtype: torch.dtype, *, force: bool = False) -
 def generate(
     model: VLM,
     processor: Processor,
-    images: Sequence[ImageSource | Sequence[ImageSource]] | ImageSource | None,
+    images: Sequence[ImageSource | Sequence[ImageSource] | None] | ImageSource | None,
     prompts: Sequence[str] | str,
     *,
     ids: Sequence[str] | None = None,
@@ -76,11 +78,13 @@ def generate(
     batch_size: int = 16,
     batch_tokens: int | None = None,
     force_fp16: bool = False,
+    strip_control: bool = False,
 ) -> list[Answer]:
     """Answer a prompt about each image.
 
     Args:
-        images: for each prompt one image or a list of images (path, bytes or Pillow image); None for text only.
+        images: for each prompt one image, a list of images (path, bytes or Pillow image), or None where it is about
+            text alone; None for text alone everywhere.
         prompts: prefixes such as `caption en` or `answer en what colour is the square?`.
         ids: names of the samples for error messages.
         max_new_tokens: most tokens generated for a sample.
@@ -93,6 +97,7 @@ def generate(
             tokens, padding included and once for each beam; similar lengths together. A sample that is longer goes
             alone.
         force_fp16: run a float16 model although it may overflow.
+        strip_control: remove control spellings such as `<image>` from the prompts (`vlm.control`).
 
     Returns:
         one text per prompt, in order, special tokens removed; its `finish` says whether the model ended it or
@@ -100,7 +105,7 @@ def generate(
 
     Raises:
         GenerationError: float16, or settings that contradict each other. DataError, ImageError: as `Processor` raises
-            them.
+            them, and for a prompt that leaves no room in the model's context.
     """
     check_dtype(model.config, model.dtype, force=force_fp16)
     settings = generation_config(
@@ -116,7 +121,7 @@ def generate(
     check_beam_search(beam_search, do_sample=do_sample, length_penalty=length_penalty)
     if batch_size < 1:
         raise GenerationError(f"batch_size is {batch_size}, expected at least 1")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = control.checked([prompts] if isinstance(prompts, str) else list(prompts), strip=strip_control)
     if isinstance(images, str | Path | bytes | Image.Image):
         images = [images]
     names = _names(images, prompts, ids)
@@ -130,11 +135,21 @@ def generate(
         for places in plan:
             given = None if images is None else [images[i] for i in places]
             batch = processor(given, [prompts[i] for i in places], ids=[names[i] for i in places])
+            check_context(batch, processor, model.config)
             new = generate_ids(model, batch, settings, beam_search=beam_search)
             ended = torch.isin(new, torch.tensor(settings.eos_token_id, device=new.device)).any(dim=1).tolist()
             for place, text, whole in zip(places, processor.batch_decode(new), ended, strict=True):
                 texts[place] = Answer(text, "eos" if whole else "length")
     return texts
+
+
+def check_context(batch: Batch, processor: Processor, config: VLMConfig) -> None:
+    """Raise `DataError` unless each sample leaves room for a token in the model's context."""
+    images = (batch.input_ids == processor.image_token_id).sum(1).tolist()
+    for name, total, of_images in zip(batch.ids, batch.attention_mask.sum(1).tolist(), images, strict=True):
+        problem = over_context(total - of_images + 1, of_images, context_of(config))
+        if problem is not None:
+            raise DataError(f"sample {name!r}: {problem}")
 
 
 @torch.inference_mode()
@@ -259,7 +274,8 @@ def _lengths(processor: Processor, images: Sequence[Any] | None, prompts: list[s
     sizes: list[list[tuple[int, int]]] = []
     for name, given in zip(names, [[]] * len(prompts) if images is None else images, strict=True):
         try:
-            sizes.append([image_size(image) for image in (given if isinstance(given, list | tuple) else [given])])
+            several = [] if given is None else given if isinstance(given, list | tuple) else [given]
+            sizes.append([image_size(image) for image in several])
         except ImageError as error:
             raise ImageError(error.code, f"sample {name!r}: {error}") from error
     return processor.lengths(sizes, prompts, ids=names)

@@ -98,6 +98,10 @@ _OTHER_CONTENT = [
 ]
 
 
+ImageInput = str | Path | bytes | Image.Image
+"""What an image may be given as."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
     """Bounds that are checked before decoding."""

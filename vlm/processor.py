@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from vlm import projectors
+from vlm import control, projectors
 from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
 from vlm.files import disk_errors, publishing, rust_disk_errors
 from vlm.fusion import open_transform
@@ -140,6 +140,7 @@ class Processor:
         ids: Sequence[str] | None = None,
         max_text_length: int | None = None,
         grids: Sequence[Sequence[tuple[int, int]]] | None = None,
+        strip_control: bool = False,
     ) -> Batch:
         """Build a batch: for training when suffixes are given (padding right, labels), else for generation (padding
         left, no labels).
@@ -155,6 +156,8 @@ class Processor:
                 is cut, and that is reported.
             grids: instead of `images`, for each sample the (rows, columns) of its images, whose features are there
                 already (`VLM.forward(encoded=...)`): the batch has their placeholders, and no pixels.
+            strip_control: remove control spellings (`<image>`, `<bos>`, `[INST]`, a newline at the end of a prompt; see
+                `vlm.control`) from the texts. They stay text otherwise, and are told once.
 
         Raises:
             DataError: an empty batch, unequal lengths, a prefix that does not fit, nothing to supervise. The sample is
@@ -163,6 +166,8 @@ class Processor:
         """
         prefixes = [text] if isinstance(text, str) else list(text)
         suffixes = [suffix] if isinstance(suffix, str) else None if suffix is None else list(suffix)
+        prefixes = control.checked(prefixes, strip=strip_control)
+        suffixes = None if suffixes is None else control.checked(suffixes, prompt=False, strip=strip_control)
         names = [str(i) for i in range(len(prefixes))] if ids is None else [str(i) for i in ids]
         groups = self._image_groups(images, len(prefixes)) if grids is None else []
         self._check_lengths(prefixes, suffixes, names, groups if grids is None else list(grids))

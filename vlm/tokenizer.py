@@ -12,13 +12,14 @@ import sentencepiece
 from transformers import AddedToken, GemmaTokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
+from vlm.control import GEMMA_NAMES
 from vlm.errors import ConfigError, DataError
 from vlm.piece_model import Kind, PieceModel, read_piece_model
 
 IMAGE_TOKEN = "<image>"
 LOC_TOKENS = [f"<loc{i:04d}>" for i in range(1024)]
 SEG_TOKENS = [f"<seg{i:03d}>" for i in range(128)]
-CONTROL_NAMES = re.compile(r"<(image|mask|pad|eos|bos|unk|unused\d+|start_of_\w+|end_of_\w+|\d+mass)>|\[.+\]")
+CONTROL_NAMES = re.compile(rf"<({GEMMA_NAMES})>|\[.+\]")
 """Gemma's control tokens by name: not all of them are marked special in its tokenizer files."""
 
 MAX_CHARACTERS = 100_000

@@ -155,13 +155,14 @@ def _caption(commands: Any) -> None:
 
 def run_caption(options: Namespace) -> int:
     """`vlm caption`: one line per image on stdout."""
-    return _answer(options, options.images, options.prompt, options.batch_size)
+    return _answer(options, [[image] for image in options.images], options.prompt, options.batch_size)
 
 
 def _ask(commands: Any) -> None:
-    parser = command(commands, run_ask, "ask", "ask a question about an image")
-    parser.add_argument("image", metavar="IMAGE", help="image file")
-    parser.add_argument("question", metavar="QUESTION", help="what to ask about it, in English")
+    details = "Several images are shown together, in their order; without one the question is about text alone."
+    parser = command(commands, run_ask, "ask", "ask a question about images", details)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
+    parser.add_argument("question", metavar="QUESTION", help="what to ask about them, in English")
     add_model(parser)
     add_geometry(parser)
     add_generation(parser, batch_size=None)
@@ -170,15 +171,19 @@ def _ask(commands: Any) -> None:
 
 def run_ask(options: Namespace) -> int:
     """`vlm ask`: the answer on stdout."""
-    return _answer(options, [options.image], f"answer en {options.question}", batch_size=1)
+    if not options.images and Path(options.question).is_file():
+        from vlm.errors import ConfigError
+
+        raise ConfigError(f"{options.question} is a file, and there is no question; write it behind the image")
+    return _answer(options, [options.images], f"answer en {options.question}", batch_size=1)
 
 
-def _answer(options: Namespace, images: list[str], prompt: str, batch_size: int) -> int:
+def _answer(options: Namespace, groups: list[list[str]], prompt: str, batch_size: int) -> int:
     from vlm.cli.ask import ask_about
 
     check_device(options.device)
     return ask_about(
-        images,
+        groups,
         prompt,
         options.model,
         device=options.device,
@@ -189,6 +194,7 @@ def _answer(options: Namespace, images: list[str], prompt: str, batch_size: int)
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         beam_search=options.beam_search,
+        strip_control=options.strip_control,
     )
 
 

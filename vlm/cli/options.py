@@ -78,6 +78,11 @@ def add_generation(parser: ArgumentParser, batch_size: int | None) -> None:
         default="transformers",
         help="whose rule: transformers' (normalised by length), or that of PaliGemma's published results",
     )
+    parser.add_argument(
+        "--strip-control",
+        action="store_true",
+        help="remove <image>, <bos>, [INST] and their kind from prompts: text to the model, and told otherwise",
+    )
     if batch_size is not None:
         text = f"images at a time ({batch_size})"
         parser.add_argument("--batch-size", type=one, default=batch_size, metavar="N", help=text)

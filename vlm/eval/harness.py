@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm.data import Example, Problem, read_jsonl
+from vlm import control
+from vlm.data import Example, Problem, read_jsonl, without_control
 from vlm.errors import ConfigError
 
 from . import items, results
 from .batch_size import BatchSize
-from .job import Job, Options, run
+from .job import Job, Options, fitting, room_of, run
 from .metrics import registry
 from .predictor import Decoding, Predictor, as_predictor
 
@@ -44,6 +45,7 @@ def evaluate(
     normalization: Literal["none", "token", "byte"] = "none",
     limit: int | None = None,
     skip_bad: bool = False,
+    strip_control: bool = False,
     device: str | None = None,
     dtype: str | None = None,
     geometry: Mapping[str, Any] | None = None,
@@ -71,7 +73,9 @@ def evaluate(
         by: `likelihood` chooses the likeliest of an item's candidates (`Example.info["choices"]`) instead of writing
             text; `normalization` is its rule, see `vlm.eval.likelihood`.
         limit: only the first so many items.
-        skip_bad: leave out annotations that are broken, list and count them, instead of refusing the file.
+        skip_bad: leave out annotations that are broken or too long for the model, list and count them, instead of
+            refusing the file.
+        strip_control: remove control spellings such as `<image>` from the prompts (`vlm.control`).
         device, dtype: where and as what a model directory is opened; see `as_predictor`.
         geometry: how the model reads its images, if not as it is: `{"image_size": 448}`, or what else
             `vlm.geometry.with_geometry` takes.
@@ -104,8 +108,16 @@ def evaluate(
         by=by,
         normalization=normalization,
     )
-    job = file_job(data, metrics, decoding, limit=limit, skip_bad=skip_bad, image_root=image_root, kind_of=kind_of)
-    return run(job, *as_predictor(model, device=device, dtype=dtype, geometry=geometry), out, options)
+    job = file_job(
+        *(data, metrics, decoding),
+        limit=limit,
+        skip_bad=skip_bad,
+        strip_control=strip_control,
+        image_root=image_root,
+        kind_of=kind_of,
+    )
+    predictor, name = as_predictor(model, device=device, dtype=dtype, geometry=geometry)
+    return run(fitting(job, room_of(predictor)), predictor, name, out, options)
 
 
 def file_job(
@@ -115,6 +127,7 @@ def file_job(
     *,
     limit: int | None = None,
     skip_bad: bool = False,
+    strip_control: bool = False,
     image_root: str | Path | None = None,
     kind_of: Callable[[Example], str] | None = None,
 ) -> Job:
@@ -122,11 +135,13 @@ def file_job(
     check_limit(limit)
     chosen = registry.expand(metrics)
     examples, problems = _examples(data, limit, skip_bad, image_root)
+    examples = without_control(examples, control.SETTING, strip=strip_control)
     results.check(chosen, examples)
     kind = kind_of or (lambda example: items.prompt_kind(example.prefix))
     return Job(
         examples=examples,
         problems=problems,
+        skip_bad=skip_bad,
         source=str(data) if isinstance(data, str | Path) else f"{len(data)} examples in memory",
         metrics=chosen,
         decoding=decoding,

@@ -6,9 +6,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm.data import Example, Problem
 from vlm.errors import ConfigError, DataError, VLMError
@@ -18,10 +18,13 @@ from . import answers, batch_size, items, processes, results, results_page
 from .batch_size import BatchSize
 from .metrics import Metric
 from .predict import predict
-from .predictor import Decoding, Predictor
+from .predictor import Decoding, ModelPredictor, Predictor
 from .processes import Processes
 from .results import Record
 from .store import PredictionStore
+
+if TYPE_CHECKING:
+    from vlm.lengths import Room
 
 RESULTS = "results.json"
 ITEMS = "items.jsonl"
@@ -43,6 +46,8 @@ class Job:
     decoding: Decoding = Decoding()
     problems: Sequence[Problem] = ()
     """Annotations that were left out."""
+    skip_bad: bool = False
+    """Whether items that are too long for the model are left out too, and not refused."""
     candidates: Callable[[Example], Sequence[str]] | None = None
     """What `likelihood` chooses from."""
     post: Callable[[str], str] = _as_it_is
@@ -123,6 +128,32 @@ def run(
             raise failure or DataError("the first process could not score; its message says why")
         outcome: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         return outcome
+
+
+def room_of(predictor: Predictor) -> Room | None:
+    """What an item may take with a `vlm` model; None for a predictor of one's own, which says nothing about it."""
+    if not isinstance(predictor, ModelPredictor):
+        return None
+    from vlm.lengths import Room, context_of
+
+    return Room(processor=predictor.processor, context=context_of(predictor.model.config))
+
+
+def fitting(job: Job, room: Room | None) -> Job:
+    """The job without items that are too long for the model, if it may leave some out.
+
+    Raises:
+        DataError: items are too long, each named with file and line, and may not be left out, or none is left.
+    """
+    if room is None:
+        return job
+    from vlm.lengths import refuse, too_long
+
+    found = too_long(job.examples, room, job.candidates or (lambda example: ()))
+    if not job.skip_bad or len(found) == len(job.examples):
+        refuse(list(found.values()))
+    kept = [example for index, example in enumerate(job.examples) if index not in found]
+    return replace(job, examples=kept, problems=[*job.problems, *found.values()]) if found else job
 
 
 def _settings(job: Job, identity: Mapping[str, Any], options: Options, shown: Sequence[Example]) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.data import Example
+from vlm import control
+from vlm.data import Example, without_control
 from vlm.files import write_json
 
 from . import items, overview, processes, results
 from .harness import check_limit
-from .job import REPORT, RESULTS, Job, Options, run
+from .job import REPORT, RESULTS, Job, Options, fitting, room_of, run
 from .metrics import registry
 from .predictor import Decoding, Predictor, as_predictor
 from .tasks import Selected, select
@@ -37,6 +38,7 @@ def evaluate_tasks(
     device: str | None = None,
     dtype: str | None = None,
     geometry: Mapping[str, Any] | None = None,
+    strip_control: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks. Started again with the same settings it goes on where it stopped.
 
@@ -49,7 +51,7 @@ def evaluate_tasks(
         limit: only the first so many items of each task.
         decoding: settings of `Decoding` to use instead of what the tasks say; figures beside published ones then differ
             by more than the model, which the results record.
-        options, device, dtype, geometry: as for `evaluate`.
+        options, device, dtype, geometry, strip_control: as for `evaluate`.
 
     Returns:
         `{"tasks": {name: results}, "skipped": number}`, where results are those of `evaluate`.
@@ -60,8 +62,9 @@ def evaluate_tasks(
     check_limit(limit)
     chosen = select(tasks) if isinstance(tasks, str) else list(tasks)
     # Everything that can be refused is read before the first prediction.
-    jobs = {one.label: make_job(one, Path(root), limit, decoding or {}) for one in chosen}
+    jobs = {one.label: make_job(one, Path(root), limit, decoding or {}, strip_control=strip_control) for one in chosen}
     predictor, name = as_predictor(model, device=device, dtype=dtype, geometry=geometry)
+    jobs = {label: fitting(job, room_of(predictor)) for label, job in jobs.items()}
     identity = predictor.identity()
     folder, settings = Path(out), options or Options()
     with processes.joined() as group:
@@ -79,10 +82,12 @@ def evaluate_tasks(
     return outcome
 
 
-def make_job(selected: Selected, root: Path, limit: int | None, decoding: Mapping[str, Any]) -> Job:
+def make_job(
+    selected: Selected, root: Path, limit: int | None, decoding: Mapping[str, Any], *, strip_control: bool = False
+) -> Job:
     """The job that a task describes. Raises ConfigError and DataError as `Task.load`."""
     task, label = selected.task, selected.label
-    examples = task.load(root, selected.split, limit)
+    examples = without_control(task.load(root, selected.split, limit), control.SETTING, strip=strip_control)
     items.check(examples)
     groups = {key: task.groups(examples, key) for key in dict.fromkeys([*task.breakdown, *_average(task)])}
     metrics = registry.expand(task.metrics)

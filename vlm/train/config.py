@@ -102,6 +102,9 @@ class DataConfig:
     """A file whose loss is measured (never trained on) every `validate_every` steps and at the end of each stage."""
     image_root: Path | None = None
     """Image folder of `train` (when it is one file) and `val`; None: each annotation file's own folder."""
+    strip_control: bool = False
+    """Remove control spellings that somebody wrote into the texts (`<image>`, `<bos>`, `[INST]`, a newline at the end
+    of a prompt; see `vlm.control`). They are text to the model; that a file has some is told once in any case."""
     cache_images_mb: int = 256
     """Decoded images kept in memory by each loading process, in MB; 0 decodes every time."""
     max_num_patches: int | list[int] | None = None

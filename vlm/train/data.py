@@ -20,6 +20,7 @@ from vlm.budget import cut
 from vlm.data import Example
 from vlm.errors import ConfigError, DataError, ImageError, VLMError
 from vlm.images import load_image
+from vlm.lengths import Room, refuse, too_long
 from vlm.processor import Batch, Processor
 from vlm.train.augment import Augmentation, OfImages, apply
 from vlm.train.plan import Key, Mixture, drawn
@@ -214,30 +215,29 @@ def with_budget(processor: Processor, budget: int) -> Processor:
     return other
 
 
-def check_lengths(examples: Sequence[Example], processor: Processor, max_text_length: int | None) -> int:
-    """Check before the first step that every prefix fits; returns how many suffixes will be cut.
+def check_lengths(examples: Sequence[Example], room: Room) -> int:
+    """Check that every example fits; returns how many suffixes will be cut to `max_text_length`.
 
     Raises `DataError` listing the examples that do not fit. Text can have no more tokens than bytes, so only long texts
     are tokenised.
     """
-    if max_text_length is None:
+    refuse(list(too_long(examples, room, targets).values()))
+    if room.max_text_length is None:
         return 0
-    problems, cut = [], 0
+    cut = 0
     for example in examples:
-        if len(example.prefix.encode()) + len((example.suffix or "").encode()) + 3 <= max_text_length:
-            continue
-        try:
-            batch = processor(
-                None, [example.prefix], [example.suffix or ""], ids=[example.id], max_text_length=max_text_length
+        suffix = example.suffix or ""
+        if len(example.prefix.encode()) + len(suffix.encode()) + 3 > room.max_text_length:
+            batch = room.processor(
+                None, [example.prefix], [suffix], ids=[example.id], max_text_length=room.max_text_length
             )
             cut += bool(batch.truncated)
-        except DataError as error:
-            problems.append(f"{example.file}:{example.line}: {error}")
-    if problems:
-        raise DataError(
-            "\n".join([*problems[:50], f"{len(problems)} examples do not fit; raise max_text_length or shorten them"])
-        )
     return cut
+
+
+def targets(example: Example) -> list[str]:
+    """What follows the prompt in training."""
+    return [] if example.suffix is None else [example.suffix]
 
 
 class _Loader(DataLoader[Any]):

@@ -40,16 +40,24 @@ class Evaluation:
     num_items: int
 
 
-def read_jobs(config: EvaluateConfig | None) -> dict[str, Job]:
-    """Name -> what is evaluated. Raises VLMError for anything that is wrong with it, before training begins."""
+def read_jobs(config: EvaluateConfig | None, *, skip_bad: bool = False, strip_control: bool = False) -> dict[str, Job]:
+    """Name -> what is evaluated. Raises VLMError for anything that is wrong with it, before training begins.
+
+    Args:
+        skip_bad: of a JSONL file, leave out and list the broken annotations.
+        strip_control: remove control spellings from the prompts.
+    """
     if config is None:
         return {}
     if config.tasks is not None:
-        jobs = {one.label: make_job(one, config.data, None, {}) for one in select(config.tasks)}
+        jobs = {
+            one.label: make_job(one, config.data, None, {}, strip_control=strip_control) for one in select(config.tasks)
+        }
     else:
         decoding = Decoding(max_new_tokens=config.max_new_tokens)
         name = config.data.stem
-        jobs = {name: file_job(config.data, config.metrics, decoding, image_root=config.image_root)}
+        how: dict[str, Any] = {"skip_bad": skip_bad, "strip_control": strip_control}
+        jobs = {name: file_job(config.data, config.metrics, decoding, image_root=config.image_root, **how)}
     return {name: _part(job, config.limit) for name, job in jobs.items()}
 
 

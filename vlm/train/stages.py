@@ -5,8 +5,9 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,18 @@ from vlm.checkpoints import identity, load, save
 from vlm.checkpoints.preprocessing import own_transform
 from vlm.config import VLMConfig
 from vlm.content import of_items
-from vlm.data import Example, Problem, listing, read_jsonl
+from vlm.data import Example, Problem, listing, read_jsonl, without_control
 from vlm.encoders import model_types
 from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.eval.job import Job
 from vlm.geometry import planned, with_geometry
+from vlm.lengths import Room, context_of, refuse, too_long
 from vlm.model import VLM
 from vlm.processor import Processor
 from vlm.towers import Choice, choose
 from vlm.train import checkpoint, features, metrics
-from vlm.train.config import ModelConfig, RunConfig
-from vlm.train.data import check_lengths
+from vlm.train.config import DataConfig, ModelConfig, RunConfig, StageConfig
+from vlm.train.data import check_lengths, targets, with_budget
 from vlm.train.evaluate import read_jobs
 from vlm.train.processes import barrier, join_process_group
 from vlm.train.quiet import quiet_transformers
@@ -47,7 +50,9 @@ def run_stages(config: RunConfig, directory: RunDirectory, *, main: bool, skip_b
     join_process_group()
     examples, counts, skipped = read_sources(config, skip_bad)
     val, skipped_val = _read_val(config, skip_bad)
-    jobs = read_jobs(config.evaluate)
+    jobs = read_jobs(config.evaluate, skip_bad=skip_bad, strip_control=config.data.strip_control)
+    skipped += skipped_val + sum(len(job.problems) for job in jobs.values())
+    tell_skipped([problem for job in jobs.values() for problem in job.problems])
     digest = data_digest(examples)
     stages = [make_stage(config, i, examples, counts, val, digest, jobs) for i in range(len(config.stages))]
     start = config.out / "start"
@@ -59,7 +64,13 @@ def run_stages(config: RunConfig, directory: RunDirectory, *, main: bool, skip_b
             model, processor = make_model(config.model)
             _publish_model(model, processor, start, {"model": settings.to_dict(config.model)})
     barrier()
-    _check_geometry(config, start)
+    kept, left_out = _fitting(_Data(examples, counts, val, jobs), _rooms(config, start), skip_bad)
+    if left_out:
+        digest = data_digest(kept.examples)
+        stages = [
+            make_stage(config, i, kept.examples, kept.counts, kept.val, digest, kept.jobs)
+            for i in range(len(config.stages))
+        ]
     finished: list[str] = []
     with _global_random_state(), quiet_transformers():
         for stage in stages:
@@ -67,7 +78,7 @@ def run_stages(config: RunConfig, directory: RunDirectory, *, main: bool, skip_b
             finished.append(stage.config.name)
     final = config.out / "model"
     if main:
-        _finish(config, start, final, skipped + skipped_val, time.monotonic() - began)
+        _finish(config, start, final, skipped + left_out, time.monotonic() - began)
     barrier()
     return final
 
@@ -84,7 +95,7 @@ def _run_stage(stage: Stage, start: Path, finished: list[str], main: bool, stop:
     model, processor = load(start, dtype="float32")
     model, processor = with_geometry(model, processor, **stage.config.geometry(), seed=stage.run.seed)
     _check_precision(stage, model)
-    cut = check_lengths(stage.examples, processor, stage.config.max_text_length)
+    cut = check_lengths(stage.examples, _room(stage.config, stage.run.data, processor, model.config))
     if cut:
         log.warning(
             "stage %s: %d of %d answers are longer than max_text_length and will be cut",
@@ -135,6 +146,7 @@ def read_sources(config: RunConfig, skip_bad: bool) -> tuple[list[Example], tupl
         if not own:
             problems.append(f"{source.path}: no usable example")
         tell_skipped(bad)
+        own = _without_control(own, config)
         examples += own
         counts.append(len(own))
         skipped += len(bad)
@@ -152,7 +164,70 @@ def _read_val(config: RunConfig, skip_bad: bool) -> tuple[list[Example], int]:
     root = config.data.image_root
     examples, bad = read_jsonl(config.data.val, image_root=root, require=("suffix",), skip_bad=skip_bad)
     tell_skipped(bad)
-    return examples, len(bad)
+    return _without_control(examples, config), len(bad)
+
+
+def _without_control(examples: list[Example], config: RunConfig) -> list[Example]:
+    return without_control(examples, "`strip_control: true` under `data`", strip=config.data.strip_control)
+
+
+@dataclass(frozen=True)
+class _Rooms:
+    """What a sample may take in a stage: when it trains, and (with the model's own patch budget) otherwise."""
+
+    training: Room
+    own: Room
+
+
+@dataclass(frozen=True)
+class _Data:
+    """All that a run reads: training examples with the number from each file, validation, and what is evaluated."""
+
+    examples: list[Example]
+    counts: tuple[int, ...]
+    val: list[Example]
+    jobs: dict[str, Job]
+
+
+def _fitting(data: _Data, rooms: Sequence[_Rooms], skip_bad: bool) -> tuple[_Data, int]:
+    """The data without what is too long for the model in one of the stages, and how much that was.
+
+    Raises `DataError` that lists it with file and line, where it may not be left out.
+    """
+    own = [stage.own for stage in rooms]
+    examples = _over(data.examples, [stage.training for stage in rooms], targets)
+    val = _over(data.val, own, targets)
+    answering = [replace(room, max_text_length=None) for room in own]
+    jobs = {
+        name: _over(job.examples, answering, job.candidates or (lambda example: ())) for name, job in data.jobs.items()
+    }
+    found = [problem for part in (examples, val, *jobs.values()) for problem in part.values()]
+    if not found:
+        return data, 0
+    counts, start = [], 0
+    for count in data.counts:
+        counts.append(count - sum(start <= index < start + count for index in examples))
+        start += count
+    left = [*counts, *(len(job.examples) - len(jobs[name]) for name, job in data.jobs.items())]
+    if not skip_bad or 0 in left:
+        refuse(found)
+    tell_skipped(found)
+    kept = {name: replace(job, examples=_without(job.examples, jobs[name])) for name, job in data.jobs.items()}
+    return _Data(_without(data.examples, examples), tuple(counts), _without(data.val, val), kept), len(found)
+
+
+def _over(
+    examples: Sequence[Example], rooms: Sequence[Room], answers: Callable[[Example], Sequence[str]]
+) -> dict[int, Problem]:
+    """`too_long` in any of the rooms."""
+    found: dict[int, Problem] = {}
+    for room in rooms:
+        found = {**too_long(examples, room, answers), **found}
+    return dict(sorted(found.items()))
+
+
+def _without(examples: Sequence[Example], bad: Mapping[int, Any]) -> list[Example]:
+    return [example for index, example in enumerate(examples) if index not in bad]
 
 
 def tell_skipped(problems: Sequence[Problem]) -> None:
@@ -164,6 +239,32 @@ def tell_skipped(problems: Sequence[Problem]) -> None:
 def data_digest(examples: list[Example]) -> str:
     """sha256 over what is trained on, in order: texts and the content of images, so that data may move."""
     return of_items(examples, ("id", "prefix", "suffix"))
+
+
+def _rooms(config: RunConfig, start: Path) -> list[_Rooms]:
+    """What a sample may take in each stage.
+
+    Follows the model's geometry through the stages, so that one which is impossible is refused before the first.
+    """
+    model, transform, processor = VLMConfig.from_pretrained(start), own_transform(start), None
+    rooms = []
+    for stage in config.stages:
+        try:
+            model, transform = planned(model, transform, **stage.geometry())
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from error
+        processor = processor or Processor.from_pretrained(start)
+        now = Processor(processor.tokenizer, transform, model.projector_config)
+        own = Room(processor=now, context=context_of(model), max_text_length=stage.max_text_length)
+        rooms.append(_Rooms(_room(stage, config.data, now, model), own))
+    return rooms
+
+
+def _room(stage: StageConfig, data: DataConfig, processor: Processor, model: VLMConfig) -> Room:
+    """What a training example may take in a stage: with the largest patch budget, where it draws one."""
+    if data.budgets():
+        processor = with_budget(processor, max(data.budgets()))
+    return Room(processor=processor, context=context_of(model), max_text_length=stage.max_text_length)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -198,18 +299,6 @@ def _new_model(config: ModelConfig) -> tuple[VLM, Processor]:
         seed=config.seed,
         **_tower_settings(config),
     )
-
-
-def _check_geometry(config: RunConfig, start: Path) -> None:
-    """Follow the model's geometry through the stages, so that one which is impossible is refused before the first."""
-    if not any(stage.geometry() for stage in config.stages):
-        return
-    model, transform = VLMConfig.from_pretrained(start), own_transform(start)
-    for stage in config.stages:
-        try:
-            model, transform = planned(model, transform, **stage.geometry())
-        except ConfigError as error:
-            raise ConfigError(f"stage {stage.name}: {error}") from error
 
 
 def make_tower(config: ModelConfig) -> Choice:
