@@ -16,6 +16,7 @@ from vlm.checkpoints.configs import NOTES, check_numbers, guarded, own_config, p
 from vlm.checkpoints.files import locate
 from vlm.checkpoints.parts import load_decoder, load_tower
 from vlm.checkpoints.preprocessing import open_tokenizer
+from vlm.checkpoints.tower import head_of
 from vlm.config import VLMConfig, decoder_config, part
 from vlm.errors import ConfigError
 from vlm.geometry import seeded
@@ -92,7 +93,7 @@ def new(
     with torch.random.fork_rng():  # the weights drawn here are all replaced below, each part from its own stream
         model = VLM(config)
     inner = model.model
-    _fill_towers(inner.vision_tower, choice, seed)
+    model.tower_head = _fill_towers(inner.vision_tower, choice, seed)
     seeded(seed, "projector", lambda: init_weights(inner.multi_modal_projector))
     if isinstance(decoder, Path):
         seeded(seed, "vocabulary", lambda: load_decoder(inner.language_model, decoder, old_rows))
@@ -150,16 +151,25 @@ def _tokenizer(tokenizer: Any, decoder: Any) -> Tokenizer:
     return from_sentencepiece(tokenizer) if Path(tokenizer).is_file() else open_tokenizer(locate(tokenizer))
 
 
-def _fill_towers(tower: Any, choice: Choice, seed: int) -> None:
-    """The weights of each tower: its checkpoint's, or new ones from a stream of its own."""
-    towers = [tower] if len(choice.members) == 1 else list(tower.members)
+def _fill_towers(tower: Any, choice: Choice, seed: int) -> dict[str, Tensor]:
+    """The weights of each tower: its checkpoint's, or new ones from a stream of its own. Returns what the checkpoints
+    have beside the towers, for an export (`vlm.checkpoints.tower`)."""
+    head: dict[str, Tensor] = {}
+    alone = len(choice.members) == 1
+    towers = [tower] if alone else list(tower.members)
     for number, (module, member) in enumerate(zip(towers, choice.members, strict=True)):
+        kind = part("vlm.encoders", member.kind)
         if isinstance(member.source, Path):
             load_tower(module, member.source, resize_positions=member.resized)
+            prefix = "" if alone else f"members.{number}."
+            transform = choice.transform if alone else choice.transform.members[number]  # type: ignore[attr-defined]
+            beside = head_of(module, kind, transform, member.source)
+            head |= {prefix + name: tensor for name, tensor in beside.items()}
             continue
-        name = "encoder" if len(towers) == 1 else f"encoder {number}"
-        build, config = part("vlm.encoders", member.kind).Encoder._from_config, member.config
+        name = "encoder" if alone else f"encoder {number}"
+        build, config = kind.Encoder._from_config, member.config
         _load_fresh(module, name, lambda: build(config), seed)  # noqa: B023
+    return head
 
 
 def _load_fresh(module: nn.Module, name: str, build: Callable[[], nn.Module], seed: int) -> None:

@@ -406,6 +406,7 @@ def _rebuilt(model: VLM, config: VLMConfig, seed: int) -> VLM:
     made.tie_weights()
     made.to(model.device)  # type: ignore[arg-type]  # constants; weights are there already
     made.generation_config = model.generation_config
+    made.tower_head = model.tower_head
     _say(model.config, config)
     return made.eval()
 

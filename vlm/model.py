@@ -301,6 +301,9 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
             )
         self.model = VLMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # What the tower's checkpoint had beside it (a pooling head): no part of the model, kept for an export of the
+        # tower (`vlm.checkpoints.tower`).
+        self.tower_head: dict[str, Tensor] = {}
         self.post_init()
 
     def parts(self) -> dict[str, nn.Module]:

@@ -13,10 +13,11 @@ from vlm.checkpoints import big_vision, big_vision_configs
 from vlm.checkpoints.configs import NOTES, check_numbers, guarded, own_config, paligemma_config
 from vlm.checkpoints.files import locate, read_json
 from vlm.checkpoints.preprocessing import checked_image_settings, own_transform, resample_name
+from vlm.checkpoints.tower import OWN_TRANSFORM
 from vlm.config import VLMConfig, kinds, part
 from vlm.encoders import choose_layers, model_types, read_config
 from vlm.errors import ConfigError, nearest
-from vlm.fusion import FusedTransform, cells_shown
+from vlm.fusion import FusedTransform, cells_shown, open_transform
 from vlm.geometry import (
     Tower,
     change_tower,
@@ -289,6 +290,9 @@ def _recorded(member: Member, settings: dict[str, Any]) -> dict[str, Any]:
     module, config = part("vlm.encoders", member.kind), member.config
     if member.transform is not None:
         return recorded(member.transform, config)
+    own = written_transform(member.source, module)
+    if own is not None and (own.mode == "naflex") == (not hasattr(config, "image_size")):
+        return recorded(own, config)
     if not isinstance(member.source, Path) or hasattr(module, "recognise"):
         return {}  # new weights, or a configuration that holds the transform
     found = recorded_transform(member.source, getattr(config, "image_size", None))
@@ -298,6 +302,16 @@ def _recorded(member: Member, settings: dict[str, Any]) -> dict[str, Any]:
     if "mode" in settings:
         return {key: value for key, value in found.items() if key not in _SQUARE}
     return found
+
+
+def written_transform(source: Any, module: Any) -> ImageTransform | None:
+    """The image transform of a tower that `vlm export --to tower` wrote: all that other formats cannot say."""
+    names = (getattr(module, "CONFIG_FILE", "config.json"), "preprocessor_config.json")
+    for file in [source / name for name in names] if isinstance(source, Path) and source.is_dir() else ():
+        values = read_json(file).get(OWN_TRANSFORM) if file.is_file() else None
+        if values is not None:
+            return guarded(lambda: open_transform(values), f"{file}: {OWN_TRANSFORM}")  # noqa: B023
+    return None
 
 
 _SQUARE = ("mode", "resize_shortest")

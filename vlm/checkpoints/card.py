@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from vlm.checkpoints.parity import ParityReport
+from vlm.checkpoints.tower import parts, preprocessor_values
 from vlm.model import VLM
 from vlm.processor import Processor
 
@@ -70,9 +71,9 @@ inputs = processor(images=[Image.open("photo.jpg").convert("RGB")], return_tenso
 with torch.inference_mode():
     features = tower(**inputs).last_hidden_state  # one row per patch{padding}
 ```
-
+"""
+NEW_MODEL = """\
 As the tower of a new model: `vlm.new(encoder="{path}", projector="linear", decoder=...)`.
-The attention pooling head of SigLIP is not part of it: a vision-language model does not train one.
 """
 
 
@@ -100,14 +101,19 @@ def front_matter(model: VLM, report: ParityReport, origin: str, provenance: dict
     """The fields that the Hub reads."""
     is_tower = report.to == "tower"
     values: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": _library(model) if is_tower else "transformers",
         "pipeline_tag": "image-feature-extraction" if is_tower else "image-text-to-text",
-        "tags": ["vlm", "siglip" if is_tower else "paligemma"],
+        "tags": ["vlm", model.config.encoder if is_tower else "paligemma"],
     }
     bases = _base_models(origin, provenance)
     if bases:
         values["base_model"] = bases if len(bases) > 1 else bases[0]
     return values
+
+
+def _library(model: VLM) -> str:
+    """The Hub's name of the library that opens the tower."""
+    return {"timm": "timm", "open_clip": "open_clip"}.get(model.config.encoder, "transformers")
 
 
 def _base_models(origin: str, provenance: dict[str, Any]) -> list[str]:
@@ -132,9 +138,12 @@ def _provenance(origin: str) -> dict[str, Any]:
 def _what(model: VLM, processor: Processor, report: ParityReport) -> str:
     vision, text = model.config.vision_config, model.config.text_config
     numbers = sum(parameter.numel() for parameter in model.model.vision_tower.parameters())
+    kind = _TOWER_NAMES.get(model.config.encoder, model.config.encoder)
     tower = (
-        f"a {_TOWER_NAMES[model.config.encoder]} vision tower ({vision.num_hidden_layers} layers, width"
+        f"a {kind} vision tower ({vision.num_hidden_layers} layers, width"
         f" {vision.hidden_size}, patches of {vision.patch_size} px)"
+        if not getattr(vision, "towers", None)
+        else f"several vision towers side by side ({', '.join(kind for kind, _ in vision.towers)})"
     )
     images = f"Images: {processor.image_transform.describe()}."
     written = f"Written by vlm in {report.dtype}."
@@ -149,7 +158,8 @@ def _what(model: VLM, processor: Processor, report: ParityReport) -> str:
     )
 
 
-_TOWER_NAMES = {"siglip": "SigLIP", "siglip2_naflex": "SigLIP 2 NaFlex"}
+_TOWER_NAMES = {"siglip": "SigLIP", "siglip2_naflex": "SigLIP 2 NaFlex", "clip": "CLIP"}
+_TOWER_NAMES |= {"dinov2": "DINOv2", "dinov3": "DINOv3", "timm": "timm", "open_clip": "open_clip"}
 _DECODER_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2"}
 
 
@@ -170,17 +180,34 @@ def _training(provenance: dict[str, Any]) -> str:
 
 def _use(model: VLM, processor: Processor, report: ParityReport, title: str) -> str:
     if report.to == "tower":
-        naflex = model.config.encoder == "siglip2_naflex"
-        return TOWER_USE.format(
-            path=title,
-            architecture="Siglip2VisionModel" if naflex else "SiglipVisionModel",
-            processor="Siglip2ImageProcessorPil" if naflex else "SiglipImageProcessorPil",
-            padding=", padding rows included" if naflex else "",
-        )
+        return _tower_use(model, processor, title)
     attention = ""
     if model.config.text_config.model_type == "gemma2":
         attention = 'On transformers 5.17 pass `attn_implementation="eager"`: its sdpa drops the attention soft-cap.\n'
     return PALIGEMMA_USE.format(path=title, tokens=processor.image_transform.max_patches, attention=attention)
+
+
+def _tower_use(model: VLM, processor: Processor, title: str) -> str:
+    """How to open a tower: with transformers where that is its library, and as part of a new model."""
+    towers = parts(model, processor)
+    if len(towers) > 1:
+        path = "+".join(f"{title}/{one.name}" for one in towers)
+        config = model.config.vision_config
+        grid = f", fuse={{'grid': {config.grid}, 'resample': '{config.resample}'}}" if config.resample else ""
+        fused = NEW_MODEL.format(path=path).replace(", decoder=...", f", decoder=...{grid}")
+        return f"## Use\n\nEach tower is in a directory of its own.\n{fused}"
+    published = towers[0].published
+    if not published.transformers:
+        return "## Use\n\n" + NEW_MODEL.format(path=title)
+    naflex = model.config.encoder == "siglip2_naflex"
+    kind = str(preprocessor_values(processor.image_transform)["image_processor_type"])
+    use = TOWER_USE.format(
+        path=title,
+        architecture=published.architecture,
+        processor=f"{kind}Pil",
+        padding=", padding rows included" if naflex else "",
+    )
+    return f"{use}\n{NEW_MODEL.format(path=title)}"
 
 
 def _parity(report: ParityReport) -> str:

@@ -15,6 +15,7 @@ from vlm.checkpoints.files import Weights, check_regular, locate, read_json
 from vlm.checkpoints.loader import Placement, live_source, load_model
 from vlm.checkpoints.names import HEAD
 from vlm.checkpoints.preprocessing import from_sentencepiece, open_tokenizer, own_transform, paligemma_transform
+from vlm.checkpoints.tower import read_head
 from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.generation import check_dtype
@@ -147,6 +148,7 @@ def _open_folder(
         allow_nonfinite=allow_nonfinite,
         before_reading=lambda: manifest.check(folder, verify),
     )
+    model.tower_head = read_head(folder)
     _note_generation_settings(folder)
     return model, processor
 

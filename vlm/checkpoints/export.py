@@ -6,11 +6,10 @@ leaves nothing under the final name.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from vlm.backends import attention_softcap
 from vlm.checkpoints import card, layout, probes, tower
 from vlm.checkpoints.directory import DTYPES, check_pair
+from vlm.checkpoints.files import SINGLE
 from vlm.checkpoints.parity import LIMITS, ParityReport, compare, compare_files
 from vlm.checkpoints.shards import parse_size, widest
 from vlm.errors import CheckpointError, ConfigError, DiskError, nearest
@@ -29,6 +29,7 @@ from vlm.files import publishing
 from vlm.generation import check_dtype
 from vlm.model import VLM, final_softcap
 from vlm.processor import Processor
+from vlm.transforms import ImageTransform
 
 log = logging.getLogger(__name__)
 Parity = Literal["full", "weights", "none"]
@@ -39,36 +40,67 @@ class Format:
     """A layout that can be written, and how to compare it.
 
     Attributes:
-        check: raises ConfigError for a model that the layout cannot hold.
-        write: writes the files, returns name in the files -> the model's tensor.
+        parts: what is written, each as (name of its directory, its source, its processor or image transform); raises
+            ConfigError for a model that the layout cannot hold.
+        write: writes the files of one, returns name in the files -> the model's tensor.
+        weights: name of a part's weights file.
         inputs, written_inputs: what both sides' processors make of the samples.
+        open: opens what was written.
         run, run_written: what both sides' models make of the same inputs.
+        reader: who opened it.
     """
 
-    check: Callable[[VLM, Processor], None]
-    write: Callable[[Path, VLM, Processor, torch.dtype, str | int], dict[str, Tensor]]
-    inputs: Callable[[Processor], probes.Outputs]
+    parts: Callable[[VLM, Processor], list[tuple[str, Any, Any]]]
+    write: Callable[[Path, Any, Any, torch.dtype, str | int], dict[str, Tensor]]
+    weights: Callable[[Any], str]
+    inputs: Callable[[Any], probes.Outputs]
     written_inputs: Callable[[Path], probes.Outputs]
-    run: Callable[[VLM, Processor, torch.dtype], probes.Outputs]
-    run_written: Callable[[Any, Processor], probes.Outputs]
+    open: Callable[..., Any]
+    run: Callable[[Any, Any, torch.dtype], probes.Outputs]
+    run_written: Callable[[Any, Any, Any], probes.Outputs]
+    reader: Callable[[Any], str]
+
+
+def _paligemma(model: VLM, processor: Processor) -> list[tuple[str, Any, Any]]:
+    layout.check(model, processor)
+    return [("", model, processor)]
+
+
+def _open_paligemma(folder: Path, model: VLM, *, empty: bool = False) -> Any:
+    return probes.opened(folder, empty=True) if empty else probes.opened(folder, probes.backends(model.config))
+
+
+def _open_tower(folder: Path, one: tower.Alone, *, empty: bool = False) -> Any:
+    return tower.opened(folder, one, probes.opened, probes.tower_backend(one.tower), empty=empty)
+
+
+def _library(one: tower.Alone) -> str:
+    name = one.published.architecture
+    return f"{name} of transformers {transformers.__version__}" if one.published.transformers else name
 
 
 FORMATS = {
     "paligemma": Format(
-        layout.check,
+        _paligemma,
         layout.write,
+        lambda model: SINGLE,
         probes.paligemma_inputs,
         probes.written_paligemma_inputs,
+        _open_paligemma,
         probes.run_paligemma,
-        probes.run_written_paligemma,
+        lambda written, model, processor: probes.run_written_paligemma(written, processor),
+        lambda model: f"{layout.ARCHITECTURE} of transformers {transformers.__version__}",
     ),
     "tower": Format(
-        tower.check,
+        lambda model, processor: [(one.name, one, one.image_transform) for one in tower.parts(model, processor)],
         tower.write,
+        lambda one: one.published.weights,
         probes.tower_inputs,
         probes.written_tower_inputs,
-        probes.run_tower,
-        probes.run_written_tower,
+        _open_tower,
+        lambda one, transform, dtype: probes.run_tower(one.tower, transform, dtype),
+        lambda written, one, transform: probes.run_written_tower(written, one.published.features, transform),
+        _library,
     ),
 }
 
@@ -88,8 +120,8 @@ def export(
 
     Args:
         out: the directory to make; it must not exist, or be empty.
-        to: `paligemma`, the layout of PaliGemma checkpoints on the Hub, or `tower`, the vision tower alone as a SigLIP
-            (or SigLIP 2 NaFlex) checkpoint.
+        to: `paligemma`, the layout of PaliGemma checkpoints on the Hub, or `tower`, the vision tower alone in its own
+            library's format (a fused one: each member in a directory of its own).
         source: where the model came from (directory or hub id), for the model card.
         dtype: `float32` or `bfloat16`; None keeps the model's.
         max_shard_size: of a safetensors file, such as `5GB`.
@@ -115,26 +147,49 @@ def export(
     parse_size(max_shard_size)
     probes.check_in_memory(model)
     check_pair("the model to export", model.config, processor)
-    target.check(model, processor)
+    parts = target.parts(model, processor)
     report = ParityReport(to, str(out), "", layout.dtype_name(stored))
     with published(Path(out)) as folder:
-        tensors = target.write(folder, model, processor, stored, max_shard_size)
-        if parity != "none":
-            report.rows.append(compare_files(folder, tensors, stored))
-            report.require()
-        del tensors
-        if parity == "weights":
-            probes.opened(folder, empty=True)
-        if parity != "none":
-            _compare_inputs(report, target, folder, processor)
-        if parity == "full":
-            with _memory(folder):
-                _compare_models(report, target, folder, model, processor, stored)
-        report.require()
-        _notes(report, model, processor, parity)
+        for name, one, reader in parts:
+            _write_part(report, target, folder, name, one, reader, stored, max_shard_size, parity)
+        _notes(report, model, parts, parity)
         report.write(folder)
         card.write(folder, model, processor, report, _origin(model, source))
     return report
+
+
+def _write_part(
+    report: ParityReport,
+    target: Format,
+    root: Path,
+    name: str,
+    one: Any,
+    reader: Any,
+    dtype: torch.dtype,
+    max_shard_size: str | int,
+    parity: Parity,
+) -> None:
+    """Write one part of an export (the only one, or a member of a fused tower) and compare it."""
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    tensors = target.write(folder, one, reader, dtype, max_shard_size)
+    found = ParityReport(report.to, report.out, "", report.dtype)
+    if parity != "none":
+        found.rows.append(compare_files(folder, tensors, dtype, target.weights(one)))
+        found.require()
+    del tensors
+    if parity == "weights":
+        target.open(folder, one, empty=True)
+    if parity != "none":
+        _compare_inputs(found, target, folder, one, reader)
+    if parity == "full":
+        with _memory(folder):
+            _compare_models(found, target, folder, one, reader, dtype)
+    found.require()
+    report.rows += [replace(row, name=f"{name}: {row.name}") for row in found.rows] if name else found.rows
+    report.notes += found.notes
+    report.samples, report.texts = found.samples, found.texts
+    report.reader = ", ".join(dict.fromkeys(word for word in (report.reader, found.reader) if word))
 
 
 def _format(to: str) -> Format:
@@ -159,33 +214,32 @@ def _dtype(model: VLM, dtype: str | torch.dtype | None) -> torch.dtype:
     return chosen
 
 
-def _compare_inputs(report: ParityReport, target: Format, folder: Path, processor: Processor) -> None:
+def _compare_inputs(report: ParityReport, target: Format, folder: Path, one: Any, reader: Any) -> None:
     """What both processors make of the samples."""
-    ours = target.inputs(processor)
+    ours = target.inputs(reader)
     with _their_failure(folder):
         theirs = target.written_inputs(folder)
-    exact = inexact_transform(processor) is None
+    exact = inexact_transform(reader) is None
     limits = {**LIMITS, "pixels": LIMITS["pixels"] if exact else None}
-    report.rows += [compare(name, ours[name], theirs[name], limits[name]) for name in ours]
-    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    report.reader = f"{architecture} of transformers {transformers.__version__}"
+    report.rows += [compare(name, ours[name], theirs[name], limits[name]) for name in ours if name in theirs]
+    report.reader = target.reader(one)
     prompts = [f", {prompt!r}" if report.to == "paligemma" else "" for prompt, _, _ in probes.SAMPLES]
     sizes = [f"{width}x{height} px" for _, _, (width, height) in probes.SAMPLES]
     report.samples = [size + prompt for size, prompt in zip(sizes, prompts, strict=True)]
 
 
 def _compare_models(
-    report: ParityReport, target: Format, folder: Path, model: VLM, processor: Processor, dtype: torch.dtype
+    report: ParityReport, target: Format, folder: Path, one: Any, reader: Any, dtype: torch.dtype
 ) -> None:
     """What both models make of the same inputs: the source first, so that its copy is gone before the other is open."""
     log.info("parity: running the model on %d samples in float32", len(probes.SAMPLES))
-    ours = target.run(model, processor, dtype)
-    log.info("parity: running what was written, opened by transformers")
-    written = probes.opened(folder, probes.backends(model.config)).to(model.device)
+    ours = target.run(one, reader, dtype)
+    log.info("parity: running what was written, opened by %s", target.reader(one))
     with _their_failure(folder):
-        theirs = target.run_written(written, processor)
+        written = target.open(folder, one).to(one.device)
+        theirs = target.run_written(written, one, reader)
     report.rows += [compare(name, ours[name], theirs[name], LIMITS[name]) for name in LIMITS if name in theirs]
-    report.texts = [processor.decode(ids.flatten()) for ids in theirs.get("greedy tokens", [])]
+    report.texts = [reader.decode(ids.flatten()) for ids in theirs.get("greedy tokens", [])]
     if set(ours) - set(theirs):
         report.notes.append(
             f"transformers {transformers.__version__} does not apply PaliGemma 2's final soft-cap (5.23 does); greedy"
@@ -215,16 +269,20 @@ def _their_failure(folder: Path) -> Iterator[None]:
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(
-            f"{folder}: transformers {transformers.__version__} cannot run what was written: {text[:300]}; nothing was"
-            f" left there. This is a bug of the export: report it"
+            f"{folder}: its library cannot run what was written (transformers {transformers.__version__}):"
+            f" {text[:300]}; nothing was left there. This is a bug of the export: report it"
         ) from error
 
 
-def inexact_transform(processor: Processor) -> str | None:
+def inexact_transform(reader: Processor | ImageTransform) -> str | None:
     """What of the image transform transformers' image processors do differently, or None."""
-    transform = processor.image_transform
+    transform = reader.image_transform if isinstance(reader, Processor) else reader
     if transform.mode == "naflex":
         return "NaFlex images are resized in float here, as in the original; transformers rounds them to 8 bit"
+    if transform.mode == "crop" and not isinstance(reader, Processor):
+        return (
+            "the middle is cut out here, before or after the resize, whichever is cheaper; transformers cuts it after"
+        )
     if transform.mode != "squash":
         return f"images are prepared by {transform.mode!r} here; transformers squashes them to a square"
     if not transform.antialias:
@@ -234,17 +292,26 @@ def inexact_transform(processor: Processor) -> str | None:
     return None
 
 
-def _notes(report: ParityReport, model: VLM, processor: Processor, parity: Parity) -> None:
+def _notes(report: ParityReport, model: VLM, parts: list[tuple[str, Any, Any]], parity: Parity) -> None:
     """What a reader of the numbers has to know."""
     if parity == "full":
         report.notes.append("both models ran in float32 on the written weights and on the same inputs")
     else:
         report.notes.append(f"the checkpoint was not run (parity={parity})")
-    difference = inexact_transform(processor)
-    if difference is not None:
-        measured = next((row.max_abs for row in report.rows if row.name == "pixels"), None)
-        shown = "" if measured is None else f"; largest difference of a normalised value: {measured:.2g}"
-        report.notes.append(f"the format cannot say how this model's images are resized: {difference}{shown}")
+    for name, _, reader in parts:
+        difference = inexact_transform(reader)
+        if difference is not None:
+            label = f"{name}: pixels" if name else "pixels"
+            measured = next((row.max_abs for row in report.rows if row.name == label), None)
+            if report.to == "tower" and getattr(reader, "mode", "") == "crop" and not measured:
+                continue  # the same numbers, or another library's crop
+            shown = "" if measured is None else f"; largest difference of a normalised value: {measured:.2g}"
+            start = f"{name}: " if name else ""
+            report.notes.append(
+                f"{start}the format cannot say how this model's images are resized: {difference}{shown}"
+            )
+    if report.to == "tower":
+        report.notes += tower.notes([one for _, one, _ in parts])
     if report.to != "paligemma" or parity != "full":
         return
     cap = final_softcap(model.config)

@@ -18,6 +18,7 @@ from torch import Tensor
 from vlm.checkpoints.configs import WINDOW_IN_USE
 from vlm.checkpoints.names import HEAD, to_hub
 from vlm.checkpoints.shards import write_shards
+from vlm.encoders import RUNNING, stated
 from vlm.errors import ConfigError
 from vlm.model import VLM
 from vlm.processor import Processor
@@ -29,23 +30,8 @@ KEEP = (
     "keep the vlm directory, which transformers opens after `import vlm.model`, or write the tower alone with"
     " `--to tower`"
 )
-# Of a running model, not of the architecture.
-RUNTIME = (
-    "_attn_implementation",
-    "_name_or_path",
-    "architectures",
-    "chunk_size_feed_forward",
-    "dtype",
-    "id2label",
-    "is_encoder_decoder",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "problem_type",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-)
+RUNTIME = RUNNING
+"""Of a running model, not of the architecture."""
 
 
 def check(model: VLM, processor: Processor) -> None:
@@ -150,7 +136,7 @@ def config_values(model: VLM, dtype: torch.dtype) -> dict[str, Any]:
 
 def architecture(config: Any) -> dict[str, Any]:
     """The fields of a part's configuration, defaults included, without those of a running model."""
-    return {key: value for key, value in sorted(config.to_dict().items()) if key not in RUNTIME}
+    return stated(config)
 
 
 def num_image_tokens(vision: dict[str, Any]) -> int:

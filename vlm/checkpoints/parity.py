@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.checkpoints.files import Weights
+from vlm.checkpoints.files import SINGLE, Weights
 from vlm.errors import CheckpointError
 
 FILE_NAME = "parity.json"
@@ -170,9 +170,9 @@ def _different_ids(a: Tensor, b: Tensor) -> int:
     return int((a[:shorter] != b[:shorter]).sum()) + max(a.numel(), b.numel()) - shorter
 
 
-def compare_files(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Row:
+def compare_files(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, single: str = SINGLE) -> Row:
     """Read the written weights again, one tensor at a time, and count those that are not the model's bit for bit."""
-    stored = Weights(folder)
+    stored = Weights(folder, single)
     different = len(set(stored.tensors) ^ set(tensors))
     for name in set(stored.tensors) & set(tensors):
         wanted = tensors[name].detach().to(device="cpu", dtype=dtype)

@@ -87,7 +87,7 @@ def as_tower(
     """
     if getattr(config, "towers", None):
         return _as_members(source, config, wanted, prefixes, resize_positions)
-    rename = _renaming(module)
+    rename = renaming(module)
     source = part_of(source, prefixes, _left_out(module, config), rename)
     own = {rename(name): name for name in wanted}
     source = _renamed(source, {own.get(name, name): name for name in source.shapes})
@@ -168,7 +168,7 @@ def _names(module: Any, constant: str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _renaming(module: Any) -> Callable[[str], str]:
+def renaming(module: Any) -> Callable[[str], str]:
     """One spelling for names that files and versions of transformers spell differently."""
 
     def rename(name: str) -> str:

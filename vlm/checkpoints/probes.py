@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
     GenerationConfig,
     PaliGemmaForConditionalGeneration,
     Siglip2ImageProcessorPil,
@@ -27,6 +33,7 @@ from vlm.checkpoints.loader import Placement, Source, expected_shapes, load_mode
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model import VLM, final_softcap
 from vlm.processor import Processor
+from vlm.transforms import ImageTransform
 
 NEW_TOKENS = 16
 """Greedy tokens per sample."""
@@ -34,9 +41,11 @@ Outputs = dict[str, list[Tensor]]
 """Quantity -> one tensor per sample."""
 ID_TENSORS = ("input_ids", "token_type_ids", "labels")
 BACKENDS = ("sdpa", "eager")
-READERS: dict[str, Any] = {
-    kind.__name__: kind for kind in (PaliGemmaForConditionalGeneration, SiglipVisionModel, Siglip2VisionModel)
-}
+TOWERS = (
+    *(SiglipVisionModel, Siglip2VisionModel, CLIPVisionModel, CLIPVisionModelWithProjection),
+    *(Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel),
+)
+READERS: dict[str, Any] = {kind.__name__: kind for kind in (PaliGemmaForConditionalGeneration, *TOWERS)}
 """transformers' classes by the name that config.json gives."""
 
 SAMPLES = [
@@ -85,16 +94,21 @@ def in_float32(model: VLM, dtype: torch.dtype) -> VLM:
     return load_model(config, source, Placement(dtype=torch.float32, device=model.device))
 
 
-def tower_in_float32(model: VLM, dtype: torch.dtype) -> nn.Module:
-    """The same for the vision tower alone, so that a decoder is not copied for it."""
-    tower = model.model.vision_tower
-    attention = backends(model.config)["vision_config"]
+def tower_in_float32(tower: Any, dtype: torch.dtype) -> nn.Module:
+    """The same for a vision tower alone, so that a decoder is not copied for it."""
+    attention = tower_backend(tower)
     if _is_float32(tower) and dtype == torch.float32 and tower.config._attn_implementation == attention:
-        return tower
+        return cast(nn.Module, tower)
     config = copy.deepcopy(tower.config)
     copied: nn.Module = type(tower)._from_config(config, attn_implementation=attention, dtype=torch.float32)
     copied.load_state_dict({name: tensor.to(dtype).float() for name, tensor in tower.state_dict().items()})
-    return copied.to(model.device)
+    return copied.to(next(tower.parameters()).device)
+
+
+def tower_backend(tower: Any) -> str:
+    """The attention code a tower and its written twin run on, as `backends`."""
+    own = str(tower.config._attn_implementation)
+    return own if own in BACKENDS else "eager"
 
 
 def _is_float32(module: nn.Module) -> bool:
@@ -236,15 +250,19 @@ def _greedy(model: Any, question: dict[str, Tensor], processor: Processor) -> Te
 # --- a tower alone ----------------------------------------------------------------------------------------------------
 
 
-def tower_inputs(processor: Processor) -> Outputs:
+def tower_inputs(transform: ImageTransform) -> Outputs:
     """Pixels that this library's transform makes of the pictures."""
-    return {"pixels": [processor.image_transform([picture]).pixel_values[0] for picture in pictures()]}
+    return {"pixels": [transform([picture]).pixel_values[0] for picture in pictures()]}
 
 
 def written_tower_inputs(folder: Path) -> Outputs:
-    """The same from transformers' own image processor; of NaFlex only the real patches."""
+    """The same from transformers' own image processor; of NaFlex only the real patches. Nothing where the directory is
+    another library's."""
+    if not (folder / "preprocessor_config.json").exists():
+        return {}
     kind = read_json(folder / "preprocessor_config.json")["image_processor_type"]
     classes: dict[str, Any] = {
+        "CLIPImageProcessor": CLIPImageProcessorPil,
         "SiglipImageProcessor": SiglipImageProcessorPil,
         "Siglip2ImageProcessor": Siglip2ImageProcessorPil,
     }
@@ -257,24 +275,24 @@ def written_tower_inputs(folder: Path) -> Outputs:
     return out
 
 
-def run_tower(model: VLM, processor: Processor, dtype: torch.dtype) -> Outputs:
-    """Features of the model's tower, its weights rounded to `dtype`; NaFlex images come one by one, without padding."""
-    tower = tower_in_float32(model, dtype)
+def run_tower(tower: nn.Module, transform: ImageTransform, dtype: torch.dtype) -> Outputs:
+    """Features of a tower, its weights rounded to `dtype`; NaFlex images come one by one, without padding."""
+    device = next(tower.parameters()).device
+    tower = tower_in_float32(tower, dtype)
     with evaluating(tower):
-        return {"tower features": [tower(**inputs).features.cpu() for inputs in _pixels(processor, model.device)]}
+        return {"tower features": [tower(**inputs).features.cpu() for inputs in _pixels(transform, device)]}
 
 
-def run_written_tower(model: Any, processor: Processor) -> Outputs:
-    """The same from transformers' tower, on the same pixels."""
+def run_written_tower(model: nn.Module, features: Callable[..., Tensor], transform: ImageTransform) -> Outputs:
+    """The same from the library's own tower, on the same pixels; `features` are read off it."""
+    device = next(model.parameters()).device
     with evaluating(model):
-        return {
-            "tower features": [model(**inputs).last_hidden_state.cpu() for inputs in _pixels(processor, model.device)]
-        }
+        return {"tower features": [features(model, **inputs).cpu() for inputs in _pixels(transform, device)]}
 
 
-def _pixels(processor: Processor, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _pixels(transform: ImageTransform, device: torch.device) -> Iterator[dict[str, Tensor]]:
     for picture in pictures():
-        pixels = processor.image_transform([picture])._asdict()
+        pixels = transform([picture])._asdict()
         yield {name: value.to(device) for name, value in pixels.items() if isinstance(value, Tensor)}
 
 

@@ -23,6 +23,7 @@ from vlm.checkpoints.live import State
 from vlm.checkpoints.loader import EMBEDDING, empty, expected_shapes, shown
 from vlm.checkpoints.names import HEAD
 from vlm.checkpoints.shards import parse_size, widest, write_shards
+from vlm.checkpoints.tower import HEAD_FILE, write_head
 from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.files import disk_errors, publishing, rust_disk_errors
@@ -34,6 +35,7 @@ OWN_FILES = (
     "generation_config.json",
     "model*.safetensors",
     INDEX,
+    HEAD_FILE,
     manifest.NAME,
     "preprocessor_config.json",
 )
@@ -95,6 +97,7 @@ def write(
         _check_reopened(model, processor, folder, name)
         kept = {key: tensor for key, tensor in state.headers.items() if key != HEAD}
         write_shards(folder, kept, None, max_shard_size, read=state.__getitem__, allow_nonfinite=allow_nonfinite)
+        write_head(folder, model.tower_head)
         manifest.write(folder)
 
 

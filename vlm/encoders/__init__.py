@@ -26,6 +26,9 @@ and, where it applies,
     recognise    `recognise(values) -> dict | None`: the settings in a configuration file of another library, or None
                  when it is not of its kind. CONFIG_FILE is its name, if not config.json, WEIGHTS that of the weights
     flops        `flops(config) -> int`: of one image, where counting matrix weights per patch is wrong
+    published    `published(config, transform, head) -> Published`: the tower alone in its library's format, for `vlm
+                 export --to tower`; without it a tower cannot leave its model. `head` is name in the file -> shape of
+                 what its checkpoint had beside it, or None for the format without a pooling head
 
 and nothing else is needed: `VLMConfig(encoder="my_file")` and `vlm.new` find it.
 """
@@ -35,6 +38,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -91,6 +95,31 @@ class EncoderOutput(NamedTuple):
     features: Tensor
     mask: Tensor | None
     grid: Tensor
+
+
+class Published(NamedTuple):
+    """A tower alone, as its own library has it.
+
+    Attributes:
+        architecture: the class or function that opens it, for people and for transformers' `architectures`.
+        config: what its configuration file holds.
+        rename: name of one of the tower's tensors, or of the library's own model -> name in the file.
+        build: the library's own model of this configuration with new weights, to know what else its file has.
+        features: (the library's model, its inputs by name) -> float[M, P, E], the features as the tower gives them.
+        config_file, weights: names of the files.
+        transformers: transformers opens it, by the name of the class.
+        opened: opens the directory with another library; None: `build` with the tensors in their places.
+    """
+
+    architecture: str
+    config: dict[str, Any]
+    rename: Callable[[str], str]
+    build: Callable[[], nn.Module]
+    features: Callable[..., Tensor]
+    config_file: str = "config.json"
+    weights: str = "model.safetensors"
+    transformers: bool = True
+    opened: Callable[[Path], nn.Module] | None = None
 
 
 def model_types(own: str | None = None) -> dict[str, str]:
@@ -371,9 +400,54 @@ def feature_width(config: Any) -> int:
     return int(config.hidden_size) * len(getattr(config, "feature_layers", None) or [0])
 
 
+def join_layers(config: Any, found: Iterable[Tensor], norm: nn.Module) -> Tensor:
+    """Outputs of the chosen blocks, in rising order, as features in the order of the choice; the final norm on the
+    highest one where it is chosen."""
+    blocks = feature_layers(config)
+    outputs = dict(zip(sorted(blocks), found, strict=True))
+    if config.feature_norm:
+        outputs[max(blocks)] = norm(outputs[max(blocks)])
+    return torch.cat([outputs[block] for block in blocks], dim=-1)
+
+
 def final_norm(config: Any, norm: nn.Module) -> nn.Module:
     """The tower's final norm, or nothing where no feature goes through it."""
     return norm if getattr(config, "feature_norm", True) else nn.Identity()
+
+
+def hidden_features(config: Any, model: Any, norm: nn.Module | None, prefix: int, **inputs: Tensor) -> Tensor:
+    """What `run_blocks` gives, from a model of transformers.
+
+    Args:
+        norm: the final norm, where `last_hidden_state` comes without it.
+        prefix: class and register tokens before the patches.
+
+    Returns:
+        float[M, P, E * number of feature layers].
+    """
+    if not getattr(config, "feature_layers", None):
+        last = model(**inputs).last_hidden_state
+        return (last if norm is None else norm(last))[:, prefix:]
+    states = list(model(**inputs, output_hidden_states=True).hidden_states)  # the embeddings are the first
+    if config.feature_norm:
+        own = next(getattr(model, name) for name in ("post_layernorm", "layernorm", "norm") if hasattr(model, name))
+        states[config.num_hidden_layers] = own(states[config.num_hidden_layers])
+    return torch.cat([states[number] for number in config.feature_layers], dim=-1)[:, prefix:]
+
+
+def stated(config: PreTrainedConfig, **changes: Any) -> dict[str, Any]:
+    """A configuration as a file of transformers states it: every field of the architecture, its choice of feature
+    layers too, without those of a running model."""
+    values = {key: value for key, value in sorted(config.to_dict().items()) if key not in RUNNING}
+    return {**values, **changes}
+
+
+RUNNING = (
+    *("_attn_implementation", "_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label"),
+    *("is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict"),
+    *("torch_dtype", "transformers_version"),
+)
+"""Fields of every configuration that say nothing of an architecture."""
 
 
 def run_blocks(config: Any, blocks: Iterable[nn.Module], norm: nn.Module, hidden: Tensor, **inputs: Any) -> Tensor:

@@ -13,19 +13,29 @@ the class token alone, and transformers' `last_hidden_state` comes without it; a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig as Config
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
-from vlm.encoders import EncoderOutput, check_square, final_norm, run_blocks, square_output
+from vlm.encoders import (
+    EncoderOutput,
+    Published,
+    check_square,
+    final_norm,
+    hidden_features,
+    run_blocks,
+    square_output,
+    stated,
+)
 from vlm.encoders import square_tokens as tokens_for
 from vlm.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "resample", "tiny", "tokens_for", "transform"]
+__all__ = ["Config", "Encoder", "published", "resample", "tiny", "tokens_for", "transform"]
 
 MODEL_TYPES = ("clip", "clip_vision_model")
 PREFIXES = ("vision_model.", "")
@@ -81,6 +91,29 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
         "std": STD,
     }
     return ImageTransform(**{**values, **settings})
+
+
+def published(config: Config, transform: ImageTransform, head: Mapping[str, tuple[int, ...]] | None) -> Published:
+    """As transformers' `CLIPVisionModel`, or with its projection where the checkpoint had one; version 4 knows the
+    names with their prefix only, 5 knows both."""
+    projection = (head or {}).get("visual_projection.weight")
+    kind: Any = CLIPVisionModel if projection is None else CLIPVisionModelWithProjection
+    values = stated(config) if projection is None else stated(config, projection_dim=projection[0])
+
+    def rename(name: str) -> str:
+        return name if name.startswith(("vision_model.", "visual_projection.")) else f"vision_model.{name}"
+
+    def features(model: Any, **inputs: Tensor) -> Tensor:
+        inner = getattr(model, "vision_model", model)
+        return hidden_features(config, inner, inner.post_layernorm, 1, **inputs)
+
+    return Published(
+        architecture=kind.__name__,
+        config=values,
+        rename=rename,
+        build=lambda: kind(Config(**values)),
+        features=features,
+    )
 
 
 def tiny() -> Config:

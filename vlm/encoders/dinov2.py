@@ -13,21 +13,31 @@ with registers and without for the others; the class token's row stays.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Dinov2PreTrainedModel
+from transformers import Dinov2Model, Dinov2PreTrainedModel, Dinov2WithRegistersModel
 from transformers import Dinov2WithRegistersConfig as Config
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer, Dinov2PatchEmbeddings
 
-from vlm.encoders import EncoderOutput, check_square, final_norm, run_blocks, square_output
+from vlm.encoders import (
+    EncoderOutput,
+    Published,
+    check_square,
+    final_norm,
+    hidden_features,
+    run_blocks,
+    square_output,
+    stated,
+)
 from vlm.encoders import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "read_config", "resample", "tiny", "tokens_for", "transform"]
+__all__ = ["Config", "Encoder", "published", "read_config", "resample", "tiny", "tokens_for", "transform"]
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 PREFIXES = ("dinov2.", "dinov2_with_registers.", "")
@@ -147,6 +157,39 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
     if values["mode"] == "crop":
         values.setdefault("resize_shortest", round(int(config.image_size) * 256 / 224))  # type: ignore[arg-type]
     return ImageTransform(**values)
+
+
+def published(config: Config, transform: ImageTransform, head: Mapping[str, tuple[int, ...]] | None) -> Published:
+    """As transformers' `Dinov2Model` or `Dinov2WithRegistersModel`, under the names of the published checkpoints."""
+    registers = int(config.num_register_tokens)
+    kind: Any = Dinov2WithRegistersModel if registers else Dinov2Model
+    # A tower for detection names its stages there, which belong to a number of layers.
+    values = {key: value for key, value in stated(config).items() if key not in BACKBONE}
+    values["model_type"] = kind.config_class.model_type
+    if not registers:
+        del values["num_register_tokens"]
+
+    def rename(name: str) -> str:
+        for spelled, published in WRITTEN.items():
+            name = name.replace(spelled, published)
+        return name
+
+    return Published(
+        architecture=kind.__name__,
+        config=values,
+        rename=rename,
+        build=lambda: kind(kind.config_class(**{k: v for k, v in values.items() if k != "model_type"})),
+        features=lambda model, **inputs: hidden_features(config, model, None, 1 + registers, **inputs),
+    )
+
+
+WRITTEN = {
+    ".attention.q_proj.": ".attention.attention.query.",
+    ".attention.k_proj.": ".attention.attention.key.",
+    ".attention.v_proj.": ".attention.attention.value.",
+    ".attention.o_proj.": ".attention.output.dense.",
+}
+"""transformers' names in memory (from 5.2x on) and in files."""
 
 
 def tiny() -> Config:

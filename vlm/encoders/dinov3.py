@@ -11,22 +11,33 @@ centres between -1 and 1, so another image size needs no resampling.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DINOv3ViTConfig as Config
+from transformers import DINOv3ViTModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import (
     DINOv3ViTLayer,
     DINOv3ViTPreTrainedModel,
     DINOv3ViTRopePositionEmbedding,
 )
 
-from vlm.encoders import EncoderOutput, check_square, final_norm, run_blocks, square_output
+from vlm.encoders import (
+    EncoderOutput,
+    Published,
+    check_square,
+    final_norm,
+    hidden_features,
+    run_blocks,
+    square_output,
+    stated,
+)
 from vlm.encoders import square_tokens as tokens_for
 from vlm.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "read_config", "tiny", "tokens_for", "transform"]
+__all__ = ["Config", "Encoder", "published", "read_config", "tiny", "tokens_for", "transform"]
 
 MODEL_TYPES = ("dinov3_vit",)
 PREFIXES = ("",)
@@ -117,6 +128,20 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
         "std": STD,
     }
     return ImageTransform(**{**values, **settings})
+
+
+def published(config: Config, transform: ImageTransform, head: Mapping[str, tuple[int, ...]] | None) -> Published:
+    """As transformers' `DINOv3ViTModel`, under the names of the published checkpoints."""
+    values = {key: value for key, value in stated(config).items() if key not in BACKBONE}
+    return Published(
+        architecture="DINOv3ViTModel",
+        config=values,
+        rename=lambda name: name.removeprefix("model."),
+        build=lambda: DINOv3ViTModel(Config(**values)),
+        features=lambda model, **inputs: hidden_features(
+            config, model, None, 1 + int(config.num_register_tokens), **inputs
+        ),
+    )
 
 
 def tiny() -> Config:

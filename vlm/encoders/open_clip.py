@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -33,11 +33,13 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.encoders import (
     EncoderOutput,
+    Published,
     check_square,
     check_whole_cells,
     choose_blocks,
     count_flops,
     feature_layers,
+    join_layers,
     measured_output,
     missing_extra,
     plain,
@@ -51,7 +53,7 @@ from vlm.encoders import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "read_config", "tiny", "tokens_for", "transform"]
+__all__ = ["Config", "Encoder", "published", "read_config", "tiny", "tokens_for", "transform"]
 
 EXTRA = "open-clip"
 MODEL_TYPES = ("vlm_open_clip",)
@@ -115,6 +117,7 @@ def recognise(values: dict[str, Any]) -> dict[str, Any] | None:
         return None
     settings = {key: model[key] for key in ("vision_cfg", "embed_dim", "quick_gelu") if key in model}
     given = image if isinstance(image, dict) else {}
+    settings |= {key: values[key] for key in ("feature_layers", "feature_norm") if values.get(key) is not None}
     return {**settings, **{key: given[key] for key in IMAGE if given.get(key) is not None}}
 
 
@@ -133,7 +136,7 @@ def read_config(values: dict[str, Any]) -> Config:
         return Config(**values)
     size = values.get("image_size") or (values.get("vision_cfg") or {}).get("image_size", 224)
     size = size[0] if isinstance(size, list | tuple) else size
-    config = Config(**{**values, "image_size": size})
+    config = Config(**{**values, "image_size": size, "feature_layers": None})  # of the whole tower
     return Config(**{**values, "image_size": size, **_measure(config)})
 
 
@@ -313,16 +316,18 @@ class Encoder(PreTrainedModel):
     def _blocks(self, pixel_values: Tensor) -> Tensor:
         """Outputs of the chosen blocks, in their order; the final norm on the last one where it is chosen."""
         visual: Any = self.visual
-        blocks = feature_layers(self.config)
-        if hasattr(visual, "trunk"):
-            found, norm = visual(pixel_values), getattr(visual.trunk, "norm", nn.Identity())
-        else:
-            found = visual(pixel_values)["image_intermediates"]
-            norm = visual.ln_post if _has_norm(visual) else nn.Identity()
-        outputs = dict(zip(sorted(blocks), found, strict=True))
-        if self.config.feature_norm:
-            outputs[max(blocks)] = norm(outputs[max(blocks)])
-        return torch.cat([outputs[block] for block in blocks], dim=-1)
+        found = visual(pixel_values)
+        return _joined(visual, self.config, found)
+
+
+def _joined(visual: Any, config: Config, found: Any) -> Tensor:
+    """float[M, P, E * number of feature layers], of what `features_of` or `trunk_features` gives."""
+    if hasattr(visual, "trunk"):
+        norm = getattr(visual.trunk, "norm", nn.Identity())
+    else:
+        found = found["image_intermediates"]
+        norm = visual.ln_post if _has_norm(visual) else nn.Identity()
+    return join_layers(config, found, norm)
 
 
 def features_of(visual: Any, config: Config) -> Callable[[Tensor], Any]:
@@ -362,6 +367,59 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
     if values["mode"] == "letterbox":
         values["background"] = tuple(fill) if isinstance(fill, list | tuple) else (fill,) * 3
     return ImageTransform(**{**values, **settings})
+
+
+def published(config: Config, transform: ImageTransform, head: Mapping[str, tuple[int, ...]] | None) -> Published:
+    """As the visual part of an open_clip checkpoint: `open_clip_config.json` and tensors under `visual.`. The library
+    has no format for a tower alone; this one goes into a whole model with `model.visual.load_state_dict`. Pools and
+    projection are the checkpoint's, or new.
+
+    Raises:
+        ConfigError: a timm model cut at its feature layers, whose number of blocks open_clip cannot set.
+    """
+    vision = dict(config.vision_cfg)
+    if config.feature_layers:
+        if vision.get("timm_model_name"):
+            raise ConfigError(
+                f"the tower is a timm model inside open_clip, cut at block {config.num_hidden_layers}, which open_clip"
+                f" cannot say; keep the vlm directory, which `vlm new --encoder` reads"
+            )
+        vision["layers"] = config.num_hidden_layers
+    vision["image_size"] = config.image_size
+    modes = {ours: theirs for theirs, ours in MODES.items()}
+    background = [int(value) for value in transform.background]
+    image = {"size": config.image_size, "mean": list(transform.mean), "std": list(transform.std)}
+    image |= {"interpolation": transform.resample, "resize_mode": modes.get(transform.mode, "squash")}
+    image["fill_color"] = background[0] if len(set(background)) == 1 else background
+    model = {"embed_dim": config.embed_dim, "quick_gelu": bool(config.quick_gelu), "vision_cfg": vision}
+    choice = {"feature_layers": config.feature_layers, "feature_norm": config.feature_norm}
+
+    def build() -> nn.Module:
+        settings = _checked(vision)
+        visual: Any = library().model._build_vision_tower(config.embed_dim, settings, bool(config.quick_gelu))
+        if hasattr(getattr(visual, "trunk", None), "set_input_size"):
+            visual.trunk.set_input_size(img_size=(config.image_size, config.image_size))
+        holder = nn.Module()
+        holder.visual = visual
+        return holder
+
+    def features(model: Any, pixel_values: Tensor) -> Tensor:
+        if config.feature_layers:
+            inner = getattr(model.visual, "trunk", None)
+            run = features_of(model.visual, config) if inner is None else trunk_features(inner, config)
+            return _joined(model.visual, config, run(pixel_values))
+        return row_order(raw_features(model.visual, pixel_values), config.layout, config.num_prefix_tokens)
+
+    return Published(
+        architecture="open_clip visual tower",
+        config={"model_cfg": model, "preprocess_cfg": image, **choice},
+        rename=str,
+        build=build,
+        features=features,
+        config_file=CONFIG_FILE,
+        weights=WEIGHTS,
+        transformers=False,
+    )
 
 
 def tiny() -> Config:

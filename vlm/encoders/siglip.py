@@ -12,6 +12,7 @@ image size resamples the position table as big_vision does.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,12 +20,21 @@ from torch.nn import functional as F
 from transformers import SiglipVisionConfig as Config
 from transformers import SiglipVisionModel
 
-from vlm.encoders import EncoderOutput, check_square, final_norm, run_blocks, square_output
+from vlm.encoders import (
+    EncoderOutput,
+    Published,
+    check_square,
+    final_norm,
+    hidden_features,
+    run_blocks,
+    square_output,
+    stated,
+)
 from vlm.encoders import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "resample_position_table", "tiny", "tokens_for", "transform"]
+__all__ = ["Config", "Encoder", "published", "resample_position_table", "tiny", "tokens_for", "transform"]
 
 MODEL_TYPES = ("siglip", "siglip_vision_model")
 PREFIXES = ("vision_tower.vision_model.", "vision_model.", "model.vision_model.", "")
@@ -105,6 +115,18 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
         "resample": "bilinear",
     }
     return ImageTransform(**{**values, **settings})
+
+
+def published(config: Config, transform: ImageTransform, head: Mapping[str, tuple[int, ...]] | None) -> Published:
+    """As transformers' `SiglipVisionModel`; version 4 knows the names with their prefix only, 5 knows both."""
+    values = stated(config, vision_use_head=head is not None)
+    return Published(
+        architecture="SiglipVisionModel",
+        config=values,
+        rename="vision_model.{}".format,
+        build=lambda: SiglipVisionModel(Config(**values)),
+        features=lambda model, **inputs: hidden_features(config, model, None, 0, **inputs),
+    )
 
 
 def tiny() -> Config:

@@ -9,6 +9,7 @@ would give every patch of an h x 1 image one position. And padding is never comp
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +23,12 @@ from transformers.models.siglip2.modeling_siglip2 import (
     eager_attention_forward,
 )
 
-from vlm.encoders import EncoderOutput
+from vlm.encoders import EncoderOutput, Published, stated
 from vlm.encoders import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.transforms import ImageTransform, resize_float
 
-__all__ = ["Config", "Encoder", "resize_position_grid", "tiny", "tokens_for", "transform"]
+__all__ = ["Config", "Encoder", "published", "resize_position_grid", "tiny", "tokens_for", "transform"]
 
 MODEL_TYPES = ("siglip2", "siglip2_vision_model")
 PREFIXES = ("vision_tower.vision_model.", "vision_model.", "model.vision_model.", "")
@@ -221,6 +222,18 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
         "resample": "bilinear",
     }
     return ImageTransform(**{**values, **settings})
+
+
+def published(config: Config, transform: ImageTransform, head: Mapping[str, tuple[int, ...]] | None) -> Published:
+    """As transformers' `Siglip2VisionModel`; version 4 knows the names with their prefix only, 5 knows both."""
+    values = stated(config, vision_use_head=head is not None)
+    return Published(
+        architecture="Siglip2VisionModel",
+        config=values,
+        rename="vision_model.{}".format,
+        build=lambda: Siglip2VisionModel(Config(**values)),
+        features=lambda model, **inputs: model(**inputs).last_hidden_state,
+    )
 
 
 def tiny() -> Config:

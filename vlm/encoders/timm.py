@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,11 +30,12 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.encoders import (
     EncoderOutput,
+    Published,
     check_square,
     check_whole_cells,
     choose_blocks,
     count_flops,
-    feature_layers,
+    join_layers,
     measured_output,
     missing_extra,
     plain,
@@ -47,7 +49,7 @@ from vlm.encoders import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "read_config", "tiny", "tokens_for", "transform"]
+__all__ = ["Config", "Encoder", "published", "read_config", "tiny", "tokens_for", "transform"]
 
 EXTRA = "timm"
 MODEL_TYPES = ("vlm_timm",)
@@ -106,7 +108,8 @@ def recognise(values: dict[str, Any]) -> dict[str, Any] | None:
     """The settings in timm's `config.json`, or None when it is not timm's."""
     if not isinstance(values.get("architecture"), str) or not isinstance(values.get("pretrained_cfg"), dict):
         return None
-    return {key: values[key] for key in ("architecture", "pretrained_cfg", "model_args") if values.get(key) is not None}
+    keys = ("architecture", "pretrained_cfg", "model_args", "feature_layers", "feature_norm")
+    return {key: values[key] for key in keys if values.get(key) is not None}
 
 
 def read_config(values: dict[str, Any]) -> Config:
@@ -303,12 +306,9 @@ class Encoder(PreTrainedModel):
 
     def _blocks(self, pixel_values: Tensor) -> Tensor:
         """Outputs of the chosen blocks, in their order; the final norm on the last one where it is chosen."""
+
         trunk: Any = self.trunk
-        blocks = feature_layers(self.config)
-        outputs = dict(zip(sorted(blocks), trunk(pixel_values), strict=True))
-        if self.config.feature_norm:
-            outputs[max(blocks)] = trunk.norm(outputs[max(blocks)])
-        return torch.cat([outputs[block] for block in blocks], dim=-1)
+        return join_layers(self.config, trunk(pixel_values), trunk.norm)
 
 
 def flops(config: Config) -> int:
@@ -342,6 +342,67 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
     if values["mode"] == "crop":
         values.setdefault("resize_shortest", max(config.image_size, math.floor(config.image_size / config.crop_pct)))
     return ImageTransform(**values)
+
+
+def published(config: Config, transform: ImageTransform, head: Mapping[str, tuple[int, ...]] | None) -> Published:
+    """As timm writes a model without classifier for the Hub (`save_for_hf`); its attention pool and other modules that
+    no patch feature goes through are the checkpoint's, or new.
+
+    Raises:
+        ConfigError: an architecture whose number of blocks cannot be set, cut at its feature layers.
+    """
+    args = {**(config.model_args or {}), "num_classes": 0}
+    if config.feature_layers:
+        args["depth"] = config.num_hidden_layers
+    whole: Any = _whole(config, args)
+    if hasattr(whole, "set_input_size"):
+        args["img_size"] = config.image_size
+    image: dict[str, Any] = {
+        "mean": list(transform.mean),
+        "std": list(transform.std),
+        "interpolation": transform.resample,
+    }
+    crop = transform.image_size or 1, transform.resize_shortest or transform.image_size or 1
+    image |= {"crop_pct": crop[0] / crop[1], "crop_mode": "squash" if transform.mode == "squash" else "center"}
+    side = config.image_size
+    values = {
+        "architecture": config.architecture,
+        "num_classes": 0,
+        "num_features": int(whole.num_features),
+        "model_args": args,
+        "feature_layers": config.feature_layers,
+        "feature_norm": config.feature_norm,
+        "pretrained_cfg": {**image, "num_classes": 0, "input_size": [3, side, side], "fixed_input_size": True},
+    }
+
+    def features(model: Any, pixel_values: Tensor) -> Tensor:
+        if config.feature_layers:
+            return join_layers(config, trunk_features(model, config)(pixel_values), model.norm)
+        return row_order(model.forward_features(pixel_values), config.layout, config.num_prefix_tokens)
+
+    return Published(
+        architecture=f"timm.create_model {config.architecture}",
+        config=values,
+        rename=lambda name: name.removeprefix("trunk."),
+        build=lambda: _whole(config, args),
+        features=features,
+        transformers=False,
+        opened=lambda folder: library().create_model(f"local-dir:{folder}", pretrained=True),
+    )
+
+
+def _whole(config: Config, args: dict[str, Any]) -> nn.Module:
+    """timm's model with all its modules, at the configuration's image size."""
+    try:
+        made: Any = library().create_model(config.architecture, pretrained=False, **args)
+        if hasattr(made, "set_input_size"):
+            made.set_input_size(img_size=(config.image_size, config.image_size))
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"timm cannot build {config.architecture!r} with {args}: {error}; the tower cannot leave its model. Keep"
+            f" the vlm directory, which `vlm new --encoder` reads"
+        ) from error
+    return made
 
 
 def tiny() -> Config:
