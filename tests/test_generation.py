@@ -251,7 +251,7 @@ def test_an_answer_says_whether_it_was_cut() -> None:
     second = generate_ids(model, processor(images, PROMPT_TEXTS), settings)[:, 1].tolist()
     whole.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(second[0])
     for beam_search in ("transformers", "big_vision"):
-        found = vlm.generate(model, whole, images, PROMPT_TEXTS, max_new_tokens=3, beam_search=beam_search)  # type: ignore[arg-type]
+        found = vlm.generate(model, whole, images, PROMPT_TEXTS, max_new_tokens=3, beam_search=beam_search)
         assert found[0].finish == "eos"
         assert [text.finish == "eos" for text in found] == [token == second[0] for token in second]
     assert pickle.loads(pickle.dumps(found[0])).finish == copy.deepcopy(found[0]).finish == "eos"

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
+from vlm import images
 from vlm.errors import ImageError
-from vlm.images import CODES, ImageLimits, load_image, shown
+from vlm.images import CODES, ImageLimits, image_size, load_image, shown
+from vlm.presets import tiny
 
 Image.init()
 AVIF = ["AVIF"] if "AVIF" in Image.SAVE else []  # from Pillow 11.3 on, where it was built with it
@@ -436,3 +439,136 @@ def test_mutated_files_raise_nothing_but_image_errors() -> None:
                 assert error.code in CODES
                 refused += 1
     assert refused > 100
+
+
+def ramp(top: int) -> np.ndarray[Any, Any]:
+    """uint16[4, 64]: 256 values from 0 to `top`."""
+    return np.linspace(0, top, 256).round().astype(np.uint16).reshape(4, 64)
+
+
+def test_an_image_without_pixels_is_refused() -> None:
+    for size in ((0, 4), (4, 0), (0, 0)):
+        error = refusal(Image.new("RGB", size))
+        assert error.code == "empty" and f"{size[0]}x{size[1]} px: it has no pixels" in str(error)
+        with pytest.raises(ImageError):
+            image_size(Image.new("RGB", size))
+    for array in (np.zeros((0, 4, 3), np.uint8), np.zeros((4, 0), np.uint8), torch.zeros(3, 0, 4)):
+        assert refusal(array).code == "empty"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(images, "_dark", set())
+    return caplog
+
+
+def test_12_bits_in_16_are_scaled_by_what_the_file_states(told: pytest.LogCaptureFixture) -> None:
+    """The right values by hand: v * 255 / 4095, rounded."""
+    values = ramp(4095)
+    right = np.floor(values.astype(float) * 255 / 4095 + 0.5).astype(np.uint8)
+    assert right.max() == 255 and right.min() == 0
+    # Pillow writes no sBIT; a chunk is length, name, content, checksum, and it belongs behind the header (33 bytes).
+    plain = encode(Image.fromarray(values), "PNG")
+    chunk = b"sBIT" + bytes([12])
+    stated = plain[:33] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + plain[33:]
+    tiff = encode(Image.fromarray(values), "TIFF", tiffinfo={281: 4095})
+    for data in (stated, tiff):
+        assert np.array_equal(np.asarray(load_image(data))[..., 0], right)
+    assert not told.records
+
+
+def test_a_png_that_follows_the_standard_is_scaled_up_already(told: pytest.LogCaptureFixture) -> None:
+    """sBIT 12 beside samples of 16 bits (shifted, low bits repeated): v / 257, for a dark picture too."""
+    for top in (4095, 200):
+        values = ramp(top)
+        scaled = (values << 4) | (values >> 8)
+        plain = encode(Image.fromarray(scaled.astype(np.uint16)), "PNG")
+        chunk = b"sBIT" + bytes([12])
+        data = plain[:33] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + plain[33:]
+        right = np.floor(scaled / 257 + 0.5).astype(np.uint8)
+        assert np.array_equal(np.asarray(load_image(data))[..., 0], right)
+    assert not told.records
+
+
+def test_a_range_that_is_not_stated_is_told_once(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "scan.png"
+    Image.fromarray(ramp(4071)).save(path)
+    right = np.floor(ramp(4071) / 257 + 0.5).astype(np.uint8)
+    for _ in range(3):
+        assert np.array_equal(np.asarray(load_image(path))[..., 0], right)
+    (record,) = told.records
+    assert f"{path}: 16-bit grey whose values end at 4071 of 65,535, as those of 12 bits" in record.message
+    assert "If white is 4095, multiply by 16" in record.message
+    for number in range(20):
+        Image.fromarray(ramp(4000)).save(tmp_path / f"{number}.png")
+        load_image(tmp_path / f"{number}.png")
+    assert len(told.records) == 10
+    Image.fromarray(ramp(65535)).save(path)
+    load_image(path)
+    assert len(told.records) == 10
+
+
+def test_arrays_and_tensors_have_a_stated_range() -> None:
+    """Every way to give the same pixels, exactly; floats are rounded to the nearest of 256 steps."""
+    picture = noise(6, 5)
+    pixels = np.asarray(picture)
+    channels_first = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    ways: list[Any] = [
+        pixels,
+        pixels / 255,
+        (pixels / 255).astype(np.float32),
+        np.asfortranarray(pixels),
+        channels_first,
+        channels_first / 255,
+        (channels_first / 255).double().requires_grad_(),
+    ]
+    for way in ways:
+        assert np.array_equal(np.asarray(load_image(way)), pixels) and image_size(way) == (6, 5)
+    grey = pixels[..., 0]
+    for way in (grey, grey[..., None], torch.from_numpy(grey.copy()), torch.from_numpy(grey.copy())[None]):
+        assert np.array_equal(np.asarray(load_image(way)), np.repeat(grey[..., None], 3, 2))
+    clear = np.dstack([pixels, np.zeros((5, 6), np.uint8)])
+    assert np.asarray(load_image(clear)).min() == 255  # transparent: the white background
+
+
+ARRAYS: list[tuple[Any, str, str]] = [
+    (np.zeros((3, 8, 9), np.uint8), "unsupported-type", "channels; use .transpose(1, 2, 0)"),
+    (torch.zeros(8, 9, 3), "unsupported-type", "channels; use .permute(2, 0, 1)"),
+    (np.zeros((1, 8, 9, 3), np.uint8), "unsupported-type", "expected [H, W] or [H, W, C] with 1, 3 or 4 channels"),
+    (np.zeros((8, 9, 2), np.uint8), "unsupported-type", "array of uint8[8, 9, 2]"),
+    (np.zeros((8, 9, 3), np.float32) + 200, "unsupported-type", "values from 200 to 200; floats are read from 0 to 1"),
+    (np.zeros((8, 9, 3)) - 1, "unsupported-type", "values from -1 to -1"),
+    (np.full((8, 9, 3), np.nan), "unsupported-type", "values from nan to nan"),
+    (np.zeros((8, 9), np.uint16), "unsupported-type", "uint16 has no known range; give uint8 (0 to 255)"),
+    (np.zeros((8, 9, 3), np.int64), "unsupported-type", "int64 has no known range"),
+    (np.zeros((8, 9), bool), "unsupported-type", "bool has no known range"),
+    (np.zeros((8, 9, 3), object), "unsupported-type", "object has no known range"),
+    (torch.zeros(3, 8, 9, dtype=torch.int32), "unsupported-type", "tensor of int32[3, 8, 9]: int32 has no known range"),
+    (np.broadcast_to(np.uint8(0), (9000, 9000)), "too-large", "at most 64,000,000 pixels"),
+    (3, "unsupported-type", "an image of type int; give a path, bytes, a Pillow image"),
+    (None, "unsupported-type", "an image of type NoneType"),
+    (io.BytesIO(b""), "unsupported-type", "an image of type BytesIO"),
+    (bytearray(b"x"), "unsupported-type", "an image of type bytearray"),
+    ([1, 2], "unsupported-type", "an image of type list"),
+]
+
+
+@pytest.mark.parametrize(("value", "code", "says"), ARRAYS)
+def test_other_arrays_are_refused_in_a_sentence(value: Any, code: str, says: str) -> None:
+    error = refusal(value)
+    assert error.code == code and says in str(error)
+
+
+def test_a_processor_takes_arrays_alone_in_lists_and_in_batches() -> None:
+    processor = tiny()[1]
+    pixels = [np.asarray(noise(28, 28)), np.asarray(noise(30, 40))]
+    wanted = processor([Image.fromarray(one) for one in pixels], ["a", "b"]).pixel_values
+    tensors = [torch.from_numpy(one.transpose(2, 0, 1).copy()) for one in pixels]
+    assert wanted is not None
+    for given in (pixels, tensors, [[pixels[0]], [tensors[1]]]):
+        assert torch.equal(processor(given, ["a", "b"]).pixel_values, wanted)  # type: ignore[arg-type]
+    assert torch.equal(processor(pixels[0], "a").pixel_values, wanted[:1])  # type: ignore[arg-type]
+    stacked = np.stack([pixels[0], pixels[0]])
+    assert torch.equal(processor(stacked, ["a", "b"]).pixel_values, wanted[[0, 0]])  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="sample 'x': array of int64"):
+        processor([pixels[0].astype(np.int64)], ["a"], ids=["x"])

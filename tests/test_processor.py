@@ -301,4 +301,4 @@ def test_samples_of_text_alone_stand_beside_others(processor: Processor) -> None
     assert torch.equal(mixed.pixel_values, alone.pixel_values)
     assert processor([None, []], ["a", "b"], ["x"] * 2).pixel_values is None
     with pytest.raises(DataError, match="sample 1: one of its images is None"):
-        processor([picture(1), [picture(2), None]], ["a", "b"])  # type: ignore[list-item]
+        processor([picture(1), [picture(2), None]], ["a", "b"])

@@ -88,7 +88,7 @@ class Count:
         if not self.found:
             return
         _told.update(self.found)
-        most = sorted(self.found.items(), key=lambda one: (-one[1][0], one[1][1]))
+        most = sorted(self.found.items(), key=lambda one: (-one[1][0], one[1][1], one[0] == NEWLINE))
         shown = [
             f"{_quoted(spelling)} in {count:,} of {self.texts:,} (first line {line})"
             for spelling, (count, line) in most[:5]

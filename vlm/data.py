@@ -143,7 +143,7 @@ def without_control(examples: Sequence[Example], setting: str, *, strip: bool) -
     for example in examples:
         prompt = control.find(example.prefix)
         target = [] if example.suffix is None else control.find(example.suffix, prompt=False)
-        counts.setdefault(example.file, control.Count()).add({*prompt, *target}, example.line)
+        counts.setdefault(example.file, control.Count()).add(dict.fromkeys([*prompt, *target]), example.line)
         if strip and (prompt or target):
             suffix = example.suffix if example.suffix is None else control.strip_control(example.suffix, prompt=False)
             example = replace(example, prefix=control.strip_control(example.prefix), suffix=suffix)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from PIL import Image
 from transformers import GenerationConfig
 
 from vlm import control
@@ -16,7 +14,7 @@ from vlm.beam import beam_search as big_vision_beams
 from vlm.budget import cut
 from vlm.config import VLMConfig
 from vlm.errors import DataError, GenerationError, ImageError, nearest
-from vlm.images import image_size
+from vlm.images import image_size, is_image
 from vlm.lengths import context_of, over_context
 from vlm.model import VLM
 from vlm.processor import Batch, ImageSource, Processor
@@ -83,7 +81,7 @@ def generate(
     """Answer a prompt about each image.
 
     Args:
-        images: for each prompt one image, a list of images (path, bytes or Pillow image), or None where it is about
+        images: for each prompt one image, a list of images (what `vlm.load_image` reads), or None where it is about
             text alone; None for text alone everywhere.
         prompts: prefixes such as `caption en` or `answer en what colour is the square?`.
         ids: names of the samples for error messages.
@@ -122,7 +120,7 @@ def generate(
     if batch_size < 1:
         raise GenerationError(f"batch_size is {batch_size}, expected at least 1")
     prompts = control.checked([prompts] if isinstance(prompts, str) else list(prompts), strip=strip_control)
-    if isinstance(images, str | Path | bytes | Image.Image):
+    if is_image(images):
         images = [images]
     names = _names(images, prompts, ids)
     plan = [list(range(start, min(start + batch_size, len(prompts)))) for start in range(0, len(prompts), batch_size)]

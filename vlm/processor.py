@@ -21,7 +21,7 @@ from vlm import control, projectors
 from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
 from vlm.files import disk_errors, publishing, rust_disk_errors
 from vlm.fusion import open_transform
-from vlm.images import load_image
+from vlm.images import ImageInput, is_image, load_image
 from vlm.loss import IGNORE
 from vlm.masks import position_ids
 from vlm.prompts import EncodedText, PromptEncoder
@@ -33,7 +33,7 @@ CONFIG_NAME = "processor_config.json"
 FILES = (CONFIG_NAME, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 """What a processor's files are called; those of an earlier one give way."""
 DEFAULT_PROJECTOR = {"kind": "linear"}
-ImageSource = str | Path | bytes | Image.Image
+ImageSource = ImageInput
 
 
 @dataclass
@@ -146,8 +146,9 @@ class Processor:
         left, no labels).
 
         Args:
-            images: for each sample one image, a list of images (path, bytes or Pillow image), or None or an empty list
-                where it is about text alone; None for a batch of text alone.
+            images: for each sample one image (what `vlm.load_image` reads: a path, bytes, Pillow image, array or
+                tensor), a list of images, or None or an empty list where it is about text alone; None for a batch of
+                text alone.
             text: for each sample the prefix, such as `caption en`. `<image>` is never written by the user: placeholders
                 are inserted here.
             suffix: for each sample the target text, or None.
@@ -250,7 +251,7 @@ class Processor:
     def _image_groups(images: Any, num_samples: int) -> list[list[ImageSource]]:
         if images is None:
             return [[] for _ in range(num_samples)]
-        if isinstance(images, str | Path | bytes | Image.Image):
+        if is_image(images):
             images = [images]
         groups = [[] if item is None else list(item) if isinstance(item, list | tuple) else [item] for item in images]
         for number, group in enumerate(groups):
