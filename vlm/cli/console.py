@@ -11,10 +11,12 @@ Anything else is a bug of ours and keeps its traceback.
 
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from vlm.errors import VLMError
@@ -88,6 +90,15 @@ def _log_to_stderr() -> tuple[logging.Logger, logging.Handler, int]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     return logger, handler, level
+
+
+def again(option: str, without: str = "") -> str:
+    """This process's command as it could be typed again, with an option more."""
+    program, *words = sys.argv
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"the same torchrun command, with {option}"
+    start = [Path(sys.executable).name, "-m", "vlm"] if Path(program).name == "__main__.py" else [Path(program).name]
+    return shlex.join([*start, *(word for word in words if word != without), *([] if option in words else [option])])
 
 
 def quiet_transformers() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vlm import files
 from vlm.checkpoints import manifest
-from vlm.errors import CheckpointError, DiskError
+from vlm.errors import CheckpointError, DiskError, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +50,17 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` and delete all but the newest `keep`.
 
-    Raises `CheckpointError` when there is no room or the disk refuses; the checkpoints already there are left as they
-    were.
+    Raises `CheckpointError` when there is no room or the disk refuses, `TrainingError` for weights that are not finite;
+    the checkpoints already there are left as they were.
     """
     target = folder / f"step-{step:08d}"
+    spoiled = [name for name, tensor in model.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if spoiled:
+        raise TrainingError(
+            f"stage {folder.parent.name}, step {step}: after this step {len(spoiled)} of {len(model)} trained tensors"
+            f" hold nan or inf ({', '.join(spoiled[:3])}); nothing of it is saved: lower the learning rates, and go on"
+            f" from the checkpoint before with --resume"
+        )
     with publishing(target) as made:
         _check_room(folder, [*model.values(), *optimizer.values()])
         save_file({name: t.detach().contiguous() for name, t in model.items()}, made / "model.safetensors")

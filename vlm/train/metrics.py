@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,18 @@ def read(path: Path) -> list[dict[str, str]]:
     text = path.read_text()
     complete = text[: text.rfind("\n") + 1]
     return [row for row in csv.DictReader(io.StringIO(complete)) if None not in row and row["step"]]
+
+
+def summary(rows: Sequence[Mapping[str, str]]) -> dict[str, dict[str, float]]:
+    """Stage -> `steps`, `loss` of its last step, and `held_out_loss` where it was measured last."""
+    stages: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found = stages.setdefault(row["stage"], {})
+        found["steps"] = int(row["step"])
+        for name, column in (("loss", "loss"), ("held_out_loss", "val_loss")):
+            if row.get(column):
+                found[name] = float(row[column])
+    return stages
 
 
 def plot(path: Path, target: Path) -> None:

@@ -40,6 +40,8 @@ from vlm.transforms import Pixels
 log = logging.getLogger(__name__)
 
 PIXELS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+DEAD_STEPS = 5
+"""Steps in a row in which a part that trains may get no gradient at all before the run stops."""
 MAX_SKIPPED = 20
 """fp16 steps in a row that may overflow (the loss scale is then lowered and the step left out) before the run stops."""
 
@@ -96,6 +98,10 @@ class StageModule(pl.LightningModule):
         self._micros: list[tuple[Tensor, Tensor, Batch]] = []
         self._step = 0
         self._skipped = 0
+        self._dead = dict.fromkeys(stage.train, 0)
+        """Part -> steps in a row in which its gradient was zero."""
+        self._parts = [row.part for row in rows if row.trainable]
+        self._first: int | None = None
 
     # --- what Lightning asks for ------------------------------------------------------------------------------------
 
@@ -174,11 +180,12 @@ class StageModule(pl.LightningModule):
             raise TrainingError(self._not_finite(f"the loss is {loss}", step, rates))
         if self.report is None:
             self._warn_of_missing_gradients()
-        norm = self._normalise(totals["weight"])
+        norm, alive = self._normalise(totals["weight"])
         if not math.isfinite(norm):
             self._on_overflow(norm, step, rates)
         else:
             self._skipped = 0
+            self._check_life(alive, totals["images"] > 0, loss, step)
         self.stopped = totals["stop"] > 0
         self.report = StepReport(
             step=step + 1,
@@ -220,6 +227,7 @@ class StageModule(pl.LightningModule):
             "weight": torch.stack([torch.as_tensor(weight) for _, weight, _ in self._micros]).double().sum(),
             "examples": sum(len(batch) for batch in batches),
             "tokens": sum((batch.labels != -100).sum() for batch in batches if batch.labels is not None),
+            "images": float(any(has_images(batch) for batch in batches)),
             # Below 2**53 for two million examples, so float64 holds it exactly.
             "seen": checksum(batches),
             "stop": float(self.should_stop()),
@@ -229,17 +237,45 @@ class StageModule(pl.LightningModule):
             dist.all_reduce(values)
         return dict(zip(local, values.tolist(), strict=True))
 
-    def _normalise(self, weight: float) -> float:
-        """Divide the summed gradients by the global weight, clip, and return the norm before clipping."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+    def _normalise(self, weight: float) -> tuple[float, set[str]]:
+        """Divide the summed gradients by the global weight, clip, and return the norm before clipping and the parts
+        whose gradient is not zero."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        there = [(p.grad, part) for p, part in zip(trained, self._parts, strict=True) if p.grad is not None]
+        grads = [grad for grad, _ in there]
+        # As `torch.nn.utils.get_total_norm` computes it, bit for bit; one transfer brings it and its terms to the host.
+        norms = torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(1)
+        total, *each = torch.cat([torch.linalg.vector_norm(norms)[None], norms]).tolist()
+        alive = {part for (_, part), own in zip(there, each, strict=False) if own != 0}
         # Data parallel training has averaged over ranks; what is wanted is their sum.
         scale = self.trainer.world_size / weight
-        norm = float(torch.nn.utils.get_total_norm(grads)) * scale
+        norm = total * scale
         if self.stage.clip_norm is not None and norm > self.stage.clip_norm:
             scale *= self.stage.clip_norm / norm
         if math.isfinite(norm):
             torch._foreach_mul_(grads, scale)
-        return norm
+        return norm, alive
+
+    def _check_life(self, alive: set[str], images: bool, loss: float, step: int) -> None:
+        """Raise `TrainingError` when a part that trains gets no gradient at all for several steps.
+
+        A loss of zero leaves nothing to learn, text alone none for tower and projector, and a projector that begins at
+        zero none for the tower in the first step: these are no signs of a dead part.
+        """
+        self._first = step if self._first is None else self._first
+        enough = min(DEAD_STEPS, max(1, self.steps - max(1, self._first)))
+        for part in self._dead:
+            if part in alive:
+                self._dead[part] = 0
+            elif step > 0 and loss > 1e-6 and (images or part == "decoder"):
+                self._dead[part] += 1
+            if self._dead[part] >= enough:
+                raise TrainingError(
+                    f"stage {self.stage.name}, step {step + 1}: the gradient of the {part} (learning rate"
+                    f" {self.stage.train[part]:g}) was zero in the last {self._dead[part]} steps: it is trained and"
+                    f" learns nothing. Its weights have run away, or what comes behind it passes nothing on: lower"
+                    f" the learning rates, or look at the part it feeds; the last checkpoint is untouched"
+                )
 
     def _warn_of_missing_gradients(self) -> None:
         missing = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]

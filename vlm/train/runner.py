@@ -8,8 +8,8 @@ from pathlib import Path
 
 from vlm import ranks
 from vlm.train.config import RunConfig
-from vlm.train.rundir import open_run
-from vlm.train.signals import StopSignal
+from vlm.train.rundir import begun, open_run, trained
+from vlm.train.signals import Stopped, StopSignal
 
 log = logging.getLogger("vlm")
 
@@ -49,6 +49,19 @@ def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, acce
 def is_main_process() -> bool:
     """Whether this is rank 0, as torchrun, SLURM or Lightning's launcher tell by environment variables."""
     return all(os.environ.get(name, "0") == "0" for name in _RANK_VARIABLES)
+
+
+def saved(config: RunConfig) -> str:
+    """What is on the disk of a run that has stopped, in words."""
+    if not trained(config.out):
+        return "no step was trained, and nothing is saved"
+    stages = begun(config.out, [stage.name for stage in config.stages])
+    if not stages:
+        return "there is no checkpoint yet: it will begin again"
+    name, state = list(stages.items())[-1]
+    if state.finished:
+        return f"stage {name} is finished: {config.out / name / 'model'}"
+    return f"saved: {config.out / name / 'checkpoints' / f'step-{state.step:08d}'}"
 
 
 @contextmanager

@@ -166,6 +166,11 @@ def make_trainer(stage: Stage, recorder: Recorder) -> pl.Trainer:
     return trainer
 
 
+def world_size(run: RunConfig) -> int:
+    """Processes of the run, one device each, on all nodes."""
+    return _devices(run) * run.nodes
+
+
 def _devices(run: RunConfig) -> int:
     """Lightning's `auto` is one process on a CPU already, but says so with a warning."""
     if run.devices != "auto":

@@ -30,7 +30,7 @@ from vlm.lengths import Room, context_of, refuse, too_long
 from vlm.model import VLM
 from vlm.processor import Processor
 from vlm.towers import Choice, choose
-from vlm.train import checkpoint, features, metrics
+from vlm.train import checkpoint, features, metrics, preview
 from vlm.train.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from vlm.train.data import check_lengths, targets, with_budget
 from vlm.train.evaluate import read_jobs
@@ -55,6 +55,7 @@ def run_stages(config: RunConfig, directory: RunDirectory, *, main: bool, skip_b
     tell_skipped([problem for job in jobs.values() for problem in job.problems])
     digest = data_digest(examples)
     stages = [make_stage(config, i, examples, counts, val, digest, jobs) for i in range(len(config.stages))]
+    preview.check(stages)
     start = config.out / "start"
     directory.settle(
         digest, {stage.config.name: stage.steps for stage in stages}, lambda: _makes_the_same(config.model, start)
@@ -71,10 +72,14 @@ def run_stages(config: RunConfig, directory: RunDirectory, *, main: bool, skip_b
             make_stage(config, i, kept.examples, kept.counts, kept.val, digest, kept.jobs)
             for i in range(len(config.stages))
         ]
+    decoder = VLMConfig.from_pretrained(start).text_config.model_type
+    for stage in stages:
+        _check_precision(stage, decoder)
     finished: list[str] = []
+    tell = preview.Preview(stages, main)
     with _global_random_state(), quiet_transformers():
         for stage in stages:
-            start = _run_stage(stage, start, finished, main, stop)
+            start = _run_stage(stage, start, finished, main, stop, tell)
             finished.append(stage.config.name)
     final = config.out / "model"
     if main:
@@ -83,7 +88,9 @@ def run_stages(config: RunConfig, directory: RunDirectory, *, main: bool, skip_b
     return final
 
 
-def _run_stage(stage: Stage, start: Path, finished: list[str], main: bool, stop: StopSignal) -> Path:
+def _run_stage(
+    stage: Stage, start: Path, finished: list[str], main: bool, stop: StopSignal, tell: preview.Preview
+) -> Path:
     """Train one stage from the model at `start`, unless it is finished already; returns its model directory."""
     target = stage.folder / "model"
     if _finished(stage, target):
@@ -94,7 +101,7 @@ def _run_stage(stage: Stage, start: Path, finished: list[str], main: bool, stop:
     # Loaded even when it was just saved: a run that was interrupted has no other way, and both must do the same.
     model, processor = load(start, dtype="float32")
     model, processor = with_geometry(model, processor, **stage.config.geometry(), seed=stage.run.seed)
-    _check_precision(stage, model)
+    tell(stage, model, processor)
     cut = check_lengths(stage.examples, _room(stage.config, stage.run.data, processor, model.config))
     if cut:
         log.warning(
@@ -364,8 +371,7 @@ def _provenance(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _check_precision(stage: Stage, model: VLM) -> None:
-    decoder = model.config.text_config.model_type
+def _check_precision(stage: Stage, decoder: str) -> None:
     if stage.precision == "fp16" and decoder.startswith("gemma") and not stage.run.force_fp16:
         raise ConfigError(
             f"stage {stage.config.name}: precision fp16 overflows in {decoder}; use bf16, or set force_fp16: true"
@@ -380,14 +386,20 @@ def _finish(config: RunConfig, last: Path, final: Path, skipped: int, seconds: f
         shutil.copytree(last, folder, copy_function=files.link_or_copy, dirs_exist_ok=True)
     metrics.plot(config.out / "metrics.csv", config.out / "loss.html")
     failures = config.out / "failures.jsonl"
+    rows = metrics.read(config.out / "metrics.csv")
+    stages = metrics.summary(rows)
     summary = {
         "model": str(final),
         "seconds": round(seconds, 1),
-        "steps": len(metrics.read(config.out / "metrics.csv")),
+        "steps": len(rows),
+        "stages": stages,
         "skipped_annotations": skipped,
         "failed_images": len(failures.read_text().splitlines()) if failures.exists() else 0,
     }
     files.write_json(config.out / "summary.json", summary)
+    for name, found in stages.items():
+        losses = ", ".join(f"{what.replace('_', '-')} {found[what]:.4f}" for what in found if what != "steps")
+        log.info("stage %s: %d steps, %s", name, found["steps"], losses.replace("-loss", " loss"))
     log.info("trained model: %s (%.0f s)", final, seconds)
 
 
