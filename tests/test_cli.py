@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import vlm
 from vlm.cli import console, main
 from vlm.errors import ConfigError, DataError
 
@@ -141,6 +142,13 @@ def test_version_names_what_is_installed(capsys: pytest.CaptureFixture[str]) -> 
         (OSError(28, "No space left on device", "/full"), 2, "error: [Errno 28] No space left on device: '/full'\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (SystemExit(143), 143, ""),
+        (MemoryError(), 2, "error: out of memory; take smaller batches or images, or a smaller model\n"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\nat frame 3"),
+            2,
+            "error: out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes); take"
+            " smaller batches or images, or a smaller model\n",
+        ),
     ],
 )
 def test_how_a_command_ends(error: BaseException, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +193,39 @@ except SystemExit as end:
 """
     done = run_python(code_text)
     assert (done.returncode, done.stdout) == (code, "cleaned up\n")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("turned", ["ImportError", "SystemError", None])
+@pytest.mark.parametrize("command", ["info", "train"])
+def test_a_signal_while_a_library_is_imported_ends_in_one_line(
+    name: str, code: int, turned: str | None, command: str, tmp_path: Path
+) -> None:
+    """Compiled libraries turn an exception that falls into their import into another one, or let it through."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        f"    os.kill(os.getpid(), signal.{name})\n"
+        "    time.sleep(9)\n"
+        "except BaseException as error:\n"
+        f"    raise {turned or 'error'}('multiarray failed to import')\n"
+        if turned
+        else f"import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(9)\n"
+    )
+    (tmp_path / "run.yaml").write_text(
+        f"{{out: {tmp_path / 'out'}, model: {{path: m}}, data: {{train: d}}, stages: [{{name: a, module: full, train:"
+        " {decoder: 0.1}, steps: 1, batch_size: 1}]}"
+    )
+    words = {"info": ["info", "m"], "train": ["train", "-c", str(tmp_path / "run.yaml")]}[command]
+    path = os.pathsep.join([str(tmp_path), str(Path(vlm.__file__).parent.parent)])
+    done = run_python(
+        f"import sys; from vlm.cli import main; sys.exit(main({words!r}))", env={**os.environ, "PYTHONPATH": path}
+    )
+    said = {"SIGINT": "interrupted\n", "SIGTERM": "terminated\n"}[name]
+    if command == "train":
+        said = "warning: stopped; no step was trained, and nothing is saved\n"
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
@@ -455,4 +496,7 @@ def test_a_terminated_run_saves_and_ends_in_143(
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (143, ""), err
     assert "Traceback" not in err
-    assert list((tmp_path / "run").rglob("manifest.json")), err
+    (saved,) = (tmp_path / "run" / "align" / "checkpoints").iterdir()
+    assert f"warning: stopped; saved: {saved}\n" in err
+    command = err.splitlines()[-1].removeprefix("to go on: ")
+    assert command.endswith(" ".join(words[2:]) + " --resume") and "-m vlm train --config" in command

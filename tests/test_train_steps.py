@@ -15,6 +15,7 @@ import vlm
 import vlm.train
 from vlm.data import read_jsonl
 from vlm.errors import TrainingError
+from vlm.presets import tiny
 from vlm.settings import from_dict
 from vlm.train import StageConfig, optim, parts
 from vlm.train.plan import Mixture, stage_seed
@@ -286,3 +287,56 @@ def test_a_non_finite_gradient_leaves_the_last_checkpoint_and_names_the_paramete
     clean = config(tmp_path / "clean", align(steps=4))
     vlm.train.run(clean)
     assert difference(run.out / "model", clean.out / "model") == 0
+
+
+# --- parts that learn nothing
+
+
+def untouched(tmp_path: Path) -> Path:
+    """A model whose projector is zero, as it begins: nothing comes through it, and no gradient goes back."""
+    model, processor = tiny()
+    assert not model.get_parameter("model.multi_modal_projector.linear.weight").any()
+    vlm.save(model, processor, tmp_path / "zero")
+    return tmp_path / "zero"
+
+
+def test_a_part_that_gets_no_gradient_stops_the_run(tmp_path: Path) -> None:
+    """The tower trains behind a frozen projector of zeros: its gradient is zero in every step."""
+    run = config(tmp_path / "out", tune(train={"encoder": 1e-3}, steps=3), model={"path": untouched(tmp_path)})
+    with pytest.raises(
+        TrainingError,
+        match=r"stage tune, step 3: the gradient of the encoder \(learning rate 0.001\) was zero in the last 2 steps",
+    ):
+        vlm.train.run(run)
+    assert [row["step"] for row in rows(run.out)] == ["1", "2"]
+
+
+def test_a_projector_of_zeros_that_trains_is_no_dead_part(tmp_path: Path) -> None:
+    """By the product rule the tower's gradient is zero in the first step only."""
+    run = config(
+        tmp_path / "out", tune(train={"encoder": 1e-3, "projector": 1e-3}, steps=3), model={"path": untouched(tmp_path)}
+    )
+    vlm.train.run(run)
+    assert len(rows(run.out)) == 3
+
+
+def test_weights_that_a_step_has_spoiled_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm.train import optim
+
+    original = optim.set_rates
+    steps: list[float] = []
+
+    def wild(optimizer: torch.optim.Optimizer, multiplier: float) -> dict[str, float]:
+        """In the last step the rate is beyond float32."""
+        steps.append(multiplier)
+        return original(optimizer, 1e42 if len(steps) == 4 else multiplier)
+
+    monkeypatch.setattr(optim, "set_rates", wild)
+    run = config(tmp_path / "out", align(steps=4))
+    with pytest.raises(
+        TrainingError, match=r"stage align, step 4: after this step \d of 2 trained tensors hold nan or inf"
+    ):
+        vlm.train.run(run)
+    assert [path.name for path in (run.out / "align" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.setattr(optim, "set_rates", original)
+    assert vlm.train.run(run, resume=True).is_dir()

@@ -125,6 +125,7 @@ def run_train(options: Namespace) -> int:
     """`vlm train`: the final model's directory on stdout."""
     from vlm import settings
     from vlm.train import load_config, run
+    from vlm.train.rundir import trained
     from vlm.train.signals import Stopped
 
     if options.accept_changes and not options.resume:
@@ -138,7 +139,8 @@ def run_train(options: Namespace) -> int:
     try:
         print(run(config, resume=options.resume, skip_bad=options.skip_bad, accept_changes=options.accept_changes))
     except Stopped:
-        print(f"to go on: {console.again('--resume', without='--accept-changes')}", file=sys.stderr)
+        if trained(config.out):
+            print(f"to go on: {console.again('--resume', without='--accept-changes')}", file=sys.stderr)
         raise
     summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
     return console.SKIPPED if summary["skipped_annotations"] or summary["failed_images"] else console.OK

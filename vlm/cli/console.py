@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from types import FrameType
 from vlm.errors import VLMError
 
 OK, REFUSED, SKIPPED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
+_SAID: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 @contextmanager
@@ -31,14 +33,28 @@ def endings() -> Iterator[None]:
     Raises `SystemExit` with the code instead of these exceptions.
     """
     logger, handler, level = _log_to_stderr()
-    previous = signal.signal(signal.SIGTERM, _terminate)
     if hasattr(sys.stdout, "reconfigure"):
         # A caption or file name that the terminal's encoding cannot show is no reason to lose the rest.
         sys.stdout.reconfigure(errors="backslashreplace")
+    with _signals() as came:
+        try:
+            with _one_line(came):
+                yield
+        finally:
+            _drop_unwritable()
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+@contextmanager
+def _one_line(came: list[int]) -> Iterator[None]:
+    """Turn what ends a command into its line and its exit code; `came` are the signals that were taken."""
     try:
         try:
             yield
         except SystemExit as end:
+            if came:
+                _tell(_SAID[came[0]])
             _flush(unless=end.code)
             raise
         _flush()
@@ -53,11 +69,50 @@ def endings() -> Iterator[None]:
     except OSError as error:  # a full disk, a folder that cannot be written, a hub that cannot be reached
         _tell(f"error: {' '.join(str(error).split())}")
         raise SystemExit(REFUSED) from error
+    except Exception as error:
+        if came:
+            # Libraries turn the exception of a signal that falls into their import into another one.
+            _tell(_SAID[came[0]])
+            raise SystemExit(128 + came[0]) from error
+        if not _no_memory(error):
+            raise
+        said = " ".join(str(error).split("\n")[0].split())
+        _tell(f"error: out of memory{f' ({said})' if said else ''}; take smaller batches or images, or a smaller model")
+        raise SystemExit(REFUSED) from error
+
+
+def _no_memory(error: Exception) -> bool:
+    """Python's own error, or torch's, which it raises as a RuntimeError."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Take Ctrl-C and SIGTERM as exceptions, so that files are closed and `finally` runs; afterwards the handlers are
+    what they were. Gives the list of those that came."""
+    came: list[int] = []
+
+    def take(signum: int, _frame: FrameType | None) -> None:
+        came.append(signum)
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+        raise SystemExit(TERMINATED)
+
+    previous = {}
+    for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        # A process in the background ignores Ctrl-C; a program that calls `main` may have handlers of its own. Only the
+        # main thread may set any.
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signum) == usual:
+            previous[signum] = signal.signal(signum, take)
+    try:
+        yield came
     finally:
-        _drop_unwritable()
-        signal.signal(signal.SIGTERM, previous)
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _flush(unless: object = None) -> None:
@@ -114,9 +169,3 @@ class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
-
-
-def _terminate(signum: int, _frame: FrameType | None) -> None:
-    # As an exception, so that files are closed and `finally` runs; a second signal ends the process at once.
-    signal.signal(signum, signal.SIG_DFL)
-    raise SystemExit(TERMINATED)

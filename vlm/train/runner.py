@@ -34,16 +34,21 @@ def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, acce
         Stopped: (a SystemExit with code 143 or 130) SIGTERM or SIGINT came; a checkpoint was saved.
     """
     main = is_main_process()
-    with (
-        StopSignal() as stop,
-        open_run(config, resume=resume, main=main, accept_changes=accept_changes) as directory,
-        _log_to(config.out, main),
-    ):
-        from vlm.train.stages import run_stages
+    try:
+        with (
+            StopSignal() as stop,
+            open_run(config, resume=resume, main=main, accept_changes=accept_changes) as directory,
+            _log_to(config.out, main),
+        ):
+            from vlm.train.stages import run_stages
 
-        ranks.end_with_launcher()
-        with ranks.all_or_none("then start all of them again with --resume"):
-            return run_stages(config, directory, main=main, skip_bad=skip_bad, stop=stop)
+            ranks.end_with_launcher()
+            with ranks.all_or_none("then start all of them again with --resume"):
+                return run_stages(config, directory, main=main, skip_bad=skip_bad, stop=stop)
+    except Stopped:
+        if main:
+            log.warning("stopped; %s", saved(config))
+        raise
 
 
 def is_main_process() -> bool:

@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from vlm.errors import VLMError
+
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -38,9 +40,12 @@ class StopSignal:
             self.install()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+        if self.signum and isinstance(error, Exception) and not isinstance(error, VLMError | OSError):
+            # A library has turned our exception, which fell into its import, into one of its own.
+            raise Stopped(self.signum) from error
 
     def install(self) -> None:
         """(Re)install the handlers; called again where a library has put its own in between."""
