@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from vlm.data import Example
-from vlm.errors import ImageError, TrainingError
+from vlm.errors import TrainingError, VLMError
 from vlm.images import image_size
 from vlm.model import VLM
 from vlm.processor import Processor
@@ -143,16 +143,15 @@ def tokens_per_example(stage: Stage, processor: Processor) -> float:
 
 def _tokens(example: Example, stage: Stage, processor: Processor) -> int | None:
     try:
-        sizes = [image_size(image) for image in example.images]
-    except ImageError:  # training lists it, when its turn comes
+        (tokens,) = processor.lengths(
+            [[image_size(image) for image in example.images]],
+            [example.prefix],
+            [example.suffix or ""],
+            ids=[example.id],
+            max_text_length=stage.config.max_text_length,
+        )
+    except VLMError:  # said by the checks of the data, or listed when the image is read
         return None
-    (tokens,) = processor.lengths(
-        [sizes],
-        [example.prefix],
-        [example.suffix or ""],
-        ids=[example.id],
-        max_text_length=stage.config.max_text_length,
-    )
     return tokens
 
 
