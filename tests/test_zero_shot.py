@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,65 @@ def test_texts_are_those_of_the_siglip_tokenizer(sentencepiece_file: Path) -> No
     assert text_ids(theirs, texts, 16).tolist() == wanted
 
 
+def original(text: str) -> str:
+    """The rule of the original, character by character."""
+    kept = "".join(" " if char in "_ \t\n" else char for char in text if char == "_" or char not in string.punctuation)
+    words = [word for word in kept.lower().split(" ") if word]
+    return " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("Golden_Retriever", "golden retriever"),
+        ("great_white_shark", "great white shark"),
+        ("Jack-o'-lantern", "jackolantern"),
+        ("  St. Bernard\t(dog) ", "st bernard dog"),
+        ("CRT_screen / monitor", "crt screen monitor"),
+        ("_", ""),
+        ("Café-Été", "caféété"),
+        ("a photo of a T-shirt.", "a photo of a tshirt"),
+    ],
+)
+def test_names_are_canonical(name: str, wanted: str) -> None:
+    assert siglip.canonicalize(name) == wanted == original(name)
+    tokenizer = build(["red cat"] * 5, vocab_size=300)
+    assert torch.equal(text_ids(tokenizer, [name], 64), text_ids(tokenizer, [wanted], 64))
+
+
+def test_names_and_templates_reach_the_tower_in_canonical_form(tmp_path: Path) -> None:
+    write(tmp_path, "siglip")
+    model, tokenizer = siglip.load(tmp_path), build([*CLASSES, *TEMPLATES] * 5, vocab_size=300)
+    got = class_embeddings(model, tokenizer, ["Red_Cat", "blue dog!"], ("A photo: a {}.",))
+    wanted = class_embeddings(model, tokenizer, ["red cat", "blue dog"], ("a photo a {}",))
+    assert torch.equal(got, wanted)
+    encoder, transform = tower(tmp_path, "siglip")
+    images = [picture(seed) for seed in range(4)]
+    plain = [Labelled(str(i), image, "red cat") for i, image in enumerate(images)]
+    spelt = [Labelled(str(i), image, "Red_Cat") for i, image in enumerate(images)]
+    one, other = zero_shot(tmp_path, encoder, transform, plain, CLASSES), zero_shot(
+        tmp_path, encoder, transform, spelt, ["Red_Cat", "BLUE_dog", "tree."]
+    )  # fmt: skip
+    assert one is not None and other is not None
+    assert one.per_item == other.per_item and other.settings["unseen_items"] == 0
+
+
+def test_a_class_list_with_two_names_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As ImageNet's: two kinds of crane, two of maillot."""
+    write(tmp_path, "siglip")
+    encoder, transform = tower(tmp_path, "siglip")
+    test = [Labelled(str(i), picture(i), label) for i, label in enumerate(["crane", "maillot", "tree", "crane"])]
+    alone = zero_shot(tmp_path, encoder, transform, test, ["crane", "tree", "maillot"])
+    caplog.clear()
+    twice = zero_shot(tmp_path, encoder, transform, test, ["crane", "tree", "maillot", "crane", "maillot"])
+    assert alone is not None and twice is not None
+    assert twice.per_item == alone.per_item and twice.num_classes == 3
+    assert twice.settings["shared_names"] == {"crane": ["crane", "crane"], "maillot": ["maillot", "maillot"]}
+    assert "4 of the 5 class names are 2 texts to the text tower ('crane', 'crane'; 'maillot'" in caplog.text
+    assert "Give each class a name of its own" in caplog.text
+    assert alone.settings["shared_names"] == {}
+
+
 # --- refusals
 
 
@@ -162,6 +222,8 @@ def test_errors(tmp_path: Path) -> None:
     test = [Labelled("1", picture(0), "a")]
     with pytest.raises(DataError, match="two different classes"):
         zero_shot(tmp_path, encoder, transform, test, ["a", "a"])
+    with pytest.raises(DataError, match=r"class name '\?\?' is empty to the text tower"):
+        zero_shot(tmp_path, encoder, transform, test, ["a", "b", "??"])
     with pytest.raises(DataError, match="exactly once"):
         zero_shot(tmp_path, encoder, transform, test, ["a", "b"], ["a photo"])
     result = zero_shot(tmp_path, encoder, transform, test, ["b", "c"])

@@ -9,6 +9,7 @@ without one.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,18 @@ from vlm.checkpoints.loader import BUFFERS, Source, check_fit, expected_shapes, 
 from vlm.encoders.siglip2_naflex import Embeddings
 from vlm.errors import CheckpointError
 from vlm.loss import sigmoid_contrastive
+
+_PUNCTUATION = str.maketrans({"_": " "} | {mark: None for mark in string.punctuation if mark != "_"})
+
+
+def canonicalize(text: str) -> str:
+    """A name or a template as SigLIP's zero-shot evaluation gives it to the text tower: "Golden_Retriever." -> "golden
+    retriever".
+
+    An underscore is a blank, other ASCII punctuation is dropped, letters are lower-cased, blanks run together. Source:
+    big_vision `evaluators/proj/image_text/prompt_engineering.py`. (SigLIP v1's tokenizer drops underscores too.)
+    """
+    return " ".join(text.translate(_PUNCTUATION).lower().split())
 
 
 class TwoTowerOutput(NamedTuple):

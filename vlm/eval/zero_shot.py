@@ -4,15 +4,15 @@ A vision-language model reads patch features and drops the pooling head, so that
 checkpoint's head and text tower are still there; put behind the trained tower they say how far it has moved from the
 texts that it was trained with. An untrained tower gives exactly the checkpoint's logits.
 
-Text rules (big_vision's, which the checkpoints were trained with): lower case, no BOS, the text cut so that an EOS
-fits, padded on the right to the full context, no mask, the last position is read. SigLIP v1 pads with EOS, SigLIP 2
-with `<pad>`.
+Text rules (big_vision's): names and templates are canonicalised (`vlm.siglip.canonicalize`: "Golden_Retriever." is
+"golden retriever"), no BOS, the text cut so that an EOS fits, padded on the right to the full context, no mask, the
+last position is read. SigLIP v1 pads with EOS, SigLIP 2 with `<pad>`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,18 +49,22 @@ def zero_shot(
     With several templates a class is the mean of its normalised text embeddings, as in CLIP. Test images whose label is
     none of `classes` count as wrong; `settings` says how many there are.
 
+    Names that are the same text to the tower (ImageNet has two classes called crane and two called maillot) are one
+    class here: nothing tells them apart. `settings["shared_names"]` says which, and a warning what to do.
+
     Args:
         checkpoint: what the tower was made from: a SigLIP or SigLIP 2 directory or hub id with both towers and the
             tokenizer, or (what `vlm.siglip.load` returns, a transformers tokenizer).
         encoder, transform, batch_size, device: as for `vlm.eval.probes.features`; a SigLIP tower, trained or not.
-        classes: names as they go into the templates; labels of `test` are compared with them as they are.
+        classes: names for the templates; a label of `test` means the class whose canonical name it has.
         templates: texts with one `{}`, such as `a photo of a {}.`
 
     Returns:
         the result, or None when `why_no_zero_shot` has a reason (which is logged).
 
     Raises:
-        DataError: classes or ids that occur twice, a template without `{}`, or as `features`.
+        DataError: fewer than two classes, a name of punctuation alone, ids that occur twice, a template without `{}`,
+            or as `features`.
         CheckpointError: the checkpoint or its tokenizer cannot be opened, or its width is another one than the tower's.
     """
     reason = why_no_zero_shot(checkpoint, encoder)
@@ -70,32 +74,67 @@ def zero_shot(
     _check(test, classes, templates)
     import torch
 
+    from vlm.siglip import canonicalize
+
+    shared = shared_names(classes)
+    if shared:
+        log.warning("%s", _about_shared(shared, len(classes)))
+    names = list(dict.fromkeys(map(canonicalize, classes)))
     model, tokenizer = checkpoint if isinstance(checkpoint, tuple) else open_checkpoint(checkpoint)
-    texts = class_embeddings(model, tokenizer, classes, templates)
+    texts = class_embeddings(model, tokenizer, names, templates)
     images = pooled(model, encoder, transform, [item.image for item in test], batch_size=batch_size, device=device)
     home = model.model.logit_scale.device
     with torch.no_grad():
         chosen = model.logits(images.to(home), texts.to(home)).argmax(1).tolist()
-    right = {item.id: classes[number] == item.label for item, number in zip(test, chosen, strict=True)}
-    unseen = [item.label for item in test if item.label not in set(classes)]
+    right = {item.id: names[number] == canonicalize(item.label) for item, number in zip(test, chosen, strict=True)}
+    unseen = [item.label for item in test if canonicalize(item.label) not in set(names)]
     settings = {
         "templates": list(templates),
         "context": model.config.text_config.max_position_embeddings,
-        "text": "lower case, padded on the right",
+        "text": "canonical (lower case, no punctuation), padded on the right",
+        "shared_names": shared,
         "unseen_labels": sorted(set(unseen)),
         "unseen_items": len(unseen),
     }
-    return ProbeResult(sum(right.values()) / len(test), right, 0, len(test), len(classes), settings)
+    return ProbeResult(sum(right.values()) / len(test), right, 0, len(test), len(names), settings)
 
 
 def _check(test: Sequence[Labelled], classes: Sequence[str], templates: Sequence[str]) -> None:
-    if not test or len(classes) < 2 or len(set(classes)) < len(classes):
+    from vlm.siglip import canonicalize
+
+    names = {canonicalize(name) for name in classes}
+    if not test or len(names) < 2:
         raise DataError(
             f"zero-shot needs test images and at least two different classes, got {len(test)} images and the"
             f" {len(classes)} classes {', '.join(classes[:10])}"
         )
+    if "" in names:
+        empty = [name for name in classes if not canonicalize(name)]
+        raise DataError(
+            f"the class name {empty[0]!r} is empty to the text tower, which reads no punctuation; give it a word"
+        )
     check_ids(test)
     check_templates(templates)
+
+
+def shared_names(classes: Sequence[str]) -> dict[str, list[str]]:
+    """Canonical name -> the names of several classes that are that one text to the tower."""
+    from vlm.siglip import canonicalize
+
+    members: dict[str, list[str]] = {}
+    for name in classes:
+        members.setdefault(canonicalize(name), []).append(name)
+    return {name: group for name, group in members.items() if len(group) > 1}
+
+
+def _about_shared(shared: Mapping[str, Sequence[str]], num_classes: int) -> str:
+    groups = [", ".join(map(repr, group)) for group in shared.values()]
+    return (
+        f"zero-shot: {sum(map(len, shared.values()))} of the {num_classes} class names are {len(shared)} texts to the"
+        f" text tower ({'; '.join(groups[:5])}{'; ...' if len(groups) > 5 else ''}), which cannot tell them apart: each"
+        " text is one class here, where an evaluation by class numbers gives all its images to the first. Give each"
+        " class a name of its own ('crane bird', 'construction crane') for figures that compare"
+    )
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -189,12 +228,14 @@ def text_ids(tokenizer: Any, texts: Sequence[str], context: int) -> Tensor:
     """
     import torch
 
+    from vlm.siglip import canonicalize
+
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if eos is None or pad is None:
         raise ConfigError(f"the tokenizer has eos_token_id={eos} and pad_token_id={pad}; SigLIP's has both")
     ids = torch.full((len(texts), context), pad, dtype=torch.int64)
     for row, text in enumerate(texts):
-        tokens = tokenizer(text.lower(), add_special_tokens=False)["input_ids"][: context - 1] + [eos]
+        tokens = tokenizer(canonicalize(text), add_special_tokens=False)["input_ids"][: context - 1] + [eos]
         ids[row, : len(tokens)] = torch.tensor(tokens)
     return ids
 
