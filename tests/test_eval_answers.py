@@ -8,7 +8,7 @@ import pytest
 
 from vlm.errors import DataError
 from vlm.eval import metrics
-from vlm.eval.metrics import boxes, chartqa, choices, pope, tallyqa, textvqa, vizwiz, vqa
+from vlm.eval.metrics import boxes, chartqa, choices, pope, registry, tallyqa, textvqa, vizwiz, vqa
 
 # --- Worked by hand ---------------------------------------------------------------------------------------------------
 
@@ -411,3 +411,100 @@ def test_the_order_of_answers_does_not_matter(name: str) -> None:
 def test_soft_accuracies_refuse_too_few_answers(name: str) -> None:
     with pytest.raises(DataError, match=f"{name} counts how many people.*'q' with 3"):
         one(name, "cat", "cat", "cat", "cat")
+
+
+# --- What an answer that is the same for every item would score
+
+
+def constant_of(name: str, golds: list[tuple[str, ...]], **facts: list[Any]) -> tuple[str, float]:
+    references = {str(i): gold for i, gold in enumerate(golds)}
+    info = {key: {fact: values[int(key)] for fact, values in facts.items()} for key in references}
+    found = registry.best_constant(metrics.get(name), references, info)
+    assert found is not None
+    return found.answer, found.value
+
+
+def test_the_best_constant_answer_by_hand() -> None:
+    yes_no = [("yes",)] * 11 + [("no",)] * 9
+    assert constant_of("exact_match", yes_no) == ("yes", 0.55)
+    assert constant_of("pope", yes_no) == ("yes", 0.55)
+    assert constant_of("pope_f1", yes_no) == ("yes", pytest.approx(22 / 31))  # 2 hits / (claims + positives)
+    assert constant_of("chartqa", [("10",), ("10.4",), ("9.6",), ("7",)]) == ("10", 0.75)  # within 5 % of 9.6 and 10.4
+    assert constant_of("tallyqa", [("2",), ("2",), ("0",)]) == ("2", pytest.approx(2 / 3))
+    # Three of ten people are worth .9: left out in turn, 7 times min(1, 3/3) and 3 times 2/3.
+    people = [("2",) * 3 + ("3",) * 7, ("2",) * 10]
+    assert constant_of("okvqa", people) == ("2", pytest.approx((0.9 + 1) / 2))
+    assert (
+        constant_of("anls", [("aaaaaaaaab",)] * 2 + [("aaaaaaaaaa",), ("aaaaaaaaaa",), ("aaaaaaaaaa",)])[0] == "a" * 10
+    )
+
+
+def test_the_best_constant_of_choices_is_a_letter() -> None:
+    golds = [("cat",), ("bird",), ("dog",), ("cow",)]
+    choices_of = [["dog", "cat"], ["cat", "bird"], ["dog", "cat"], ["pig", "cow", "cat"]]
+    for name, said in [
+        ("multiple_choice", "B"),
+        ("mmmu", "B"),
+        ("scienceqa_llava", "B"),
+        ("scienceqa", "The answer is B."),
+        ("scienceqa_paligemma", "The answer is B."),
+    ]:
+        assert constant_of(name, golds, choices=choices_of) == (said, 0.75)
+
+
+def test_the_best_constant_of_boxes_is_the_whole_image() -> None:
+    large, small = (0.0, 0.0, 90.0, 90.0), (0.0, 0.0, 20.0, 20.0)
+    boxes_of, sizes = [large, large, small], [(100, 100)] * 3
+    found = constant_of("refcoco", [("x",)] * 3, box=list(map(list, boxes_of)), image_size=list(map(list, sizes)))
+    assert found == ("<loc0000><loc0000><loc1023><loc1023>", pytest.approx(2 / 3))
+
+
+def test_captions_have_no_constant_answer() -> None:
+    for name in ("bleu_4", "rouge_l", "cider", "meteor"):
+        assert registry.best_constant(metrics.get(name), {"1": ("a cat",)}) is None
+
+
+def test_the_best_constant_of_many_items_is_scored_over_all() -> None:
+    """Chosen among candidates on a part, but the value is that of every item; no interval is computed for it."""
+    golds = [("yes",) if i % 9 < 5 else ("no",) for i in range(9000)]
+    assert constant_of("exact_match", golds) == ("yes", pytest.approx(5 / 9))
+
+
+def test_a_single_image_has_no_cider_and_the_reason_is_said() -> None:
+    one_image = metrics.compute("cider", {"1": "a red cat"}, {"1": ("a red cat", "a cat")})
+    assert one_image.value == 0 and "every weight is log(1) = 0" in one_image.notes[0]
+    alike = metrics.compute("cider", {"1": "a cat", "2": "a cat"}, {"1": ("a cat",), "2": ("A cat.",)})
+    assert alike.value == 0 and alike.notes == one_image.notes
+    two = metrics.compute("cider", {"1": "a red cat", "2": "a dog"}, {"1": ("a red cat",), "2": ("a dog",)})
+    assert two.value > 1 and two.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("prediction", "index"),
+    [
+        *(("The answer is B.", 1), ("The answer is B", 1), ("the answer is (b).", 1), ("Answer: B because it is", 1)),
+        *(("**Answer:** B", 1), ("The correct answer is: B) cat", 1), ("Option B is right", 1), ("[B]", 1)),
+        *(("The answer is cat.", 1), ("The answer is a cat.", 1), ('Answer: "bird"', 2), ("B because it meows", 1)),
+        *(
+            ("B, as it meows", 1),
+            ("B\n\nIt meows.", 1),
+            ("Answer:\nB", 1),
+            ("\\boxed{B}", 1),
+            ("A because it barks", 0),
+        ),
+        *(("The answer is A.", 0), ("Answer: a cat", 1), ("The answer is Z.", -1), ("The answer is not B", -1)),
+        *(("The answer is A. No, the answer is B.", -1), ("I think it is a cow", -1), ("an answer to a question", -1)),
+    ],
+)
+def test_answers_that_state_a_choice(prediction: str, index: int) -> None:
+    assert choices.by_name(prediction, ["dog", "cat", "bird"]) == index
+
+
+def test_answers_that_cannot_be_read_are_counted_and_said() -> None:
+    said = {"1": "The answer is B.", "2": "who knows", "3": "no idea"}
+    info = {key: {"choices": ["dog", "cat"]} for key in said}
+    result = metrics.compute("multiple_choice", said, dict.fromkeys(said, ("cat",)), info)
+    assert result.value == pytest.approx(1 / 3) and result.details["num_unparsed"] == 2
+    assert result.notes == ("2 of 3 answers could not be read as a choice and count as wrong",)
+    assert result.summary()["notes"] == list(result.notes)
+    assert metrics.compute("multiple_choice", {"1": "b"}, {"1": ("cat",)}, info).notes == ()

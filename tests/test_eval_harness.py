@@ -74,6 +74,24 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def test_the_best_constant_answer_stands_beside_the_score(data: Path, tmp_path: Path) -> None:
+    """Twenty questions, six of them about red pictures and six about green ones."""
+    results = evaluate(ColourPredictor(), data, "exact_match,rouge_l", tmp_path / "out", progress=False)
+    assert results["metrics"]["exact_match"]["best_constant"] == {"answer": "red", "value": 0.3}
+    assert results["metrics"]["rouge_l"]["best_constant"] is None
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    head, _, line, other = table(results).splitlines()[:4]
+    assert "best constant" in head and '0.3000 ("red")' in line and '("' not in other
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "best constant answer" in page and "what &quot;red&quot; for every item would score" in page
+    assert "best constant" not in table(evaluate(ColourPredictor(), data, "rouge_l", tmp_path / "two", progress=False))
+
+
+def test_one_image_alone_has_its_reason_in_the_table(data: Path, tmp_path: Path) -> None:
+    results = evaluate(ColourPredictor(), data, "cider", tmp_path / "out", limit=1, progress=False)
+    assert "cider: CIDEr is 0 here whatever the captions say" in table(results)
+
+
 def test_results_predictions_and_page_are_written(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     results = evaluate(ColourPredictor(), data, "exact_match,bleu", out, batch_size=3, progress=False)

@@ -195,7 +195,9 @@ def _write(
     _refuse_if_all_bad(records)
     said = {record["id"]: job.post(record["prediction"]) for record in records}
     wrong = results.unanswered(records)
-    scored = results.score(job.metrics, job.examples, said, wrong, job.groups.get(job.average_over), job.average_over)
+    groups = job.groups.get(job.average_over)
+    scored = results.score(job.metrics, job.examples, said, wrong, groups, job.average_over)
+    scored = results.with_constants(scored, job.examples, groups, job.average_over)
     outcome = {
         **results.figures(scored, job.kinds, records, job.problems),
         "breakdown": results.breakdown(scored, job.groups, job.examples, said, wrong),

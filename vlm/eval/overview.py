@@ -79,11 +79,15 @@ def _main_scores(tasks: Mapping[str, Mapping[str, Any]]) -> Scores:
 
 def _all_scores(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [
-        [name, metric, result["value"], tables.items_of(results), "; ".join(tables.published(results, metric))]
+        [name, metric, result["value"], tables.constant(result), tables.items_of(results), _published(results, metric)]
         for name, results in tasks.items()
         for metric, result in results["metrics"].items()
     ]
-    return Table("All metrics", ["task", "metric", "value", "items", "published"], rows)
+    return Table("All metrics", ["task", "metric", "value", "best constant answer", "items", "published"], rows)
+
+
+def _published(results: Mapping[str, Any], metric: str) -> str:
+    return "; ".join(tables.published(results, metric))
 
 
 def _failures(tasks: Mapping[str, Mapping[str, Any]]) -> Table | None:

@@ -63,6 +63,29 @@ def score(
     ]
 
 
+def with_constants(
+    scored: Sequence[MetricResult], examples: Sequence[Example], groups: Mapping[str, str] | None = None, over: str = ""
+) -> list[MetricResult]:
+    """The results with the best constant answer beside each, scored over the same items and groups."""
+    return [_with_constant(result, examples, groups, over) for result in scored]
+
+
+def _with_constant(
+    result: MetricResult, examples: Sequence[Example], groups: Mapping[str, str] | None, over: str
+) -> MetricResult:
+    metric = registry.get(result.name)
+    if metric.constants is None:
+        return result
+    gold = {example.id: items.gold_texts(example, metric.reads) for example in examples}
+    info = {example.id: example.info for example in examples}
+
+    def average(answer: str) -> float:
+        return score([metric], examples, dict.fromkeys(gold, answer), (), groups, over)[0].value
+
+    constant = registry.best_constant(metric, gold, info, None if groups is None else average)
+    return replace(result, best_constant=constant)
+
+
 def check(
     chosen: Sequence[Metric], examples: Sequence[Example], groups: Mapping[str, str] | None = None, over: str = ""
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from vlm.data import Example
@@ -61,7 +62,7 @@ def write(
         path,
         title=task["title"] if task else "Evaluation",
         subtitle=f"{results['model']['name']} on {results['data']['source']}{control}",
-        summary=[_score(result) for result in scored],
+        summary=[row for result in scored for row in _scores(result)],
         sections=sections,
         gallery=gallery(shown, records, main, kinds),
         footer=_footer(results),
@@ -217,16 +218,24 @@ def _distinct(texts: Sequence[str], limit: int = 5) -> list[str]:
     return list(dict.fromkeys(texts))[:limit]
 
 
-def _score(result: MetricResult) -> Score:
-    return Score(
-        result.name,
-        result.value,
-        result.interval,
-        result.num_items,
-        result.rule,
-        maximum=result.maximum,
-        percent=percent_of(result.maximum),
-    )
+def _scores(result: MetricResult) -> list[Score]:
+    """The metric's row, and below it what the best constant answer would score."""
+    scale: dict[str, Any] = {"maximum": result.maximum, "percent": percent_of(result.maximum)}
+    note = ". ".join((result.rule, *result.notes))
+    rows = [Score(result.name, result.value, result.interval, result.num_items, note, **scale)]
+    if result.best_constant is not None:
+        said = shorten(result.best_constant.answer, 60, placeholder=" ...")
+        rows.append(
+            Score(
+                f"{result.name} · best constant answer",
+                result.best_constant.value,
+                None,
+                result.num_items,
+                f'what "{said}" for every item would score',
+                **scale,
+            )
+        )
+    return rows
 
 
 def _footer(results: Mapping[str, Any]) -> list[str]:

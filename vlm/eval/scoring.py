@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from . import metrics as all_metrics
 from .files import listed, read_predictions
 from .gold_files import Gold, check_questions, read_gold
 from .metrics import Metric, MetricResult, registry
+from .tables import constant
 
 BREAKDOWNS = (
     *("question_type", "answer_type", "split", "structural", "semantic", "subject", "grade", "kind", "category"),
@@ -140,7 +142,8 @@ def _compute(metric: Metric, said: Mapping[str, str], gold: Mapping[str, Gold], 
         raise DataError(f"{metric.name}: {len(missing)} of {len(kept)} items have no prediction: {listed(missing)}")
     references = {key: item.texts(metric.reads) for key, item in kept.items()}
     info = {key: item.info for key, item in kept.items()}
-    return registry.compute(metric.name, {key: said[key] for key in kept}, references, info)
+    result = registry.compute(metric.name, {key: said[key] for key in kept}, references, info)
+    return replace(result, best_constant=registry.best_constant(metric, references, info))
 
 
 def _facts(gold: Mapping[str, Gold], by: Sequence[str] | None) -> list[str]:
@@ -193,8 +196,14 @@ def table(outcome: Mapping[str, Any]) -> str:
             lines += columns([(f"  {value}", f"{p['mean']:.4f}", str(p["num_items"])) for value, p in parts.items()])
     rules = [f"{name} (version {result['version']}): {result['rule']}" for name, result in outcome["metrics"].items()]
     counts = f"{outcome['num_items']} items, {outcome['num_empty_predictions']} empty predictions"
-    notes = [f"note: {note}" for note in outcome["notes"]]
-    return "\n".join([*columns(rows), *lines, "", counts, *notes, "", *rules])
+    own = [f"{name}: {note}" for name, result in outcome["metrics"].items() for note in result["notes"]]
+    notes = [f"note: {note}" for note in [*own, *outcome["notes"]]]
+    constants = [
+        f"{name}: the best constant answer would score {constant(result)}"
+        for name, result in outcome["metrics"].items()
+        if constant(result)
+    ]
+    return "\n".join([*columns(rows), *lines, "", counts, *constants, *notes, "", *rules])
 
 
 def _pairs(details: Mapping[str, float]) -> list[str]:

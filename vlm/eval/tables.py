@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,15 +31,33 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _of_one(results: Mapping[str, Any]) -> str:
-    rows = [("metric", "value", "95 % interval", "items")]
+    rows: list[tuple[str, ...]] = [("metric", "value", "95 % interval", "best constant", "items")]
     for name, result in results["metrics"].items():
-        rows.append((name, f"{result['value']:.4f}", _interval(result), str(result["num_items"])))
-    return "\n".join([columns(rows), *_remarks(results)])
+        shown = (f"{result['value']:.4f}", _interval(result), constant(result), str(result["num_items"]))
+        rows.append((name, *shown))
+    return "\n".join([columns(_without_empty(rows, 3)), *_remarks(results)])
+
+
+def constant(result: Mapping[str, Any], longest: int = 20) -> str:
+    """What the best answer that is the same for every item would score: `0.5580 ("yes")`; "" if that is not known."""
+    best = result.get("best_constant")
+    if best is None:
+        return ""
+    answer = " ".join(best["answer"].split())
+    return f"{best['value']:.4f} ({json.dumps(answer[:longest], ensure_ascii=False)}{'...' * (len(answer) > longest)})"
+
+
+def _without_empty(rows: list[tuple[str, ...]], column: int) -> list[tuple[str, ...]]:
+    """The rows without a column that has a heading only."""
+    if any(row[column] for row in rows[1:]):
+        return rows
+    return [(*row[:column], *row[column + 1 :]) for row in rows]
 
 
 def _of_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """A line per task and metric, with what others have published for it beside."""
-    rows: list[tuple[str, ...]] = [("task", "metric", "value", "95 % interval", "items", "published")]
+    heading = ("task", "metric", "value", "95 % interval", "best constant", "items", "published")
+    rows: list[tuple[str, ...]] = [heading]
     remarks: list[str] = []
     for name, results in tasks.items():
         for place, (metric, result) in enumerate(results["metrics"].items()):
@@ -46,15 +65,16 @@ def _of_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
             rows.append(
                 (
                     name if place == 0 else "",
-                    *(metric, f"{result['value']:.4f}", _interval(result), items_of(results), shown),
+                    *(metric, f"{result['value']:.4f}", _interval(result), constant(result)),
+                    *(items_of(results), shown),
                 )
             )
         remarks += [f"{name}: {line}" for line in _remarks(results)]
-    if any(row[5] for row in rows[1:]):
+    if any(row[6] for row in rows[1:]):
         remarks.insert(0, "published figures are as printed: 100 stands for 1")
-    else:
-        rows = [row[:5] for row in rows]
-    return "\n".join([columns(rows, left=(0, 1, 5)), *remarks])
+    rows = _without_empty(_without_empty(rows, 6), 4)
+    left = [i for i, name in enumerate(rows[0]) if name in ("task", "metric", "published")]
+    return "\n".join([columns(rows, left=left), *remarks])
 
 
 def published(results: Mapping[str, Any], metric: str) -> list[str]:
@@ -85,7 +105,7 @@ def _interval(result: Mapping[str, Any]) -> str:
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:
-    lines = []
+    lines = [f"{name}: {note}" for name, result in results["metrics"].items() for note in result.get("notes", ())]
     if results["images_shuffled_with_seed"] is not None:
         lines.append("control: every item was shown another item's image")
     if results["failures"]:

@@ -96,11 +96,23 @@ def _score(
     return mean_result(name, scores, rule, details=details)
 
 
+_EVERYWHERE = "<loc0000><loc0000><loc1023><loc1023>"
+
+
+def _whole_image(references: References, info: Info) -> list[str]:
+    return [_EVERYWHERE]
+
+
+def _whole_image_segmented(references: References, info: Info) -> list[str]:
+    return [_EVERYWHERE + "<seg000>" * 16]
+
+
 @register(
     "refcoco",
     summary="RefCOCO accuracy at box IoU 0.5, from <loc> tokens",
     reads="references",
     per_item_is_right=True,
+    constants=_whole_image,
     uses=("box", "image_size"),
 )
 def refcoco(predictions: Predictions, references: References, info: Info) -> MetricResult:
@@ -121,6 +133,7 @@ def refcoco(predictions: Predictions, references: References, info: Info) -> Met
     summary="RefCOCO box accuracy as PaliGemma's segmentation evaluator scores it (not its mask IoU)",
     reads="references",
     per_item_is_right=True,
+    constants=_whole_image_segmented,
     uses=("box", "image_size"),
 )
 def refcoco_paligemma(predictions: Predictions, references: References, info: Info) -> MetricResult:

@@ -220,7 +220,17 @@ def cider(predictions: Predictions, references: References) -> MetricResult:
         f"{len(scores)} items, so it must not be averaged over parts); {_TOKENS}; "
         "the interval keeps the frequencies fixed"
     )
-    return MetricResult("cider", value, scores, rule, _VERSION, interval, maximum=10.0, normalizer=NORMALIZER)
+    alike = len({frozenset(gold) for gold in golds}) == 1
+    notes = (_NO_FREQUENCIES,) if alike else ()
+    return MetricResult(
+        "cider", value, scores, rule, _VERSION, interval, maximum=10.0, normalizer=NORMALIZER, notes=notes
+    )
+
+
+_NO_FREQUENCIES = (
+    "CIDEr is 0 here whatever the captions say: a word weighs log(images / images that have it), and with one image, or"
+    " images with the same references, every weight is log(1) = 0; score several different images together"
+)
 
 
 METRICS: dict[str, MetricFunction] = {

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlm.errors import DataError
 
-from .registry import Info, Predictions, References, only_reference, register
+from .registry import Constants, Info, Predictions, References, only_reference, register
 from .result import MetricResult, mean_result, means_by
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -21,7 +22,17 @@ _SCIENCE_QA_LETTERS = LETTERS[:5]
 FAILED = -1
 _THE_ANSWER_IS = re.compile(r"The answer is ([A-Z]).")  # the last dot is any character, as in the official script
 _LETTER_FIRST = re.compile(r"([A-Za-z])(?:[.:)]?|[.:)]\s.*)", re.DOTALL)
-_BRACKETED = re.compile(r"\(([A-Za-z])\)(?:\s.*)?", re.DOTALL)
+_BRACKETED = re.compile(r"[(\[]([A-Za-z])[)\]][.:,]?(?:\s.*)?", re.DOTALL)
+_MARKUP = str.maketrans("", "", "*`$")
+# A letter that is followed by a word is one only if it is no word itself, as "a" and "I" are.
+_LETTER = r"([B-HJ-Zb-hj-z](?![\w'])|[AaIi](?=\s*(?:$|[^\w\s'])|\s+(?:because|since|as|is|for|and|due)\b))"
+_LETTER_REASON = re.compile(r"([A-Z])(?=\s*[,;]|\s+(?:-|because|since|as|is|for)\b)")
+_STATED = (
+    r"\b(?:answer|option|choice|alternative|letter|boxed)\b['\"]?\s*(?:[:=-]\s*)?"
+    r"(?:(?:is|would be|should be|must be)\b\s*:?\s*)?"
+)
+_STATED_LETTER = re.compile(_STATED + r"(?:(?:the\s+)?(?:option|choice|letter)\s+)?[(\[{\"']?" + _LETTER, re.IGNORECASE)
+_STATED_TEXT = re.compile(_STATED + r"(?:(?:a|an|the)\s+)?[\"']?([^.\n\"']+)", re.IGNORECASE)
 _UNREAD = (
     "; a prediction that cannot be read is wrong and counted (num_unparsed), where the official script guesses one of"
     " the choices at random (official_value_on_average: its mean value over such guesses)"
@@ -87,20 +98,26 @@ def mmmu(prediction: str, choices: Sequence[str]) -> int:
 
 
 def by_name(prediction: str, choices: Sequence[str]) -> int:
-    """Our own reading: a choice's text, else its letter as "B", "b.", "(B)", "B) a cat" and the like.
+    """Our own reading: a choice's text, else its letter, alone, first or stated.
 
-    Texts are compared ignoring case, outer blanks and a final full stop; what fits two choices fits none.
+    The text may stand alone or after "the answer is" and the like, ignoring case, outer blanks, an article and a final
+    full stop. The letter may stand alone ("B", "b.", "(B)"), come first ("B) a cat", "B because ...") or be stated
+    ("The answer is B.", "Answer: (b)", "Option B is right"). What fits two choices fits none. "A cat" is no letter.
     """
-    said = _plain(prediction)
-    equal = [index for index, choice in enumerate(choices) if _plain(choice) == said]
-    if equal:
-        return equal[0] if len(equal) == 1 else FAILED
-    match = _LETTER_FIRST.fullmatch(prediction.strip()) or _BRACKETED.fullmatch(prediction.strip())
-    return _index(match[1].upper(), len(choices), LETTERS) if match else FAILED
+    stated = _STATED_TEXT.search(prediction)
+    for said in (prediction, prediction.partition("\n")[0], stated[1] if stated else ""):
+        equal = [index for index, choice in enumerate(choices) if said.strip() and _plain(choice) == _plain(said)]
+        if equal:
+            return equal[0] if len(equal) == 1 else FAILED
+    text = prediction.strip().translate(_MARKUP)
+    line = text.partition("\n")[0].rstrip()
+    first = _LETTER_FIRST.fullmatch(line) or _BRACKETED.fullmatch(line) or _LETTER_REASON.match(line)
+    letters = {first[1].upper()} if first else {found[1].upper() for found in _STATED_LETTER.finditer(text)}
+    return _index(letters.pop(), len(choices), LETTERS) if len(letters) == 1 else FAILED
 
 
 def _plain(text: str) -> str:
-    return text.strip().removesuffix(".").rstrip().casefold()
+    return text.translate(_MARKUP).strip().removesuffix(".").rstrip().casefold()
 
 
 # --- The right choice -------------------------------------------------------------------------------------------------
@@ -177,7 +194,18 @@ def _score(
     details["num_unparsed"] = unread
     if guesses:
         details["official_value_on_average"] = (sum(scores.values()) + guess) / len(scores)
-    return mean_result(name, scores, rule, normalizer="choice", details=details)
+    notes = [f"{unread} of {len(scores)} answers could not be read as a choice and count as wrong"] if unread else []
+    return mean_result(name, scores, rule, normalizer="choice", details=details, notes=notes)
+
+
+def _letters(form: str) -> Constants:
+    """The first letter for every item, the second, ... as `form` says it."""
+
+    def constants(references: References, info: Info) -> list[str]:
+        longest = max(len(_choices("", key, info)) for key in references)
+        return [form.format(letter) for letter in LETTERS[:longest]]
+
+    return constants
 
 
 @register(
@@ -186,6 +214,7 @@ def _score(
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
+    constants=_letters("The answer is {}."),
     uses=("answer_index", "subject", "answered"),
 )
 def scienceqa(predictions: Predictions, references: References, info: Info) -> MetricResult:
@@ -200,6 +229,7 @@ def scienceqa(predictions: Predictions, references: References, info: Info) -> M
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
+    constants=_letters("{}"),
     uses=("answer_index", "subject"),
 )
 def scienceqa_llava(predictions: Predictions, references: References, info: Info) -> MetricResult:
@@ -216,6 +246,7 @@ def scienceqa_llava(predictions: Predictions, references: References, info: Info
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
+    constants=_letters("The answer is {}."),
     uses=("answer_index", "subject"),
 )
 def scienceqa_paligemma(predictions: Predictions, references: References, info: Info) -> MetricResult:
@@ -236,6 +267,7 @@ def scienceqa_paligemma(predictions: Predictions, references: References, info: 
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
+    constants=_letters("{}"),
     uses=("answer_index", "subject", "answered"),
 )
 def mmmu_metric(predictions: Predictions, references: References, info: Info) -> MetricResult:
@@ -253,12 +285,16 @@ def mmmu_metric(predictions: Predictions, references: References, info: Info) ->
     reads="references",
     per_item_is_right=True,
     needs=("choices",),
+    constants=_letters("{}"),
     uses=("answer_index", "subject"),
 )
 def multiple_choice(predictions: Predictions, references: References, info: Info) -> MetricResult:
     """Share of right choices under `by_name`. Raises DataError as `right_choice`."""
     rule = (
-        "our own reading: the prediction is a choice's text (ignoring case, outer blanks, a final full stop), else its "
-        "letter as 'B', 'b.', '(B)' or 'B) a cat'; what cannot be read is wrong and counted (num_unparsed)"
+        "our own reading: the prediction is a choice's text (ignoring case, outer blanks, a final full stop), alone or "
+        "after 'the answer is', else its letter, alone ('B', 'b.', '(B)'), first ('B) a cat', 'B because ...') or "
+        "stated ('The answer is B.', 'Answer: B'); what cannot be read, or names several, is wrong and counted "
+        "(num_unparsed)"
     )
-    return _score("multiple_choice", rule, by_name, predictions, references, info, guesses=False)
+    result = _score("multiple_choice", rule, by_name, predictions, references, info, guesses=False)
+    return replace(result, version="2")

@@ -13,13 +13,14 @@ know more of an item than its gold texts (the choices, the size of the image, th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
 from vlm.errors import ConfigError, DataError, nearest
 
-from .result import MetricResult
+from .result import Constant, MetricResult, no_intervals
 
 Predictions = Mapping[str, str]
 References = Mapping[str, tuple[str, ...]]
@@ -27,7 +28,10 @@ Info = Mapping[str, Mapping[str, Any]]
 """Item id -> further facts of the item, such as `choices`, `split`, `question_type`."""
 MetricFunction = Callable[[Predictions, References], MetricResult]
 InformedFunction = Callable[[Predictions, References, Info], MetricResult]
+Constants = Callable[[References, Info], list[str]]
 
+_TRIED = 10
+_SAMPLE = 2000
 _LISTED = 10  # ids named in an error; the count of the rest follows
 
 
@@ -47,6 +51,8 @@ class Metric:
     """Facts that `info` must hold of every item."""
     uses: tuple[str, ...] = ()
     """Facts that add details where `info` holds them, of every item or of none."""
+    constants: Constants | None = None
+    """The answers among which `best_constant` looks; None where an answer that is the same for all says nothing."""
 
     @property
     def informed(self) -> bool:
@@ -71,8 +77,12 @@ def register(
     per_item_is_right: bool = False,
     needs: Sequence[str] = (),
     uses: Sequence[str] = (),
+    constants: Constants | None = None,
 ) -> Callable[[_Function], _Function]:
     """Decorator: make a function known under `name`. A name that is taken raises ValueError.
+
+    `constants` are the answers that could be right for many items at once; by default the commonest gold texts, where
+    the items' scores say right or wrong or the gold texts are people's answers.
 
     With `needs` or `uses` the function is called as `(predictions, references, info)`, where `info` has an entry for
     every item.
@@ -82,7 +92,8 @@ def register(
         raise ValueError(f"a metric called {name!r} exists already; choose another name")
 
     def decorate(function: _Function) -> _Function:
-        _METRICS[name] = Metric(name, function, summary, reads, per_item_is_right, tuple(needs), tuple(uses))
+        tried = commonest if constants is None and (per_item_is_right or reads == "answers") else constants
+        _METRICS[name] = Metric(name, function, summary, reads, per_item_is_right, tuple(needs), tuple(uses), tried)
         return function
 
     return decorate
@@ -140,6 +151,46 @@ def compute(name: str, predictions: Predictions, references: References, info: I
     facts = {key: (info or {}).get(key, {}) for key in references}
     _check_facts(metric, facts)
     return cast(InformedFunction, metric.function)(predictions, references, facts)
+
+
+def commonest(references: References, info: Info) -> list[str]:
+    """The gold texts that most items have, at most ten; the first of equals first."""
+    counts = Counter(text for texts in references.values() for text in dict.fromkeys(texts))
+    return [text for text, _ in counts.most_common(_TRIED)]
+
+
+def best_constant(
+    metric: Metric, references: References, info: Info | None = None, value: Callable[[str], float] | None = None
+) -> Constant | None:
+    """The best answer among those that are the same for every item, scored by the metric itself.
+
+    What a model is worth that has not looked: of yes-or-no questions of which 55 % are yes, "yes" gets 0.55.
+
+    Args:
+        value: the value of one answer over all items, where it is not the metric's own (a mean over groups of items).
+
+    Returns:
+        None where the metric has no such answers.
+    """
+    if metric.constants is None:
+        return None
+    facts = {key: (info or {}).get(key, {}) for key in references}
+
+    def alone(answer: str, keys: Sequence[str]) -> float:
+        gold = {key: references[key] for key in keys}
+        return compute(metric.name, dict.fromkeys(keys, answer), gold, {key: facts[key] for key in keys}).value
+
+    keys = list(references)
+    candidates = metric.constants(references, facts)
+    with no_intervals():
+        if len(keys) > _SAMPLE:  # the order is that of a part; the values are of all items
+            part = keys[:: -(-len(keys) // _SAMPLE)]
+            candidates = sorted(candidates, key=lambda answer: -alone(answer, part))[:2]
+        values = {answer: value(answer) if value else alone(answer, keys) for answer in candidates}
+    if not values:
+        return None
+    best = max(values, key=lambda answer: values[answer])
+    return Constant(best, values[best])
 
 
 def _check_facts(metric: Metric, facts: Info) -> None:

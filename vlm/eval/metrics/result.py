@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,14 @@ NUM_RESAMPLES = 1000
 seed to seed, below what anyone should read into them."""
 
 _DRAWS_AT_ONCE = 1 << 22  # bounds the memory of the index matrix to 32 MB, whatever the number of items
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One answer given to every item, and what the metric makes of it."""
+
+    answer: str
+    value: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,11 @@ class MetricResult:
     details: dict[str, float] = field(default_factory=dict)
     """Further numbers that belong to the value, by name: precision, recall, values of parts, unparsed answers."""
 
+    notes: tuple[str, ...] = ()
+    """Sentences that a reader of the value needs: why it is 0 whatever was said, how many answers could not be read."""
+    best_constant: Constant | None = None
+    """What the best of the answers that are the same for every item would score; None where it was not computed."""
+
     @property
     def num_items(self) -> int:
         return len(self.per_item)
@@ -54,7 +69,22 @@ class MetricResult:
             "maximum": self.maximum,
             "higher_is_better": self.higher_is_better,
             "details": self.details,
+            "notes": list(self.notes),
+            "best_constant": None if self.best_constant is None else asdict(self.best_constant),
         }
+
+
+_intervals: ContextVar[bool] = ContextVar("intervals", default=True)
+
+
+@contextmanager
+def no_intervals() -> Iterator[None]:
+    """Inside, no result has an interval: for values that nobody shows, as resampling takes longer than scoring."""
+    token = _intervals.set(False)
+    try:
+        yield
+    finally:
+        _intervals.reset(token)
 
 
 def bootstrap(
@@ -72,8 +102,10 @@ def bootstrap(
         seed: the same seed gives the same interval.
 
     Returns:
-        (low, high), or None for fewer than two items, where resampling says nothing.
+        (low, high), or None for fewer than two items, where resampling says nothing, and inside `no_intervals`.
     """
+    if not _intervals.get():
+        return None
     stats = np.asarray(statistics, dtype=np.float64)
     if stats.ndim == 1:
         stats = stats[:, None]
@@ -100,10 +132,13 @@ def mean_result(
     version: str = "1",
     normalizer: str = "none",
     details: dict[str, float] | None = None,
+    notes: Sequence[str] = (),
 ) -> MetricResult:
     """The result of a metric that is the plain mean of its per-item scores."""
     value, interval = mean_of(scores)
-    return MetricResult(name, value, scores, rule, version, interval, normalizer=normalizer, details=details or {})
+    return MetricResult(
+        name, value, scores, rule, version, interval, normalizer=normalizer, details=details or {}, notes=tuple(notes)
+    )
 
 
 def groups(keys: Iterable[str], info: Mapping[str, Mapping[str, Any]], fact: str) -> dict[str, list[str]]:
