@@ -235,3 +235,14 @@ def test_bad_settings() -> None:
     config.eos_token_id = [1, 5]
     with pytest.raises(GenerationError, match=r"one eos_token_id and max_new_tokens, got eos_token_id=\[1, 5\]"):
         generate_ids(model, batch, config, beam_search="big_vision")
+
+
+def test_settings_of_another_search_are_refused() -> None:
+    model, processor = loud("siglip", "gemma")
+    batch = processor([picture(1)], ["no"])
+    for name, value in (("repetition_penalty", 2.0), ("num_return_sequences", 2), ("min_new_tokens", 2)):
+        config: GenerationConfig = generation_config(processor, max_new_tokens=2, num_beams=2, do_sample=False)
+        setattr(config, name, value)
+        with pytest.raises(GenerationError, match=f"does not read {name}={value}"):
+            generate_ids(model, batch, config, beam_search="big_vision")
+    assert generate_ids(model, batch, config).shape == (1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,30 @@ def test_features_are_timms(timm_folders: Path, name: str, tmp_path: Path) -> No
     again, reader = vlm.load(tmp_path / "saved")
     assert torch.equal(again.model.vision_tower(pixels(size)).features, got.features)
     assert reader.image_transform == processor.image_transform and describe((again, reader))["flops"]["encoder"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in TIMM if name != "swin"])
+@torch.no_grad()
+def test_offloaded_timm_towers(timm_folders: Path, name: str, tmp_path: Path) -> None:
+    size = TIMM[name][2]
+    model, processor = new(timm_folders / name, image_size=size)
+    check_offloaded(model, processor, size, tmp_path)
+
+
+def check_offloaded(model: Any, processor: Any, size: int, folder: Path) -> None:
+    """A tower on the disk, and its trunk behind a hook, give the features of the tower in memory."""
+    want = model.model.vision_tower(pixels(size)).features
+    vlm.save(model, processor, folder / "m")
+    devices = {"model.vision_tower": "disk", "": "cpu"}
+    there, _ = vlm.load(folder / "m", device_map=devices, offload_folder=folder / "parts")
+    assert all(parameter.is_meta for parameter in there.model.vision_tower.parameters())
+    for _ in range(2):
+        assert torch.equal(there.model.vision_tower(pixels(size)).features, want)
+    tower: Any = copy.deepcopy(model.model.vision_tower)
+    inner = tower.trunk if hasattr(tower, "trunk") else tower.visual
+    fired: list[int] = []
+    inner.register_forward_hook(lambda *_: fired.append(1))
+    assert torch.equal(tower(pixels(size)).features, want) and fired == [1]
 
 
 @pytest.mark.parametrize("name", [name for name, case in TIMM.items() if case[4] == "NLC"])
@@ -271,6 +296,14 @@ def test_features_are_open_clips(open_clip_folders: Path, name: str, tmp_path: P
     again, reader = vlm.load(tmp_path / "saved")
     assert torch.equal(again.model.vision_tower(pixels(size)).features, got.features)
     assert reader.image_transform == transform and describe((again, reader))["flops"]["encoder"] > 0
+
+
+@each_open_clip
+@torch.no_grad()
+def test_offloaded_open_clip_towers(open_clip_folders: Path, name: str, tmp_path: Path) -> None:
+    """Their class token and positions are the tower's own: brought in when the tower is called, not its methods."""
+    model, processor = new(open_clip_folders / name)
+    check_offloaded(model, processor, OPEN_CLIP[name][0]["image_size"], tmp_path)
 
 
 @each_open_clip

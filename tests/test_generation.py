@@ -363,6 +363,15 @@ def test_float16_is_refused_unless_forced() -> None:
         ({"do_sample": True, "temperature": 0.0}, "temperature 0.0"),
         ({"do_sample": True, "top_p": 0.0}, "top_p 0.0"),
         ({"ids": ["a", "b"]}, "'ids': 2"),
+        ({"temperature": 0.7}, "temperature=0.7 without do_sample=True: .* for greedy decoding"),
+        ({"temperature": 0}, "temperature=0 without do_sample=True"),
+        ({"top_p": 0.9, "top_k": 5}, "top_p=0.9, top_k=5 without do_sample=True"),
+        ({"top_k": 5, "num_beams": 3}, "top_k=5 without do_sample=True: .* for beam search"),
+        ({"do_sample": True, "top_k": -1}, "top_k -1 at least 0"),
+        ({"seed": 3}, "seed=3 without do_sample=True"),
+        ({"length_penalty": 0.5}, "length_penalty=0.5 without beams"),
+        ({"length_penalty": 0.5, "do_sample": True}, "length_penalty=0.5 without beams"),
+        ({"batch_size": 2, "batch_tokens": 100}, "batch_size=2 beside batch_tokens=100"),
     ],
 )
 def test_settings_are_checked(options: dict[str, Any], message: str) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from coretools import IMAGE_TOKENS, lay_out, loud, picture, sample, shake
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForImageTextToText, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vlm
 from vlm.config import VLMConfig
 from vlm.encoders import EncoderOutput
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError, DataError, GenerationError
+from vlm.generation import generate_ids
 from vlm.model import VLM, VLMModel
 from vlm.presets import tiny
 
@@ -151,6 +158,114 @@ def test_inputs_are_checked() -> None:
         model(token_type_ids=batch["token_type_ids"])
     with pytest.raises(ConfigError, match=r"reads images of 3x28x28, got \(3, 42, 42\)"):
         model(**{**batch, "pixel_values": torch.zeros(2, 3, 42, 42)})
+
+
+def test_arguments_that_nothing_would_read_are_refused() -> None:
+    """Alone or beside the others; the same for the model without its output layer."""
+    model, processor = loud("siglip", "gemma")
+    naflex, other = loud("siglip2_naflex", "gemma")
+    batch = lay_out(model, ROWS, labels=True)
+    texts = {name: value for name, value in batch.items() if name not in ("pixel_values", "labels")}
+    pixels, mask = batch["pixel_values"], torch.ones(2, 4, dtype=torch.int64)
+    shapes = torch.tensor([[2, 2]] * 2)
+    with torch.no_grad():
+        encoded = model.encode(pixels)
+        embeds, _ = model.model.embed(batch["input_ids"], encoded)
+    ready = {**texts, "inputs_embeds": embeds, "input_ids": None}
+    for given, message in (
+        ({**ready, "pixel_values": pixels}, "inputs_embeds beside pixel_values: .* the pictures would be ignored"),
+        ({**ready, "encoded": encoded}, "inputs_embeds beside encoded"),
+        ({**texts, "pixel_values": pixels, "encoded": encoded}, "encoded beside pixel_values: both are the pictures"),
+        ({**texts, "encoded": encoded, "spatial_shapes": shapes}, "encoded beside spatial_shapes"),
+        ({**texts, "pixel_attention_mask": mask}, "pixel_attention_mask without pixel_values"),
+        ({**texts, "spatial_shapes": shapes}, "spatial_shapes without pixel_values"),
+        ({**texts, "pixel_values": pixels, "spatial_shapes": shapes}, "siglip tower does not read spatial_shapes"),
+        ({**texts, "pixel_values": pixels, "pixel_value": pixels}, r"reads pixel_value \(did you mean 'pixel_values'"),
+        ({**texts, "pixel_values": pixels, "cache_position": mask}, "nothing in the model reads cache_position"),
+        ({**batch, "labels": batch["labels"][:, :-1]}, r"labels have shape \(2, 10\), the tokens \(2, 11\)"),
+        ({**batch, "cache": 1, "past_key_values": 2}, "two names of one argument"),
+    ):
+        for forward in (model, model.model):
+            with pytest.raises(DataError, match=message):
+                forward(**given)
+    blank = {**texts, "input_ids": texts["input_ids"].clamp(max=200), "pixel_values": pixels}
+    with pytest.raises(DataError, match="2 images, but the placeholders of the batch take only the first 0"):
+        model(**blank)
+    whole = other([picture(1)], ["no"])
+    for missing in ("spatial_shapes", "pixel_attention_mask"):
+        with pytest.raises(DataError, match=f"siglip2_naflex tower needs {missing}"):
+            naflex(**{name: whole[name] for name in whole if name != missing})
+    plain = {name: value for name, value in batch.items() if name != "labels"}
+    for given, message in (
+        ({**plain, "reduction": "example"}, "reduction='example' without labels"),
+        ({**plain, "reduction": "tokens"}, "did you mean 'token'"),
+        ({**plain, "skip_logits": True}, "neither a loss nor logits"),
+        ({**batch, "skip_logits": True, "logits_to_keep": 1}, "skip_logits=True beside logits_to_keep"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model(**given)
+    assert model(**plain, output_attentions=None, image_sizes=None).logits is not None
+    with pytest.raises(GenerationError, match="packed samples"):
+        generate_ids(model, replace(processor([picture(1)], ["no"]), sequence_ids=mask), GenerationConfig())
+
+
+def test_packed_samples_after_a_cache_are_refused() -> None:
+    model, _ = loud("siglip", "gemma")
+    packed = lay_out(model, [[sample(3, 0, 1), sample(4, 0, 2)]])
+    with torch.no_grad(), pytest.raises(DataError, match="sequence_ids beside a filled cache"):
+        model.generate(**packed, max_new_tokens=3, do_sample=False)
+
+
+ATTENTION = (
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+    "sdpaa",
+    "paged|sdpa",
+    "kernels-community/x",
+    "",
+)
+
+
+@pytest.mark.parametrize("wanted", ATTENTION)
+def test_attention_backends_that_there_are_not(wanted: str, tmp_path: Path) -> None:
+    """One error, with what is supported: while a model opens, is built from a configuration, or changes."""
+    model, processor = loud("siglip", "gemma")
+    message = "is not supported.*supported: sdpa, eager"
+    for asked in (wanted, {"text_config": wanted}, {"vision_config": wanted}):
+        with pytest.raises(ConfigError, match=message):
+            model.set_attn_implementation(asked)
+    with pytest.raises(ConfigError, match=message):
+        vlm.load(tmp_path / "not-read", attn_implementation=wanted)
+    vlm.save(model, processor, tmp_path / "m")
+    for asked in (wanted, {"text_config": wanted}):
+        with pytest.raises(ConfigError, match=message):
+            AutoModelForImageTextToText.from_pretrained(tmp_path / "m", attn_implementation=asked)
+    with pytest.raises(ConfigError, match=r"names 'decoder', expected the parts vision_config and text_config"):
+        model.set_attn_implementation({"decoder": "eager"})
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+
+
+def test_attention_of_ones_own() -> None:
+    """A function registered with transformers gets the mask, and may be chosen."""
+    model = copy.deepcopy(loud("siglip", "gemma")[0])
+    batch = lay_out(model, ROWS)
+    seen: list[bool] = []
+
+    def own(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
+        seen.append(attention_mask is not None)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+
+    AttentionInterface.register("of_ones_own", own)
+    try:
+        with torch.no_grad():
+            wanted = model(**batch).logits
+            model.set_attn_implementation({"text_config": "of_ones_own"})
+            assert torch.allclose(model(**batch).logits, wanted, atol=1e-5)
+    finally:
+        del AttentionInterface._global_mapping["of_ones_own"]
+    assert seen == [True, True]
 
 
 def test_embeddings_are_scaled_once() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vlm
-from vlm import loss
+from vlm import check, loss
 from vlm.config import kinds, part
 from vlm.errors import ConfigError
 from vlm.model import VLM
@@ -209,6 +209,48 @@ def test_adapted_position_table(encoder: str) -> None:
         embeddings.position_embedding.weight += shift
         assert torch.allclose(model.encode(**pixels).features, wrapped, atol=1e-5)
     assert not torch.allclose(before, wrapped, atol=1e-2)
+
+
+class Wrapped(nn.Module):
+    """A module behind another one, which has nothing of its own: no weight, no dtype."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return self.inner(*given, **named)
+
+
+@pytest.mark.parametrize("encoder", OWN_ENCODERS)
+def test_every_layer_may_be_wrapped(encoder: str) -> None:
+    """All linear layers, convolutions and embeddings of the model behind wrappers: the same loss and the same text."""
+    model, batch = model_and_batch(encoder)
+    _, processor = loud(encoder, "gemma")
+    prompt: Any = processor, picture(1, (60, 30)), "caption en"
+    with torch.no_grad():
+        wanted, text = model(**batch).loss, vlm.generate(model, *prompt, max_new_tokens=4)
+        layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)]
+        for name in layers:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Wrapped(model.get_submodule(name)))
+        assert torch.equal(model(**batch).loss, wanted)
+        assert vlm.generate(model, *prompt, max_new_tokens=4) == text
+        again = copy.deepcopy(model)
+        model.get_submodule(layers[0]).inner = nn.Identity()  # a copy runs its own modules
+        assert torch.equal(again(**batch).loss, wanted)
+
+
+def test_checks_pass_over_adapted_embeddings() -> None:
+    model, processor = loud("siglip", "gemma")
+    both = ("tied-weights", "embedding-scale")
+    for changed, rows in ((copy.deepcopy(model), both[:1]), (copy.deepcopy(model), both)):
+        if rows == both:
+            changed.set_input_embeddings(Wrapped(changed.get_input_embeddings()))
+        else:
+            changed.lm_head = LowRank(changed.lm_head)
+        found = check.run(changed, processor, only=rows)
+        assert all(found[name].status == "n/a" and "adapts or quantises" in found[name].detail for name in rows)
 
 
 def test_tied_embeddings_learn_from_both_ends() -> None:

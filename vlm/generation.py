@@ -73,7 +73,7 @@ def generate(
     length_penalty: float = 1.0,
     beam_search: BeamSearch = "transformers",
     seed: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     batch_tokens: int | None = None,
     force_fp16: bool = False,
     strip_control: bool = False,
@@ -88,9 +88,11 @@ def generate(
         max_new_tokens: most tokens generated for a sample.
         num_beams: 1 is greedy (or sampling); more is beam search.
         beam_search: `transformers`, or `big_vision` for the rule that PaliGemma's published results were decoded with:
-            the highest sum of log-probabilities (see `vlm.beam`). length_penalty: of `transformers` beams only.
+            the highest sum of log-probabilities (see `vlm.beam`). With one beam both are greedy.
+        length_penalty: of `transformers` beams only.
         do_sample, temperature, top_p, top_k: sampling; `top_k=0` means no limit. `seed` makes it repeatable.
-        batch_size: samples at a time; it does not change greedy results beyond floating-point rounding.
+        batch_size: samples at a time, 16 if not given; it does not change greedy results beyond floating-point
+            rounding.
         batch_tokens: instead of `batch_size`, as many samples at a time as have at most so many image and prompt
             tokens, padding included and once for each beam; similar lengths together. A sample that is longer goes
             alone.
@@ -102,8 +104,9 @@ def generate(
         `max_new_tokens` did.
 
     Raises:
-        GenerationError: float16, or settings that contradict each other. DataError, ImageError: as `Processor` raises
-            them, and for a prompt that leaves no room in the model's context.
+        GenerationError: float16; settings that contradict each other, or that this way of decoding would not read
+            (`temperature` without `do_sample`, `length_penalty` without beams). DataError, ImageError: as `Processor`
+            raises them, and for a prompt that leaves no room in the model's context.
     """
     check_dtype(model.config, model.dtype, force=force_fp16)
     settings = generation_config(
@@ -117,6 +120,11 @@ def generate(
         length_penalty=length_penalty,
     )
     check_beam_search(beam_search, do_sample=do_sample, length_penalty=length_penalty)
+    if seed is not None and not do_sample:
+        raise GenerationError(f"seed={seed} without do_sample=True: nothing is drawn; leave it out or sample")
+    if batch_size is not None and batch_tokens is not None:
+        raise GenerationError(f"batch_size={batch_size} beside batch_tokens={batch_tokens}; pass one of the two")
+    batch_size = 16 if batch_size is None else batch_size
     if batch_size < 1:
         raise GenerationError(f"batch_size is {batch_size}, expected at least 1")
     prompts = control.checked([prompts] if isinstance(prompts, str) else list(prompts), strip=strip_control)
@@ -159,10 +167,15 @@ def generate_ids(
     Args:
         settings: what `generation_config` returns, or any of transformers'.
         beam_search: the rule when `settings.num_beams` is above 1. `big_vision` reads `num_beams`, `max_new_tokens`,
-            `suppress_tokens` and the ids of EOS and padding; the rest belongs to transformers' search.
+            `suppress_tokens` and the ids of EOS and padding; the rest belongs to transformers' search, and is refused.
+
+    Raises:
+        GenerationError: a batch made for training or with packed samples, or settings that the rule would not read.
     """
     if batch.labels is not None:
         raise GenerationError("this batch was made for training (it has labels, padding right); make it without suffix")
+    if batch.sequence_ids is not None:
+        raise GenerationError("this batch has packed samples (sequence_ids); generate for samples that are not packed")
     check_beam_search(beam_search, do_sample=bool(settings.do_sample), length_penalty=settings.length_penalty)
     batch = batch.to(model.device)
     with in_eval_mode(model):
@@ -173,7 +186,21 @@ def generate_ids(
     return output[:, batch.input_ids.shape[1] :]
 
 
+READ_BY_BIG_VISION = {
+    *("num_beams", "max_new_tokens", "suppress_tokens", "eos_token_id", "pad_token_id", "bos_token_id"),
+    *("do_sample", "length_penalty", "use_cache", "transformers_version"),
+}
+"""Settings that the original rule reads, that have been checked before, or that change nothing."""
+
+
 def _big_vision(model: VLM, batch: Batch, settings: GenerationConfig) -> torch.Tensor:
+    given = settings.to_diff_dict()
+    unread = [f"{name}={value}" for name, value in given.items() if name not in READ_BY_BIG_VISION]
+    if unread:
+        raise GenerationError(
+            f"beam_search='big_vision' does not read {', '.join(unread)}; leave it out or use"
+            f" beam_search='transformers'"
+        )
     eos, limit = settings.eos_token_id, settings.max_new_tokens
     if not isinstance(eos, int) or limit is None:
         raise GenerationError(
@@ -224,24 +251,43 @@ def check_beam_search(beam_search: str, *, do_sample: bool, length_penalty: floa
 
 
 def generation_config(
-    processor: Processor, *, max_new_tokens: int, num_beams: int, do_sample: bool, **sampling: Any
+    processor: Processor,
+    *,
+    max_new_tokens: int,
+    num_beams: int,
+    do_sample: bool,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    length_penalty: float = 1.0,
 ) -> GenerationConfig:
     """transformers' settings for the processor's tokens.
 
     Raises:
-        GenerationError: a number is out of range, or sampling and beams are asked for together.
+        GenerationError: a number is out of range, sampling and beams are asked for together, or a setting of one of
+            them without it.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
         if value < 1:
             raise GenerationError(f"{name} is {value}, expected at least 1")
     if do_sample and num_beams > 1:
         raise GenerationError(f"do_sample and num_beams={num_beams} together are not supported; choose one")
-    if do_sample and not (sampling["temperature"] > 0 and 0 < sampling["top_p"] <= 1):
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    if do_sample and not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0):
         raise GenerationError(
-            f"temperature {sampling['temperature']} must be positive and top_p {sampling['top_p']} in (0, 1]; for no"
+            f"temperature {temperature} must be positive, top_p {top_p} in (0, 1] and top_k {top_k} at least 0; for no"
             f" randomness use do_sample=False"
         )
-    used = {"temperature", "top_p", "top_k"} if do_sample else {"length_penalty"} if num_beams > 1 else set()
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    unread = [f"{name}={value}" for name, value in sampling.items() if value != neutral[name]]
+    if unread and not do_sample:
+        raise GenerationError(
+            f"{', '.join(unread)} without do_sample=True: nothing is drawn; leave it out for"
+            f" {'beam search' if num_beams > 1 else 'greedy decoding'}, or sample"
+        )
+    if length_penalty != 1.0 and num_beams == 1:
+        raise GenerationError(f"length_penalty={length_penalty} without beams: only num_beams above 1 reads it")
+    used = sampling if do_sample else {"length_penalty": length_penalty} if num_beams > 1 else {}
     tokenizer = processor.tokenizer
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -252,7 +298,7 @@ def generation_config(
         eos_token_id=tokenizer.eos_token_id,
         # A generated placeholder would ask for an image that is not there.
         suppress_tokens=[processor.image_token_id],
-        **{name: value for name, value in sampling.items() if name in used},
+        **used,
     )
 
 

@@ -198,7 +198,7 @@ class VLMModel(VLMPreTrainedModel):
             return embeds, None
         tokens, counts = self.project(encoded)
         images_per_sample(placeholders, counts)
-        tokens = tokens.to(embeds.dtype)
+        tokens = tokens.to(embeds)  # a tower may be in another dtype, or on another device
         return embeds.masked_scatter(placeholders[..., None], tokens), tokens
 
     def encode(
@@ -395,12 +395,13 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = out.last_hidden_state
-        result = VLMOutput(**{name: value for name, value in out.items() if name != "last_hidden_state"})
-        if not skip_logits:
-            result.logits = self.logits(keep(hidden, 0 if logits_to_keep is None else logits_to_keep))
+        # In the order of the fields: an output is a dictionary, and its tuple has the order in which it was filled.
+        losses: dict[str, Any] = {}
         if labels is not None:
-            self._add_loss(result, hidden, labels, sequence_ids, reduction, num_items_in_batch)
-        return result
+            losses = self._losses(hidden, labels, sequence_ids, reduction, num_items_in_batch)
+        wanted = None if skip_logits else self.logits(keep(hidden, 0 if logits_to_keep is None else logits_to_keep))
+        rest = {name: value for name, value in out.items() if name != "last_hidden_state"}
+        return VLMOutput(loss=losses.pop("loss", None), logits=wanted, **rest, **losses)
 
     def encode(
         self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, spatial_shapes: Tensor | None = None
@@ -414,20 +415,20 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         softcap = final_softcap(self.config) if self.config.softcap_in_generation else None
         return loss.apply_softcap(self.lm_head(hidden), softcap)
 
-    def _add_loss(
+    def _losses(
         self,
-        result: VLMOutput,
         hidden: Tensor,
         labels: Tensor,
         sequence_ids: Tensor | None,
         reduction: loss.Reduction,
         num_items: Tensor | int | None,
-    ) -> None:
+    ) -> dict[str, Tensor]:
+        """`loss`, `loss_sum` and `loss_weight` of `VLMOutput`."""
         rows = loss.supervised_rows(labels, sequence_ids, reduction)
         if rows.target.numel() == 0:
             raise DataError("no token of this batch is supervised: all labels are -100; give each sample a suffix")
         softcap = final_softcap(self.config) if self.config.softcap_in_loss else None
-        result.loss_sum = loss.linear_cross_entropy(
+        total = loss.linear_cross_entropy(
             hidden[rows.batch, rows.position],
             self.lm_head,
             rows.target,
@@ -435,8 +436,8 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
             vocabulary=self.config.text_config.vocab_size,
             softcap=softcap,
         )
-        result.loss_weight = rows.total
-        result.loss = result.loss_sum / (rows.total if num_items is None else num_items)
+        mean = total / (rows.total if num_items is None else num_items)
+        return {"loss": mean, "loss_sum": total, "loss_weight": rows.total}
 
     def set_attn_implementation(self, attn_implementation: str | dict[Any, Any], *args: Any, **kwargs: Any) -> Any:
         """Switch the attention backend at run time.

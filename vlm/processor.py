@@ -5,8 +5,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterator,
+    KeysView,
+    Mapping,
+    MutableMapping,
+    Sequence,
+    ValuesView,
+)
+from dataclasses import MISSING, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,7 +27,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from vlm import control, projectors
-from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
+from vlm.errors import CheckpointError, ConfigError, DataError, ImageError, nearest
 from vlm.files import disk_errors, publishing, rust_disk_errors
 from vlm.fusion import open_transform
 from vlm.images import ImageInput, is_image, load_image
@@ -36,9 +45,11 @@ DEFAULT_PROJECTOR = {"kind": "linear"}
 ImageSource = ImageInput
 
 
-@dataclass
-class Batch:
+@dataclass(init=False)
+class Batch(MutableMapping[str, Tensor]):
     """What a model reads, made by `Processor` only. `model(**batch)` passes the tensors that are there.
+
+    A mapping from their names to them, but for `len`: that is the number of samples.
 
     Shape letters: B samples, S sequence length, M images of the whole batch, N patches, P patch side.
 
@@ -69,14 +80,51 @@ class Batch:
     ids: list[str] = field(default_factory=list)
     truncated: list[str] = field(default_factory=list)
 
-    def keys(self) -> list[str]:
+    def __init__(self, tensors: Mapping[str, Any] | None = None, /, **named: Any) -> None:
+        """From what belongs in it by name; or from one mapping, as libraries build a mapping anew."""
+        given = {**(tensors or {}), **named}
+        known = {item.name: item for item in fields(self)}
+        for name in given:
+            if name not in known:
+                raise TypeError(f"a batch has no {name!r}{nearest(name, known)}")
+        for name, item in known.items():
+            if name not in given and item.default is MISSING and item.default_factory is MISSING:
+                raise TypeError(f"a batch needs {name}")
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            setattr(self, name, given.get(name, default))
+
+    # Views of a dictionary: those of `Mapping` would count samples.
+    def keys(self) -> KeysView[str]:
         """Names of the tensors that are there, for `**batch`."""
-        return [name for name, _ in self._tensors()]
+        return dict(self._tensors()).keys()
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """The tensors that are there, with their names."""
+        return dict(self._tensors()).items()
+
+    def values(self) -> ValuesView[Tensor]:
+        """The tensors that are there."""
+        return dict(self._tensors()).values()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         return dict(self._tensors())[name]
 
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        known = [item.name for item in fields(self)]
+        if name not in known or not isinstance(tensor, Tensor):
+            raise DataError(f"a batch holds tensors called {', '.join(known)}; got {name!r}, {type(tensor).__name__}")
+        setattr(self, name, tensor)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self.keys():
+            raise KeyError(name)
+        setattr(self, name, None)
+
     def __len__(self) -> int:
+        """Samples."""
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

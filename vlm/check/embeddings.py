@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import Subject, evaluating, text_logits
@@ -28,6 +28,8 @@ def scale(subject: Subject) -> Finding:
     tensors = subject.batch()
     ids, image = tensors["input_ids"], tensors["input_ids"] == model.config.image_token_id
     table: Any = model.get_input_embeddings()
+    if not _plain(table, nn.Embedding):
+        return not_applicable(f"the embedding is a {type(table).__name__}, which adapts or quantises its rows")
     if table.weight.device.type == "meta":
         return not_applicable("the embedding is offloaded to the disk; open the model whole to check this")
     rows = table.weight[ids].float()
@@ -55,12 +57,20 @@ def tied(subject: Subject) -> Finding:
     if not model.config.tie_word_embeddings:
         return not_applicable("tie_word_embeddings is false: this model has an output embedding of its own")
     table: Any = model.get_input_embeddings()
+    for layer, kind in ((table, nn.Embedding), (model.lm_head, nn.Linear)):
+        if not _plain(layer, kind):
+            return not_applicable(f"a {type(layer).__name__} adapts or quantises the embedding")
     one, two = table.weight, model.lm_head.weight
     if one.device.type == "meta" or two.device.type == "meta":
         return not_applicable("the embedding is offloaded to the disk; open the model whole to check this")
     shared = one is two or (one.device == two.device and one.data_ptr() == two.data_ptr())
     problem = "" if shared else "lm_head.weight and embed_tokens.weight are two tensors; training would part them"
     return Finding(measured=1 if shared else 2, limit=1, detail="storages of the vocabulary", problem=problem)
+
+
+def _plain(layer: Any, kind: type[nn.Module]) -> bool:
+    """Whether a layer's weight is a matrix of numbers, and all that it computes with."""
+    return isinstance(layer, kind) and isinstance(layer.weight, Tensor) and layer.weight.is_floating_point()
 
 
 def _factor(output: Tensor, base: Tensor) -> float:

@@ -19,6 +19,7 @@ from vlm.cli.options import (
     add_geometry,
     add_model,
     add_overrides,
+    check_beams,
     check_device,
     command,
     geometry,
@@ -189,6 +190,7 @@ def _answer(options: Namespace, groups: list[list[str]], prompt: str, batch_size
     from vlm.cli.ask import ask_about
 
     check_device(options.device)
+    check_beams(options.num_beams, options.beam_search)
     return ask_about(
         groups,
         prompt,

@@ -12,6 +12,7 @@ from vlm.cli.options import (
     add_geometry,
     add_model,
     at_least,
+    check_beams,
     check_device,
     command,
     geometry,
@@ -49,7 +50,8 @@ def add(commands: Any) -> None:
     add_geometry(parser)
     add_generation(parser, batch_size=None)
     parser.set_defaults(**dict.fromkeys(_DECODING))  # None: what the task says, or evaluate's own
-    parser.add_argument(
+    at_a_time = parser.add_mutually_exclusive_group()
+    at_a_time.add_argument(
         *("--batch", "--batch-size"),
         dest="batch_size",
         type=_batch_size,
@@ -57,7 +59,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="items at a time (16), or auto: the largest power of two that fits into the memory",
     )
-    parser.add_argument(
+    at_a_time.add_argument(
         "--batch-tokens",
         type=at_least(1),
         metavar="N",
@@ -100,6 +102,8 @@ def run_eval(options: Namespace) -> int:
     if options.tasks is not None and (options.image_root or options.skip_bad):
         raise ConfigError("--image-root and --skip-bad are for a JSONL file; with --tasks the tasks name their files")
     _refuse_unread(_given(options))
+    if options.tasks is None:  # a task may say how many beams it takes
+        check_beams(options.num_beams, options.beam_search)
     check_device(options.device)
     console.quiet_transformers()
     with processes.joined() as group:

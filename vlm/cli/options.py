@@ -138,6 +138,14 @@ def unless_auto(choice: str) -> str | None:
     return None if choice == "auto" else choice
 
 
+def check_beams(num_beams: int | None, beam_search: str | None) -> None:
+    """Raise ConfigError for a rule of beams without beams."""
+    from vlm.errors import ConfigError
+
+    if beam_search == "big_vision" and (num_beams or 1) == 1:
+        raise ConfigError("--beam-search big_vision with one beam, which is greedy; add --num-beams N or leave it out")
+
+
 def check_device(device: str) -> None:
     if device == "cuda":
         import torch

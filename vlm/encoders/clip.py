@@ -12,6 +12,7 @@ the class token alone, and transformers' `last_hidden_state` comes without it; a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from vlm.encoders import (
     final_norm,
     hidden_features,
     run_blocks,
+    runs,
     square_output,
     stated,
 )
@@ -62,8 +64,9 @@ class Encoder(CLIPVisionModel):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.post_layernorm = final_norm(config, self.post_layernorm)  # type: ignore[assignment]
+        runs(self.embeddings, functools.partial(embed, self.embeddings))
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> EncoderOutput:
+    def forward(self, pixel_values: Tensor) -> EncoderOutput:
         """Encode images.
 
         Args:
@@ -74,10 +77,16 @@ class Encoder(CLIPVisionModel):
         """
         check_square(self.config, pixel_values, "clip")
         hidden = self.pre_layrnorm(self.embeddings(pixel_values.to(self.dtype)))
-        features = run_blocks(
-            self.config, self.encoder.layers, self.post_layernorm, hidden, attention_mask=None, **kwargs
-        )
+        features = run_blocks(self.config, self.encoder.layers, self.post_layernorm, hidden, attention_mask=None)
         return square_output(self.config, features[:, 1:])
+
+
+def embed(embeddings: Any, pixel_values: Tensor) -> Tensor:
+    """float[M, 3, H, W] -> float[M, 1 + P, E]. transformers asks the patch embedding for its weight, for the dtype,
+    which a wrapped or quantised one may not have."""
+    patches: Tensor = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+    hidden = torch.cat([embeddings.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
+    return hidden + embeddings.position_embedding(embeddings.position_ids)
 
 
 def transform(config: Config, **settings: Any) -> ImageTransform:

@@ -12,6 +12,7 @@ with registers and without for the others; the class token's row stays.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,7 @@ from vlm.encoders import (
     final_norm,
     hidden_features,
     run_blocks,
+    runs,
     square_output,
     stated,
 )
@@ -79,6 +81,13 @@ def resample(table: Tensor, config: Config) -> Tensor:
     return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
+def embed(patch_embeddings: Any, pixel_values: Tensor) -> Tensor:
+    """float[M, 3, H, W] -> float[M, P, E]. transformers asks the projection for its weight, for the dtype, which a
+    wrapped or quantised one may not have."""
+    patches: Tensor = patch_embeddings.projection(pixel_values).flatten(2).transpose(1, 2)
+    return patches
+
+
 class Embeddings(nn.Module):
     """Patches with positions, behind the class token and the registers (which have none)."""
 
@@ -87,6 +96,7 @@ class Embeddings(nn.Module):
         width, patches = config.hidden_size, tokens_for(config, int(config.image_size))  # type: ignore[arg-type]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embeddings = Dinov2PatchEmbeddings(config)  # type: ignore[arg-type]
+        runs(self.patch_embeddings, functools.partial(embed, self.patch_embeddings))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + patches, width))
         if config.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, width))

@@ -11,6 +11,7 @@ image size resamples the position table as big_vision does.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,7 @@ from vlm.encoders import (
     final_norm,
     hidden_features,
     run_blocks,
+    runs,
     square_output,
     stated,
 )
@@ -85,8 +87,9 @@ class Encoder(SiglipVisionModel):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.post_layernorm = final_norm(config, self.post_layernorm)  # type: ignore[assignment]
+        runs(self.embeddings, functools.partial(embed, self.embeddings))
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> EncoderOutput:
+    def forward(self, pixel_values: Tensor) -> EncoderOutput:
         """Encode images.
 
         Args:
@@ -97,10 +100,15 @@ class Encoder(SiglipVisionModel):
         """
         check_square(self.config, pixel_values, "siglip")
         hidden = self.embeddings(pixel_values.to(self.dtype))
-        features = run_blocks(
-            self.config, self.encoder.layers, self.post_layernorm, hidden, attention_mask=None, **kwargs
-        )
+        features = run_blocks(self.config, self.encoder.layers, self.post_layernorm, hidden, attention_mask=None)
         return square_output(self.config, features)
+
+
+def embed(embeddings: Any, pixel_values: Tensor) -> Tensor:
+    """float[M, 3, H, W] -> float[M, P, E]. transformers asks the patch embedding for its weight, for the dtype, which a
+    wrapped or quantised one may not have."""
+    patches: Tensor = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+    return patches + embeddings.position_embedding(embeddings.position_ids)
 
 
 def transform(config: Config, **settings: Any) -> ImageTransform:

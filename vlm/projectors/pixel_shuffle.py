@@ -58,7 +58,7 @@ class Projector(nn.Module):
 
     def flops(self, grid: Grid) -> int:
         """Floating-point operations for one image."""
-        return 2 * self.num_tokens(grid) * self.linear.weight.numel()
+        return 2 * self.num_tokens(grid) * self.linear.in_features * self.linear.out_features
 
     def forward(self, features: Tensor, mask: Tensor | None, grid: Tensor) -> tuple[Tensor, Tensor | None]:
         """float[M, P, E], bool[M, P] or None, int64[M, 2] -> (float[M, Q, D], bool[M, Q] or None)."""

@@ -145,7 +145,7 @@ class Projector(nn.Module):
         patches = grid[0] * grid[1]
         per_query = 2 * (2 + 2 * EXPANSION) * width**2
         block = queries * per_query + patches * 4 * width**2 + 4 * queries * patches * width
-        return len(self.blocks) * block + 2 * queries * self.linear.weight.numel()
+        return len(self.blocks) * block + 2 * queries * self.linear.in_features * self.linear.out_features
 
     def forward(self, features: Tensor, mask: Tensor | None, grid: Tensor) -> tuple[Tensor, None]:
         """float[M, P, E], bool[M, P] or None, int64[M, 2] -> (float[M, queries, D], None: every row is a token)."""
