@@ -185,7 +185,9 @@ def test_shards_hold_every_tensor_once_within_the_limit(tmp_path: Path, dtype: s
         assert file.stat().st_mode & 0o044 == 0o044  # a server often runs as another user
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("300kb", 300_000), (77, 77)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("300kb", 300_000), (7_700_000, 7_700_000)]
+)
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 

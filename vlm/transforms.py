@@ -31,6 +31,10 @@ from vlm.resize import resize_bilinear
 Mode = Literal["squash", "crop", "letterbox", "naflex"]
 Rounding = Literal["nearest", "down"]
 Policy = Literal["fill", "native"]
+LARGEST = {"patch_size": 1_024, "image_size": 16_384, "resize_shortest": 16_384, "max_num_patches": 1_000_000}
+"""Far above any published model; a wrong number must not ask for terabytes or count for hours."""
+LARGEST_NUMBER = 1e6
+"""Of mean, deviation and background: they are of values in [0, 1] or of 8 bit."""
 FLOAT_FILTERS = ("bilinear", "bicubic")
 """Filters of the float resize; the others exist in Pillow only."""
 RESAMPLING = {
@@ -106,6 +110,10 @@ class ImageTransform:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"image transform {self.mode!r} needs {name} as a positive integer, got {value!r}")
+        for name, highest in LARGEST.items():
+            value = getattr(self, name)
+            if isinstance(value, int) and value > highest:
+                raise ConfigError(f"image transform {name} is {str(value)[:40]}, at most {highest:,}")
         shortest = self.resize_shortest
         if shortest is not None and (self.mode != "crop" or not isinstance(shortest, int) or shortest < self._side):
             raise ConfigError(
@@ -282,8 +290,9 @@ class ImageTransform:
 def _three_numbers(name: str, values: Any) -> tuple[Any, ...]:
     """One number per channel, as a tuple."""
     numbers = tuple(values) if isinstance(values, list | tuple) else ()
-    if len(numbers) != 3 or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
-        raise ConfigError(f"image transform {name} must be three numbers, got {values!r}")
+    # abs, not isfinite: a whole number may be too large to be looked at as a float.
+    if len(numbers) != 3 or not all(isinstance(v, int | float) and abs(v) <= LARGEST_NUMBER for v in numbers):
+        raise ConfigError(f"image transform {name} must be three numbers, got {str(values)[:200]}")
     return numbers
 
 

@@ -9,6 +9,8 @@ never in memory twice. Writing to a view does not reach the file.
 from __future__ import annotations
 
 import json
+import logging
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,24 @@ from torch import Tensor
 
 from vlm.errors import CheckpointError
 
+log = logging.getLogger(__name__)
 SINGLE = "model.safetensors"
 INDEX = SINGLE + ".index.json"
 MAX_JSON_BYTES = 64 * 2**20
 """Largest JSON file that is read: Gemma's tokenizer takes about 35 MB, an index or a configuration far less."""
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Tensor types that are weights. Integers and 8-bit floats are quantised and need their own code."""
+QUANTISED_DTYPES = frozenset(
+    {"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4"}
+)
+QUANTISED_NAMES = re.compile(
+    r"\.(qweight|qzeros|g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state|SCB|weight_format"
+    r"|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|weight_shape|input_scale)(\.|$)"
+)
+"""What GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints call their tensors."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_NAMES = re.compile(r"\.(lora_[A-Za-z_]+|base_layer|modules_to_save)\.|^base_model\.model\.")
+"""What the peft library calls them."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model")
 
 
@@ -40,17 +54,18 @@ def locate(path: str | Path, *, revision: str | None = None) -> Path:
             training run (or a stage) that has no model yet.
     """
     if Path(path).is_dir():
-        return _of_run(Path(path))
+        return not_an_adapter(_of_run(Path(path)))
     if Path(path).exists():
         raise CheckpointError(f"{path}: is a file, expected a checkpoint directory or a hub id (owner/name)")
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path}: no such directory, and not a hub id (owner/name)")
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=list(HUB_FILES)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{path}: no such directory, and the Hub does not give it: {' '.join(str(error).split())[:300]}"
         ) from error
+    return not_an_adapter(folder)
 
 
 def _of_run(folder: Path) -> Path:
@@ -71,6 +86,28 @@ def _of_run(folder: Path) -> Path:
     return folder
 
 
+def not_an_adapter(folder: Path) -> Path:
+    """The directory, unless it holds an adapter of the peft library (LoRA) in place of a model.
+
+    Raises:
+        CheckpointError: says what to do with it.
+    """
+    files = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if not files:
+        return folder
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        log.warning("%s: %s beside the model is not used; merge an adapter to use it", folder, files[0])
+        return folder
+    settings = read_json(folder / ADAPTER_FILES[0]) if files[0] == ADAPTER_FILES[0] else {}
+    kind, base = settings.get("peft_type") or "LORA", settings.get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{folder}: is an adapter ({'LoRA' if kind == 'LORA' else kind}, {files[0]}), not a model: it belongs on"
+        f" {base or 'the model that it was trained on'}. Merge it once: open that with vlm.load, then"
+        f" merged = peft.PeftModel.from_pretrained(model, {str(folder)!r}).merge_and_unload() and"
+        f" vlm.save(merged, processor, DIR)"
+    )
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -82,7 +119,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read as JSON")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a huge number, brackets without end
+    except (ValueError, RecursionError, MemoryError) as error:  # not UTF-8, not JSON, brackets without end
         raise CheckpointError(f"{file}: not valid JSON ({str(error)[:100]}); copy the file again") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: holds a {type(values).__name__}, expected a JSON object")
@@ -144,12 +181,59 @@ class Weights:
                 self.tensors[name] = info
         if listed is not None:
             _compare_index(folder, listed, self.tensors)
+        _refuse_quantised(folder, self.tensors)
+        _refuse_adapters(folder, self.tensors)
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, a view of the file that may be written to."""
         with safe_open(str(self.tensors[name].file), framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
+
+
+def _refuse_quantised(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Raise CheckpointError for weights that are no plain numbers, by what the configuration, dtypes and names say."""
+    found = [name for name, info in tensors.items() if info.dtype in QUANTISED_DTYPES or QUANTISED_NAMES.search(name)]
+    settings = _quantisation(folder)
+    if settings is None and not found:
+        return
+    method = ""
+    if settings is not None:
+        method = str(settings.get("quant_method") or settings.get("quant_type") or "")
+        bits = settings.get("bits") or settings.get("w_bit")
+        bits = bits or (4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None)
+        method = (
+            f" ({method}{f', {bits} bits' if bits else ''})"
+            if method or bits
+            else " (config.json: quantization_config)"
+        )
+    names = ", ".join(f"{name} {tensors[name].dtype}" for name in sorted(found)[:3])
+    shown = f": {len(found)} tensors such as {names}" if found else ""
+    raise CheckpointError(
+        f"{folder}: the weights are quantised{method}{shown}; only float32, bfloat16 and float16 are opened: take the"
+        f" checkpoint that it was made from, or turn it back once with the library that made it (transformers:"
+        f" model.dequantize(), then save_pretrained)"
+    )
+
+
+def _quantisation(folder: Path) -> dict[str, Any] | None:
+    """`quantization_config` of a configuration or of one of its parts."""
+    if not (folder / "config.json").is_file():
+        return None
+    values = read_json(folder / "config.json")
+    parts = [values, *(values.get(part) for part in ("text_config", "vision_config"))]
+    found = [part.get("quantization_config") for part in parts if isinstance(part, dict)]
+    return next((settings for settings in found if isinstance(settings, dict)), None)
+
+
+def _refuse_adapters(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    found = sorted(name for name in tensors if ADAPTER_NAMES.search(name))
+    if found:
+        raise CheckpointError(
+            f"{folder}: the weights hold adapters (LoRA) that are not merged: {len(found)} tensors such as"
+            f" {', '.join(found[:3])}; open them with the library that made them, merge (peft: merge_and_unload) and"
+            f" save the result"
+        )
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

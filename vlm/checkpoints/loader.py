@@ -323,7 +323,31 @@ def _device_map(model: VLM, placement: Placement) -> dict[str, Any] | None:
     for name in expected_shapes(model):
         _device_of(name, devices)
     _place_head(devices, asked)
-    return devices
+    return _without_overlap(model, devices)
+
+
+def _without_overlap(model: VLM, devices: dict[str, Any]) -> dict[str, Any]:
+    """The same map with names of which none lies inside another: accelerate would move the whole of the outer one."""
+    if not any(_inside(one, other) for one in devices for other in devices):
+        return devices
+    parted: dict[str, Any] = {}
+
+    def place(name: str, module: nn.Module) -> None:
+        own = [f"{name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
+        if not any(_inside(key, name) for key in devices):
+            parted[name] = _device_of(name, devices)
+            return
+        for leaf in own:
+            parted[leaf] = _device_of(leaf, devices)
+        for child, inner in module.named_children():
+            place(f"{name}.{child}".lstrip("."), inner)
+
+    place("", model)
+    return parted
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name != outer and (not outer or name.startswith(outer + "."))
 
 
 def _place_head(devices: dict[str, Any], asked: str | Mapping[str, Any]) -> None:

@@ -16,6 +16,8 @@ from vlm.files import sha256, write_json
 NAME = "manifest.json"
 QUICK_BYTES = 32 * 2**20
 """`quick` hashes files up to this size (configurations and tokenizers) and compares only the length of larger ones."""
+NEEDED = ("config.json", "processor_config.json", "model*.safetensors*")
+"""What a model is read from: a manifest that leaves one of these out proves nothing."""
 Verify = Literal["quick", "full", "none"]
 
 
@@ -45,6 +47,12 @@ def check(folder: Path, verify: Verify = "quick") -> None:
     listed = read_json(folder / NAME).get("files")
     if not isinstance(listed, dict):
         raise CheckpointError(f"{folder / NAME}: no list of files; it was not written by vlm.save")
+    unlisted = sorted(name for name in _needed(folder) if name not in listed)
+    if unlisted:
+        raise CheckpointError(
+            f"{folder / NAME}: does not list {', '.join(unlisted[:5])}, so it says nothing about them; copy the whole"
+            f" directory again, or, if you changed it on purpose, delete {NAME} or open with verify='none'"
+        )
     for name, expected in listed.items():
         if not is_plain(name) or not isinstance(expected, dict):
             raise CheckpointError(f"{folder / NAME}: {name[:300]!r} is not the entry of a plain file; refused")
@@ -54,6 +62,11 @@ def check(folder: Path, verify: Verify = "quick") -> None:
                 f"{folder / name}: {problem} than {NAME} says; copy it again, or, if you changed it on purpose, delete"
                 f" {NAME} or open with verify='none'"
             )
+
+
+def _needed(folder: Path) -> list[str]:
+    """Names of the files that a model is read from."""
+    return [file.name for pattern in NEEDED for file in folder.glob(pattern)]
 
 
 def _difference(file: Path, expected: dict[str, object], verify: Verify) -> str | None:

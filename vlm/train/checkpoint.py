@@ -99,6 +99,8 @@ def problem(path: Path) -> str | None:
     try:
         listed = json.loads((path / "manifest.json").read_text())["files"]
         present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"manifest.json"}
+        if not listed:
+            return "manifest.json lists no file"
         if present != set(listed):
             return f"files differ from manifest.json: {', '.join(sorted(present ^ set(listed)))}"
         for name, entry in listed.items():
