@@ -301,7 +301,7 @@ UP = "language_model.model.layers.1.mlp.up_proj.weight"
         (lambda t: t.pop(UP), "1 missing: model.language_model.layers.1.mlp.up_proj.weight"),
         (lambda t: t.update({"language_model.model.extra": torch.zeros(2)}), "1 unexpected: .*extra"),
         (lambda t: t.update({UP: torch.zeros(3, 5)}), r"1 mis-shaped: .*up_proj.weight \(3, 5\) for"),
-        (lambda t: t.update({UP: t[UP].to(torch.int8)}), "the weights are quantised: 1 tensors such as .*up_proj.weight I8"),
+        (lambda t: t.update({UP: t[UP].to(torch.int8)}), "are quantised: 1 tensors .*up_proj.weight I8"),
         (lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}), "up_proj.weight F8_E4M3"),
         (lambda t: t.update({UP: t[UP].double()}), "up_proj.weight F64"),
         (lambda t: t[UP].view(-1)[7:8].fill_(float("nan")), "up_proj.weight holds NaN or infinity"),
