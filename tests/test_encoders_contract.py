@@ -173,7 +173,8 @@ def test_feature_layers(kind: str) -> None:
     """-2 is the output of the last block but one without a norm, a list is concatenated in its order; what hooks see in
     the whole tower says so."""
     config, tower, transform = build(kind)
-    if kind == "siglip2_naflex":
+    module = part("vlm.encoders", kind)
+    if not hasattr(module, "BLOCKS") and not hasattr(module, "choose_layers"):
         with pytest.raises(ConfigError, match="gives its last layer only"):
             choose_layers(kind, config, -2)
         return
@@ -241,11 +242,12 @@ def resampled(kind: str, state: dict[str, Tensor], config: Any) -> tuple[dict[st
 @each_fixed
 @torch.no_grad()
 def test_another_image_size(kind: str) -> None:
-    """The position table is resampled to the new grid and nothing else changes; DINOv3 has angles, and no table."""
+    """The position table is resampled to the new grid and nothing else changes; DINOv3 has angles, and no table (of the
+    fused tower's members, one has)."""
     config, tower, _ = build(kind)
     bigger = enlarged(kind, config)
     state, tables = resampled(kind, dict(tower.state_dict()), bigger)
-    assert tables == (0 if kind == "dinov3" else 1)
+    assert tables == (1 if kind == "fused" or hasattr(part("vlm.encoders", kind), "POSITIONS") else 0)
     grown = part("vlm.encoders", kind).Encoder._from_config(bigger).eval()
     grown.load_state_dict(state)
     transform = part("vlm.encoders", kind).transform(bigger)
@@ -321,7 +323,8 @@ def test_a_frozen_tower_is_still(kind: str) -> None:
         assert all(parameter.grad is None and not parameter.requires_grad for parameter in tower.parameters())
     with parts.frozen(model, StageConfig(**stage, module="full", train={"encoder": 1e-3, "projector": 1e-3})):
         moving = outputs()
-        assert all(torch.equal(moving[0], other) for other in moving) == (kind == "open_clip")
+        if kind in DROPPING or kind == "fused":
+            assert not all(torch.equal(moving[0], other) for other in moving)
         assert all(parameter.requires_grad for parameter in tower.parameters())
 
 

@@ -20,7 +20,9 @@ NAME = "own_encoder:PatchTower"
 
 def python(*words: str, path: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{path}:{ROOT}"}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,31 @@ def test_bad_names(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
             use(name)
         assert main(["info", str(built), "--encoder-class", name]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_one_file_is_all_that_an_encoder_of_the_library_needs(tmp_path: Path) -> None:
+    """The example's tower as a file in `vlm/encoders`: found by `vlm.new`, `load`, `info`, `check`, and by the contract
+    tests, which know nothing of it."""
+    source = (ROOT / "examples" / "own_encoder.py").read_text(encoding="utf-8")
+    source = source[: source.index("def main(")].replace("class PatchTower", "class Encoder")
+    source = source.replace('"own_encoder:PatchTower"', '"patchwork"').replace('"patch_tower"', '"patchwork"')
+    source = source.replace("import vlm\n", "").replace("from vlm.presets import tiny, tiny_decoder\n", "")
+    (tmp_path / "patchwork.py").write_text(source + "def tiny() -> Config:\n    return Config()\n", encoding="utf-8")
+    code = f"""
+import sys, vlm.encoders
+vlm.encoders.__path__.append({str(tmp_path)!r})
+import pytest, vlm
+from vlm import check, presets
+model, processor = presets.tiny("patchwork")
+vlm.save(model, processor, {str(tmp_path / "model")!r})
+model, processor = vlm.load({str(tmp_path / "model")!r})
+assert "patchwork" in vlm.info.table(vlm.info.describe((model, processor)))
+assert check.run(model, processor, only=["tower", "patch-order", "tower-gradients", "image-range"]).ok
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_encoders_contract.py", "-k", "patchwork"]))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert any(line.startswith(".") and line.count(".") > 10 for line in done.stdout.splitlines()), done.stdout
 
 
 def test_new_from_a_checkpoint_of_its_own(built: Path, tmp_path: Path) -> None:
