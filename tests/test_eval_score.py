@@ -276,7 +276,7 @@ def test_ids_that_occur_twice(write: Any) -> None:
         (b"{}", "holds no item"),
         (b"id,prediction", "starts with 'i'"),
         (b"\x1f\x8b\x08", "compressed file"),
-        (b'{"id": 1, "prediction": "\xff"}', "byte 25 is not UTF-8"),
+        (b'{"id": 1, "prediction": "\xff"}', "byte 0xff at column 26 is not UTF-8"),
         (b'[{"id": 1, "prediction": "a"}', "not JSON"),
         (b'{"id": 1, "prediction": "a"}\n{"id": 2, "pred', ":2: not JSON.*is the line cut off"),
         (b'{"id": 1, "prediction": "a"}\n{"id": 2}', ":2: no 'prediction'; it has 'id'"),
@@ -288,7 +288,7 @@ def test_ids_that_occur_twice(write: Any) -> None:
         (b'[{"id": 1, "prediction": NaN}]', "NaN is no JSON value"),
         (b'[{"number": 1}]', "predictions of no known format; the keys are number. Known: jsonl"),
         (b'["a"]', r"\[0\] should be an object"),
-        (b"[" * 100_000, "recursion"),
+        (b"[" * 100_000, "nested too deep"),
     ],
 )
 def test_broken_predictions(write: Any, content: bytes, message: str) -> None:

@@ -287,7 +287,7 @@ def test_no_image_at_all_is_an_error_that_names_the_folder(tmp_path: Path) -> No
     ("content", "message"),
     [
         (b"{", "not JSON"),
-        (b"\xff{}", "not UTF-8 at byte 0"),
+        (b"\xff{}", "byte 0xff at column 1 is not UTF-8"),
         (b"[]", r"nocaps/nocaps_val_4500_captions\.json: expected an object with keys, got list \[\]"),
         (b'{"images": []}', "no 'annotations'; the object has 'images'. Is this the official file"),
         (b'{"images": 3, "annotations": []}', "'images' should be a list of objects, got int 3"),

@@ -216,14 +216,28 @@ def _value(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING
             return Path(value)
     elif hint is float:
         # A whole number is a fine float; nan and inf are no setting.
-        if type(value) in (int, float) and math.isfinite(value):
+        if type(value) is float and math.isfinite(value):
+            return value
+        if type(value) is int and abs(value) < 2**63:
             return float(value)
     elif hint in _SCALARS or hint is type(None):
-        if type(value) is hint:
+        if type(value) is hint and (hint is not int or abs(value) < 2**63):
             return value
     else:
         raise TypeError(f"{where}: settings cannot read fields of type {hint}")
-    raise ConfigError(f"{where}: expected {_expected(hint)}, got {_kind(value)}")
+    raise ConfigError(f"{where}: expected {_expected(hint)}, got {_kind(value)}{_unquoted(hint, value)}")
+
+
+def _unquoted(hint: Any, value: Any) -> str:
+    """What to do about a number (or true, false) in quotes, which is text."""
+    kinds = {hint, *typing.get_args(hint)}
+    if not isinstance(value, str) or not kinds & {int, float, bool}:
+        return ""
+    try:
+        plain = parse_yaml(value, where="")
+    except ConfigError:
+        return ""
+    return f"; write {value} without quotes" if type(plain) in kinds or (float in kinds and type(plain) is int) else ""
 
 
 def _sequence(hint: Any, value: Any, where: str) -> Any:
@@ -257,7 +271,7 @@ def _union(hint: Any, value: Any, where: str, default: Any) -> Any:
             return _value(member, value, where, default)
         except ConfigError:
             continue
-    raise ConfigError(f"{where}: expected {_expected(hint)}, got {_kind(value)}")
+    raise ConfigError(f"{where}: expected {_expected(hint)}, got {_kind(value)}{_unquoted(hint, value)}")
 
 
 def _expected(hint: Any) -> str:
@@ -288,5 +302,7 @@ def _kind(value: Any) -> str:
         list: "a list",
         dict: "keys and values",
     }
+    if type(value) is int and abs(value) >= 2**63:
+        return "a whole number of more than 64 bits"
     shown = repr(value)
     return f"{names.get(type(value), type(value).__name__)}: {shown if len(shown) <= 60 else shown[:57] + '...'}"

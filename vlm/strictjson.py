@@ -31,6 +31,10 @@ class NotJSON(ValueError):
         super().__init__(message)
         self.code = code
 
+    def in_words(self) -> str:
+        """The message with what was expected, for errors that show no code."""
+        return f"not JSON: {self}" if self.code == "not-json" else str(self)
+
 
 class ExtraData(NotJSON):
     """A JSON value that is followed by something else, as in a file of several lines of JSON."""
@@ -44,7 +48,7 @@ def decode(data: bytes) -> str:
         byte, column = data[error.start], error.start - data.rfind(b"\n", 0, error.start)
         line = data.count(b"\n", 0, error.start) + 1
         where = f"column {column}" if line == 1 else f"line {line}, column {column}"
-        raise NotJSON("not-utf-8", f"byte 0x{byte:02x} at {where}; save the file as UTF-8") from error
+        raise NotJSON("not-utf-8", f"byte 0x{byte:02x} at {where} is not UTF-8; save the file as UTF-8") from error
 
 
 def parse(data: str | bytes) -> Any:
@@ -76,7 +80,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise NotJSON("duplicate-key", f"key {twice!r} is there twice; only one of the values can be meant")
+        raise NotJSON("duplicate-key", f"the key {twice!r} is there twice; only one of the values can be meant")
     return value
 
 

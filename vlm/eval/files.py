@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm import strictjson
 from vlm.errors import ConfigError, DataError, nearest
 
 MAX_LISTED = 10
@@ -158,13 +159,11 @@ def open_document(path: str | Path) -> Document:
         what = "is empty" if not start else f"starts with {start!r}"
         raise DataError(f"{name}: {what}; expected JSON, or JSONL with one object per line")
     try:
-        value = _loads(content)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data" or start != "{":
-            raise DataError(f"{name}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
+        value = strictjson.parse(content)
+    except strictjson.NotJSON as error:
+        if not isinstance(error, strictjson.ExtraData) or start != "{":
+            raise DataError(f"{name}: {error.in_words()}") from error
         return Document(name, None, list(_lines(content, name)))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: {error}") from error
     if isinstance(value, list):
         value = rows(value, name)
     if not value:
@@ -173,16 +172,14 @@ def open_document(path: str | Path) -> Document:
 
 
 def _decode(path: str | Path, name: str) -> str:
+    data = strictjson.read_bytes(path)
+    strictjson.refuse_other_formats(
+        data[: strictjson.HEAD_BYTES], name, expected="expected JSON, or JSONL with one object per line", documents=True
+    )
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror}") from error
-    if data.startswith((b"\x1f\x8b", b"BZh", b"PK\x03\x04")):
-        raise DataError(f"{name}: a compressed file; unpack it first")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+        return strictjson.decode(data)
+    except strictjson.NotJSON as error:
+        raise DataError(f"{name}: {error.in_words()}") from error
 
 
 def _lines(content: str, name: str) -> Iterator[Row]:
@@ -191,29 +188,10 @@ def _lines(content: str, name: str) -> Iterator[Row]:
             continue
         where = f"{name}:{number}"
         try:
-            value = _loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}; is the line cut off?") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: {error}") from error
+            value = strictjson.parse(line)
+        except strictjson.NotJSON as error:
+            raise DataError(f"{where}: {error.in_words()}") from error
         yield Row(row(value, where).values, where, number)
-
-
-def _loads(content: str) -> Any:
-    return json.loads(content, object_pairs_hook=_object, parse_constant=_no_constant)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is there twice in one object; only one of the values can be meant")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
 
 
 # --- Predictions ------------------------------------------------------------------------------------------------------

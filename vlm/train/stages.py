@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from vlm import files, settings
 from vlm.build import new
 from vlm.checkpoints import identity, load, save
+from vlm.checkpoints.configs import guarded
 from vlm.checkpoints.preprocessing import own_transform
 from vlm.config import VLMConfig
 from vlm.content import of_items
@@ -342,12 +343,12 @@ def _part(value: str | dict[str, Any] | None, name: str) -> Any:
         return value
     settings_of_part = dict(value)
     kind = settings_of_part.pop("model_type", None)
-    try:
-        return AutoConfig.for_model(kind, **settings_of_part)
-    except ValueError as error:
+    if kind not in CONFIG_MAPPING:
         raise ConfigError(
             f"model.{name}: model_type {kind!r} is not known to transformers; for example siglip_vision_model or gemma"
-        ) from error
+        )
+    # A value of another type, such as "28" in quotes, or a number that overflows.
+    return guarded(lambda: AutoConfig.for_model(kind, **settings_of_part), f"model.{name}", ConfigError)
 
 
 def _publish_model(model: VLM, processor: Processor, target: Path, provenance: dict[str, Any]) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,8 +18,11 @@ from typing import Any
 
 from PIL import Image
 
+from vlm import strictjson
 from vlm.errors import ConfigError, DataError
+from vlm.images import shown
 
+_NO_GOLD = "is an empty list: there is nothing to compare an answer with. Is this a file of a hidden test split?"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -100,7 +105,7 @@ class Row:
     def integer(self, key: str) -> int:
         """A whole number, or one written as text (some official files quote them)."""
         value = self[key]
-        if isinstance(value, str) and value.lstrip("-").isdecimal():
+        if isinstance(value, str) and len(value) < 20 and value.removeprefix("-").isdecimal():
             return int(value)
         return self._of_type(key, int, "a whole number")
 
@@ -117,6 +122,13 @@ class Row:
         if type(value) is int or isinstance(value, str):
             return str(value)
         raise DataError(f"{self.where}: {key!r} should be text or a whole number, got {_shown(value)}")
+
+    def answers(self, key: str = "answers") -> tuple[str, ...]:
+        """A list of gold texts with at least one."""
+        found = self.texts(key)
+        if not found:
+            raise DataError(f"{self.where}: {key!r} {_NO_GOLD}")
+        return found
 
     def texts(self, key: str) -> tuple[str, ...]:
         value = self._of_type(key, list, "a list of text")
@@ -140,6 +152,13 @@ class Row:
         name = repr(key)
         return [Row(item, self, name, index) for index, item in enumerate(value)]
 
+    def some_rows(self, key: str) -> list[Row]:
+        """A list of objects with at least one: gold answers."""
+        found = self.rows(key)
+        if not found:
+            raise DataError(f"{self.where}: {key!r} {_NO_GOLD}")
+        return found
+
     def _of_type(self, key: str, kind: type, expected: str) -> Any:
         value = self[key]
         if type(value) is not kind:
@@ -154,15 +173,41 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of images: `folder / name` is a path below it, whatever an annotation file gives as a name."""
+    """A folder of images: `folder / name` is a path below it, whatever an annotation file gives as a name.
+
+    The folder itself may be a symbolic link; one inside it that leads out of it is refused.
+    """
 
     path: Path
+    _checked: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
+    """Names that were looked at before: question sets name the same image many times."""
 
     def __truediv__(self, name: str) -> Path:
+        if name not in self._checked:
+            self._checked[name] = self._check(name)
+        return self._checked[name]
+
+    def _check(self, name: str) -> Path:
         relative = PurePosixPath(name)
         if not name or relative.is_absolute() or ".." in relative.parts:
             raise DataError(f"image {name!r} does not lie below {self.path}; is this the official file?")
-        return self.path / relative
+        path = self.path / relative
+        try:
+            root, real = os.path.realpath(self.path), os.path.realpath(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"image {shown(name)} below {self.path}: no file can have this name ({error})") from error
+        if os.path.commonpath([root, real]) != root:
+            raise DataError(
+                f"image {shown(name)}: a symbolic link leads out of {self.path}, to {shown(real)}; copy what it leads"
+                f" to, or make {self.path} itself the link"
+            )
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            pass  # counted, and told with what to download
+        except (OSError, ValueError) as error:  # a name of thousands of characters
+            raise DataError(f"image {shown(name)} below {self.path} cannot be opened: {error}") from error
+        return path
 
 
 @dataclass(frozen=True)
@@ -218,11 +263,19 @@ class Source:
 
     def table(self, role: str, *columns: str) -> list[dict[str, str]]:
         """The file as CSV with a first line of column names, among them `columns`."""
-        reader = csv.DictReader(io.StringIO(self.text(role), newline=""))
-        if not set(columns) <= set(reader.fieldnames or ()):
-            found = ", ".join(reader.fieldnames or ()) or "none"
-            raise DataError(f"{self.place(role)}: expected the columns {' and '.join(columns)}, got {found}")
-        return list(reader)
+        try:
+            reader = csv.DictReader(io.StringIO(self.text(role), newline=""))
+            if not set(columns) <= set(reader.fieldnames or ()):
+                found = ", ".join(reader.fieldnames or ()) or "none"
+                raise DataError(f"{self.place(role)}: expected the columns {' and '.join(columns)}, got {found}")
+            rows = list(reader)
+        except csv.Error as error:
+            raise DataError(f"{self.place(role)}: not a table of comma-separated values ({error})") from error
+        for number, row in enumerate(rows, 2):
+            for column in columns:
+                if row[column] is None:
+                    raise DataError(f"{self.place(role)}, row {number}: no {column}; the row is cut off")
+        return rows
 
     def json(self, role: str) -> Any:
         path = self.path(role)
@@ -257,25 +310,43 @@ class Source:
         return self.files[role]
 
 
-def read_file(path: Path) -> bytes:
-    """Raises DataError."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read it: {error.strerror}") from error
+def read_file(path: Path, max_bytes: int | None = None) -> bytes:
+    """A file of bounded size (`strictjson.MAX_DOCUMENT_BYTES`). Raises DataError."""
+    return strictjson.read_bytes(path, max_bytes)
 
 
 def _decode(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}; download the file again") from error
+        return strictjson.decode(data)
+    except strictjson.NotJSON as error:
+        raise DataError(f"{where}: {error}; download the file again") from error
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """JSON in UTF-8. Raises DataError that begins with `where`."""
-    text = _decode(data, where)
+    """Strict JSON in UTF-8. Raises DataError that begins with `where`."""
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); download the file again") from error
+        return strictjson.parse(data)
+    except strictjson.NotJSON as error:
+        raise DataError(f"{where}: {error.in_words()}; download the file again") from error
+
+
+def read_member(archive: zipfile.ZipFile, name: str, path: Path, max_bytes: int) -> bytes:
+    """One file of an archive, of bounded size: what its directory says of the size is not relied upon.
+
+    Raises:
+        DataError: it is not in the archive, damaged, locked or too large.
+    """
+    try:
+        with archive.open(name) as member:
+            data = member.read(max_bytes + 1)
+    except KeyError as error:
+        raise DataError(f"{path}: no {name} in it; is this the official archive?") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise DataError(f"{path}: {name} is damaged ({error}); download the archive again") from error
+    except (RuntimeError, NotImplementedError) as error:  # a password, or a compression that Python does not have
+        raise DataError(f"{path}: {name} cannot be unpacked ({error})") from error
+    except MemoryError as error:
+        raise DataError(f"{path}: {name} does not fit into the memory") from error
+    if len(data) > max_bytes:
+        raise DataError(f"{path}: {name} has more than {max_bytes:,} bytes; is this the official archive?")
+    return data

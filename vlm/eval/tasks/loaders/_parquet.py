@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import ConfigError, DataError
+from vlm.images import DEFAULT_LIMITS
 
 from ..source import Source
 
@@ -41,6 +42,8 @@ def written(data: bytes, path: Path) -> Path:
 
     Decoded, all images of a data set together take gigabytes; as files they are read when they are shown.
     """
+    if len(data) > DEFAULT_LIMITS.max_bytes:
+        raise DataError(f"{path}: an image of {len(data):,} bytes; at most {DEFAULT_LIMITS.max_bytes:,} are read")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

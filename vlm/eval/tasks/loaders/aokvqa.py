@@ -28,7 +28,7 @@ def read(source: Source) -> Iterator[Item]:
 
 
 def _direct(row: Row) -> dict[str, Any]:
-    return {"fields": {"question": row.text("question")}, "answers": row.texts("direct_answers")}
+    return {"fields": {"question": row.text("question")}, "answers": row.answers("direct_answers")}
 
 
 def _choice(row: Row) -> dict[str, Any]:

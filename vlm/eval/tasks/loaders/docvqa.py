@@ -21,7 +21,7 @@ def read(source: Source) -> Iterator[Item]:
     folder = source.images()
     for row in source.object("questions").rows("data"):
         image = row.text("image_local_name" if "image_local_name" in row else "image")
-        answers = row.texts("answers")
+        answers = row.answers("answers")
         kinds = next((row.texts(key) for key in ("question_types", "answer_type") if key in row), ())
         yield Item(
             id=row.key("questionId"),

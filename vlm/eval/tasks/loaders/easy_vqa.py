@@ -8,7 +8,6 @@ Files: `archive`. Options: `split`.
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,10 @@ from pathlib import Path
 from PIL import Image
 
 from vlm.errors import DataError, ImageError
-from vlm.images import load_image
+from vlm.images import DEFAULT_LIMITS, load_image
+from vlm.strictjson import MAX_MEMBER_BYTES
 
-from ..source import Item, Source, parse_json
+from ..source import Item, Source, parse_json, read_member
 
 _COLOURS = frozenset("black blue brown gray green red teal yellow".split())
 
@@ -27,12 +27,14 @@ def read(source: Source) -> Iterator[Item]:
     path, split = source.path("archive"), source.option("split")
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, OSError) as error:
         raise DataError(f"{path}: not a zip archive ({error})") from error
     with archive:
         listing = f"data/{split}/questions.json"
-        questions = parse_json(_member(archive, listing, path), f"{path}, {listing}")
+        questions = parse_json(read_member(archive, listing, path, MAX_MEMBER_BYTES), f"{path}, {listing}")
         images: dict[int, Image.Image] = {}
+        if not isinstance(questions, list):
+            raise DataError(f"{path}, {listing}: expected a list at the top; is this the easy-VQA archive?")
         for number, entry in enumerate(questions):
             question, answer, image = _checked(entry, f"{path}, {listing}, item {number}")
             if image not in images:
@@ -59,17 +61,8 @@ def _checked(entry: object, where: str) -> tuple[str, str, int]:
     raise DataError(f"{where}: expected [question, answer, image id], got {entry!r}")
 
 
-def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
-    try:
-        return archive.read(name)
-    except KeyError as error:
-        raise DataError(f"{path}: no {name} in it; expected the easy-VQA archive") from error
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{path}: {name} is damaged ({error})") from error
-
-
 def _decode(archive: zipfile.ZipFile, name: str, path: Path) -> Image.Image:
     try:
-        return load_image(io.BytesIO(_member(archive, name, path)).getvalue())
+        return load_image(read_member(archive, name, path, DEFAULT_LIMITS.max_bytes))
     except ImageError as error:
         raise DataError(f"{path}: {name}: {error}") from error

@@ -51,5 +51,5 @@ def _options(row: Row) -> tuple[str, ...]:
     text = row.text("options")
     try:
         return tuple(map(str, ast.literal_eval(text)))
-    except (SyntaxError, ValueError, TypeError) as error:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise DataError(f"{row.where}: 'options' should be a list written as text, got {text!r}") from error

@@ -34,7 +34,7 @@ def read(source: Source) -> Iterator[Item]:
             id=row.key("question_id"),
             images=(image,),
             fields={"question": row.text("question")},
-            answers=row.texts("answers"),
+            answers=row.answers("answers"),
             info={"source": path.split("/")[0]},
         )
 
@@ -47,7 +47,7 @@ def _listed(code: str, where: str) -> frozenset[str]:
         # frozenset([...]) and set([...]) count as the list inside.
         lists = [value.args[0] if isinstance(value, ast.Call) and value.args else value for value in values]
         found = [frozenset(ast.literal_eval(value)) for value in lists]
-    except (SyntaxError, ValueError, TypeError) as error:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise DataError(f"{where}: cannot read {_NAME} as a list of text ({error})") from error
     if not found:
         raise DataError(f"{where}: no {_NAME} in the file; is this big_vision's datasets/stvqa/val_ids.py?")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlm.errors import ImageError
+from vlm.errors import DataError, ImageError
 from vlm.images import load_image
 
 from ..source import Item, Source
@@ -33,14 +33,19 @@ def read(source: Source) -> Iterator[Item]:
             id=row.key("question_id"),
             images=(upright[image],),
             fields={"question": row.text("question")},
-            answers=row.texts("answers"),
+            answers=row.answers("answers"),
         )
 
 
 def _turns(table: list[dict[str, str]]) -> dict[str, int]:
     """Image id -> quarter turns, for the images that need any."""
-    degrees = {line["ImageID"]: float(line["Rotation"] or 0) for line in table}
-    return {image: int(angle // 90) for image, angle in degrees.items() if angle}
+    turns = {}
+    for line in table:
+        try:
+            turns[line["ImageID"]] = int(float(line["Rotation"] or 0) // 90)
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"image {line['ImageID']}: the rotation {line['Rotation']!r} is no number") from error
+    return {image: turn for image, turn in turns.items() if turn}
 
 
 def _upright(path: Path, turns: int) -> Path | Image.Image:

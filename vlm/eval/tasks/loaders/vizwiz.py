@@ -21,6 +21,6 @@ def read(source: Source) -> Iterator[Item]:
             id=image.rsplit(".", 1)[0],
             images=(folder / image,),
             fields={"question": row.text("question")},
-            answers=tuple(answer.text("answer") for answer in row.rows("answers")),
+            answers=tuple(answer.text("answer") for answer in row.some_rows("answers")),
             info={"answer_type": row.text("answer_type"), "answerable": row.flag("answerable")},
         )

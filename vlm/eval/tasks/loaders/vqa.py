@@ -30,6 +30,6 @@ def read(source: Source) -> Iterator[Item]:
             id=key,
             images=(folder / f"COCO_{folder.path.name}_{row.integer('image_id'):012d}.jpg",),
             fields={"question": row.text("question")},
-            answers=tuple(answer.text("answer") for answer in facts.rows("answers")),
+            answers=tuple(answer.text("answer") for answer in facts.some_rows("answers")),
             info={name: facts.text(name) for name in ("question_type", "answer_type") if name in facts},
         )

@@ -23,6 +23,6 @@ def read(source: Source) -> Iterator[Item]:
                 id=f"{key}_{language}",
                 images=(folder / f"{key}.jpg",),
                 fields={"language": language},
-                references=row.row(language).texts("caption"),
+                references=row.row(language).answers("caption"),
                 info={"language": language},
             )
