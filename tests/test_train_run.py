@@ -347,7 +347,7 @@ def test_a_torn_metrics_file_is_repaired(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     file = metrics.MetricsFile(path)
     for stage, step in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3)):
-        file.write(stage=stage, step=step, loss=0.1 + 0.2)
+        file.write({"stage": stage, "step": step, "loss": 0.1 + 0.2})
     file.close()
     with path.open("a") as torn:
         torn.write("b,4,0.")

@@ -24,6 +24,11 @@ def rank() -> int:
     return int(next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0"))
 
 
+def launched() -> bool:
+    """Whether this is one of several processes, as the launcher's environment tells."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 @contextmanager
 def all_or_none(advice: str) -> Iterator[None]:
     """Around work of several processes: when another one dies, this one ends with one `LaunchError`.

@@ -36,7 +36,7 @@ from vlm.images import image_size, load_image
 from vlm.model import VLM
 from vlm.processor import Processor
 from vlm.towers import sized
-from vlm.train import metrics
+from vlm.train import failures, metrics
 from vlm.train.config import RunConfig, load_config
 from vlm.train.quiet import quiet_transformers
 from vlm.train.stages import data_digest, read_sources
@@ -165,13 +165,12 @@ def training_facts(run: RunConfig) -> dict[str, Any]:
     images = sum(stage["images"] for stage in stages)
     seconds = sum(stage["images"] / stage["images_per_second"] for stage in stages)
     peaks = [stage["peak_memory_bytes"] for stage in stages if stage["peak_memory_bytes"] is not None]
-    failures = run.out / "failures.jsonl"
     return {
         "images": images,
         "seconds": seconds,
         "images_per_second": images / seconds,
         "peak_memory_bytes": max(peaks) if peaks else None,
-        "failed_images": len(failures.read_text().splitlines()) if failures.exists() else 0,
+        "failed_images": sum(failures.count(run.out).values()),
         "stages": stages,
     }
 

@@ -82,7 +82,8 @@ class MicroBatches(Dataset[MicroBatch]):
     """`dataset[key]` decodes, augments and processes the examples of one micro-batch.
 
     An item depends on the key alone: never on what was loaded before it, by which process, or on any global random
-    state. Images that do not decode are replaced by other examples and reported in the item. Errors meant for the user
+    state. Images that do not decode are reported in the item, and their examples replaced by others, or with
+    `substitute=False` left out. Errors meant for the user
     travel in the item too, because an exception that crosses a process border loses its one-line message.
     Of `budgets` (patches per image, for a NaFlex tower) each optimizer step draws one. `batch_tokens` cuts the examples
     of a key into batches of at most so many tokens, padding included.
@@ -99,11 +100,12 @@ class MicroBatches(Dataset[MicroBatch]):
         cache_images_mb: int = 0,
         budgets: Sequence[int] = (),
         batch_tokens: int | None = None,
+        substitute: bool = True,
     ) -> None:
         assert len(examples) == mixture.num_examples
         self.examples, self.mixture, self.processor = examples, mixture, processor
         self.max_text_length, self.augmentations = max_text_length, augmentations
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.substitute = batch_tokens, substitute
         # By image, not by example: a picture often has several questions.
         self._cache: dict[Path | tuple[int, int], Image.Image] = {}
         self._cache_left = cache_images_mb * 10**6
@@ -112,7 +114,8 @@ class MicroBatches(Dataset[MicroBatch]):
     def __getitem__(self, key: Key) -> MicroBatch:
         item = MicroBatch(key)
         try:
-            chosen = [self._pick(position, item) for position in key.positions]
+            picked = [self._pick(position, item) for position in key.positions]
+            chosen = [one for one in picked if one is not None]
             processor = self._processor(key)
             item.batches = [
                 self._batch(processor, [chosen[place] for place in places])
@@ -136,8 +139,8 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def _cut(self, processor: Processor, chosen: Sequence[Chosen], item: MicroBatch) -> list[list[int]]:
         """Places in `chosen`, in batches."""
-        if self.batch_tokens is None:
-            return [list(range(len(chosen)))]
+        if self.batch_tokens is None or not chosen:
+            return [list(range(len(chosen)))] if chosen else []
         lengths = self._lengths(processor, chosen)
         item.over_budget = [
             self.examples[shown.index].id
@@ -156,8 +159,8 @@ class MicroBatches(Dataset[MicroBatch]):
             return self.processor
         return self._by_budget[drawn(self.mixture.seed, key.step, list(self._by_budget))]
 
-    def _pick(self, position: int, item: MicroBatch) -> Chosen:
-        """The example at a position and its images; while images fail, the position's next substitute."""
+    def _pick(self, position: int, item: MicroBatch) -> Chosen | None:
+        """The example at a position and its images; while images fail, the position's next substitute, if any."""
         index = self.mixture.example(position)
         for attempt in range(IN_A_ROW):
             images: list[Any] = []
@@ -168,6 +171,8 @@ class MicroBatches(Dataset[MicroBatch]):
             except ImageError as error:
                 example = self.examples[index]
                 item.failures.append(Failure(example, example.images[len(images)], error.code, str(error)))
+                if not self.substitute:
+                    return None
                 index = self.mixture.substitute(position, attempt)
                 continue
             return self._augment(index, images, position)

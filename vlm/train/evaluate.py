@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from vlm.errors import DataError, VLMError
@@ -25,7 +24,9 @@ from vlm.eval.suite import make_job
 from vlm.eval.tasks import select
 from vlm.processor import Processor
 from vlm.train.config import EvaluateConfig
+from vlm.train.data import Failure
 from vlm.train.modules import StageModule
+from vlm.train.processes import gather, world_size
 
 log = logging.getLogger(__name__)
 
@@ -79,21 +80,24 @@ class Evaluator:
     def __init__(self, jobs: dict[str, Job], processor: Processor, size: int) -> None:
         self._jobs, self._processor, self._size = jobs, processor, size
 
-    def __call__(self, module: StageModule) -> list[Evaluation]:
-        """Called on every rank; rank 0 gets the numbers. Raises `VLMError` on every rank when one fails."""
+    def __call__(self, module: StageModule) -> tuple[list[Evaluation], list[Failure]]:
+        """Called on every rank; rank 0 gets the numbers, and the images that did not decode. Raises `VLMError` on every
+        rank when one fails."""
         found: list[Evaluation] = []
+        failures: list[Failure] = []
         with undisturbed(module.model):
             for name, job in self._jobs.items():
                 records = self._records(module, job)
                 if module.global_rank == 0:
                     found += _scored(name, job, records)
-        return found
+                    failures += _failures(job, records)
+        return found, failures
 
     def _records(self, module: StageModule, job: Job) -> list[dict[str, Any]]:
         predictor = ModelPredictor(module.model, self._processor, name="in training")  # type: ignore[arg-type]
         who = answers.answerer(predictor, job.decoding, job.candidates)
         plan = [[job.examples[i] for i in batch] for batch in items.plan(job.examples, self._size)]
-        world = module.trainer.world_size
+        world = world_size()
         own: list[dict[str, Any]] = []
         error: VLMError | None = None
         try:
@@ -101,10 +105,7 @@ class Evaluator:
                 own = answer_all(who, plan[module.global_rank :: world])
         except VLMError as caught:
             error = caught
-        shares: list[Any] = [(own, error is not None)]
-        if world > 1:
-            shares = [None] * world
-            dist.all_gather_object(shares, (own, error is not None))
+        shares = gather((own, error is not None))
         if any(failed for _, failed in shares):
             raise error or DataError("evaluation failed in another process; its message says why")
         return [record for records, _ in shares for record in records]
@@ -121,6 +122,12 @@ def _scored(name: str, job: Job, records: Sequence[dict[str, Any]]) -> list[Eval
     wrong = results.unanswered(records)
     scored = results.score(job.metrics, job.examples, said, wrong, job.groups.get(job.average_over), job.average_over)
     return [Evaluation(name, result.name, result.value, result.num_items) for result in scored]
+
+
+def _failures(job: Job, records: Sequence[dict[str, Any]]) -> list[Failure]:
+    examples = {example.id: example for example in job.examples}
+    failed = [(examples[record["id"]], record["error"]) for record in records if "error" in record]
+    return [Failure(one, one.images[0], error["code"], error["message"]) for one, error in failed]
 
 
 @contextmanager

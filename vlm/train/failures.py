@@ -1,68 +1,111 @@
 """What goes wrong while training: undecodable images are listed and counted, a machine's failures are explained."""
 
-import json
-import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from vlm import ranks
 from vlm.errors import DataError, TrainingError
+from vlm.files import Journal, read_lines
 from vlm.train.config import StageConfig
-from vlm.train.data import LONGEST_WAIT_S, Failure, MicroBatch
+from vlm.train.data import LONGEST_WAIT_S, Failure
+from vlm.train.processes import barrier, gather
 
+NAME = "failures.jsonl"
+TRAINING, VALIDATION, EVALUATION = "training", "validation", "evaluation"
+"""What an image was read for. In training another takes its place; in validation the loss is over the others; in an
+evaluation its answer counts as wrong."""
 MIN_FAILURES = 10
 """The share is not looked at before this many images failed: one of the first fifty is no sign yet."""
 
 
 class Failures:
-    """Appends each image that does not decode to `failures.jsonl` (rank r > 0: `failures-rank<r>.jsonl`), once.
+    """Lists each image that does not decode once: in `failures.jsonl`, rank r > 0 in `failures-rank<r>.jsonl` until
+    `collect` brings all of them together.
 
     Args:
         out: the run directory.
-        max_share: of the images read; more end the run.
+        max_share: of the images read by all ranks for training; more end the run.
     """
 
     def __init__(self, out: Path, max_share: float) -> None:
-        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-        self.path = out / (f"failures-rank{rank}.jsonl" if rank else "failures.jsonl")
+        rank = ranks.rank()
+        self.path = out / (f"failures-rank{rank}.jsonl" if rank else NAME)
         self.max_share = max_share
-        self._listed = {(r["path"], r["line"]) for r in read_failures(self.path)}
+        self._journal: Journal | None = None
+        self._listed: set[tuple[Any, ...]] = set()
+        if self.path.exists():
+            self._open()
         self._read = self._failed = 0
 
-    def add(self, item: MicroBatch) -> DataError | None:
-        """Record the failures of a micro-batch; the error that ends the run when there are too many, else None."""
-        self._read += item.images_read
-        self._failed += len(item.failures)
-        for failure in item.failures:
-            self._append(failure)
+    def add(self, failures: Sequence[Failure], during: str = TRAINING) -> None:
+        """List failures that are not listed yet. Raises `DiskError`."""
+        self._append(
+            {
+                "id": failure.example.id,
+                "file": None if failure.example.file is None else str(failure.example.file),
+                "line": failure.example.line,
+                "path": str(failure.image),
+                "code": failure.code,
+                "message": failure.message,
+                "during": during,
+            }
+            for failure in failures
+        )
+
+    def judge(self, read: int, failed: int) -> DataError | None:
+        """Count images that all ranks have read for training, and of these the failed ones; the error that ends the run
+        when there are too many, else None."""
+        self._read += read
+        self._failed += failed
         if self._failed < MIN_FAILURES or self._failed <= self.max_share * self._read:
             return None
         return DataError(
             f"{self._failed} of {self._read} images read could not be decoded, more than {self.max_share:.1%}; "
-            f"{self.path} lists them: repair them, then run again with --resume"
+            f"{self.path} lists {'those of this process' if ranks.launched() else 'them'}: repair them, then run again"
+            " with --resume"
         )
 
-    def _append(self, failure: Failure) -> None:
-        example = failure.example
-        key = (str(failure.image), example.line)
-        if key in self._listed:
-            return
-        self._listed.add(key)
-        record = {
-            "id": example.id,
-            "line": example.line,
-            "path": key[0],
-            "code": failure.code,
-            "message": failure.message,
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**record, "message": failure.message}) + "\n")
+    def collect(self) -> None:
+        """Called on every rank: rank 0's list takes in those of the others, and those that killed ranks have left."""
+        shares = gather(read_lines(self.path) if ranks.rank() else [])
+        left = sorted(self.path.parent.glob("failures-rank*.jsonl")) if ranks.rank() == 0 else []
+        self._append(record for share in [*shares, *map(read_lines, left)] for record in share)
+        barrier()
+        self.close()
+        for path in [*left, *([self.path] if ranks.rank() else [])]:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def _append(self, records: Iterable[dict[str, Any]]) -> None:
+        new = []
+        for record in records:
+            if _key(record) not in self._listed:
+                self._listed.add(_key(record))
+                new.append(record)
+        if new:
+            journal = self._journal or self._open()
+            journal.append(new)
+
+    def _open(self) -> Journal:
+        self._journal = Journal(self.path)
+        self._listed |= {_key(record) for record in self._journal.records}
+        return self._journal
 
 
-def read_failures(path: Path) -> list[dict]:
-    """The records of a failures file; a last line torn by a kill is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in ("file", "line", "path"))
+
+
+def count(out: Path) -> dict[str, int]:
+    """Listed images of a run, by what they were read for: training, validation, evaluation."""
+    listed = [record.get("during", TRAINING) for record in read_lines(out / NAME)]
+    return {during: listed.count(during) for during in (TRAINING, VALIDATION, EVALUATION)}
 
 
 def explain(error: RuntimeError, stage: StageConfig) -> TrainingError | None:

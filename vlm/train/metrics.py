@@ -50,21 +50,34 @@ class MetricsFile:
         kept = [
             row for row in read(path) if row["stage"] in done or (row["stage"] == stage and int(row["step"]) <= step)
         ]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept)
-        files.write_text(path, text.getvalue())
-        with files.disk_errors(path):
-            self._file = path.open("a", newline="", encoding="utf-8")
-        self._path = path
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
+        self._path, self._columns = path, columns
+        self._publish(kept)
 
-    def write(self, **row: Any) -> None:
-        """Append a row; columns left out stay empty. Floats keep all their digits, so runs can be compared exactly."""
+    def write(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows, all at once; columns left out stay empty. Floats keep all their digits, so runs can be compared
+        exactly."""
         with files.disk_errors(self._path):
-            self._writer.writerow(row)
+            self._file.write(self._text(rows))
             self._file.flush()
+
+    def amend(self, **values: Any) -> None:
+        """Fill in columns of the last row."""
+        rows = read(self._path)
+        rows[-1] |= values
+        self.close()
+        self._publish(rows)
+
+    def _publish(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the file in one step, and go on at its end."""
+        header = ",".join(self._columns) + "\n"
+        files.write_text(self._path, header + self._text(rows))
+        with files.disk_errors(self._path):
+            self._file = self._path.open("a", newline="", encoding="utf-8")
+
+    def _text(self, rows: Iterable[Mapping[str, Any]]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)
+        return text.getvalue()
 
     def close(self) -> None:
         with suppress(OSError):  # what a full disk has refused was told when it was written

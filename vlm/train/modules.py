@@ -86,13 +86,14 @@ class StageModule(pl.LightningModule):
         optimizer_state: Mapping[str, Tensor] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         inspect: Callable[[MicroBatch], VLMError | None] = lambda item: item.error,
+        judge: Callable[[int, int], VLMError | None] = lambda read, failed: None,
         fused: bool = True,
     ) -> None:
         super().__init__()
         self.model, self.stage, self.rows = model, stage, rows
         self.steps, self.seed, self.fused = steps, seed, fused
         self.make_loader, self.optimizer_state = make_loader, optimizer_state
-        self.should_stop, self.inspect = should_stop, inspect
+        self.should_stop, self.inspect, self.judge = should_stop, inspect, judge
         self.report: StepReport | None = None
         self.stopped = False
         self._micros: list[tuple[Tensor, Tensor, Batch]] = []
@@ -211,13 +212,17 @@ class StageModule(pl.LightningModule):
     def _agree_on_errors(self, item: MicroBatch) -> None:
         """Raise the error of a micro-batch on every rank at once, or the others would wait for this one for ever."""
         error = self.inspect(item)
+        counts = (int(error is not None), item.images_read, len(item.failures))
         if self.trainer.world_size > 1:
-            failed = torch.tensor(float(error is not None), device=self.device)
-            dist.all_reduce(failed)
-            if error is None and failed.item() > 0:
-                raise TrainingError("another process could not load its micro-batch; its message says why")
+            totals = torch.tensor(counts, dtype=torch.int64, device=self.device)
+            dist.all_reduce(totals)
+            counts = tuple(totals.tolist())
+        # The same on every rank, so all of them say it.
+        error = error or self.judge(*counts[1:])
         if error is not None:
             raise error
+        if counts[0]:
+            raise TrainingError("another process could not load its micro-batch; its message says why")
 
     def _totals(self) -> dict[str, float]:
         """Sums over the micro-batches of this step, then over ranks."""

@@ -1,6 +1,7 @@
 """Agreement between the processes of a run before Lightning has made its process group."""
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,20 @@ def barrier() -> None:
     """Wait for the other processes, if there is a process group."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in the order of the ranks; that of this one where there is no process group."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def world_size() -> int:
+    """How many processes take part now."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _launcher() -> ClusterEnvironment | None:

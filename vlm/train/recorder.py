@@ -11,10 +11,10 @@ from vlm.eval.cost import peak_memory_bytes
 from vlm.train import checkpoint, metrics, optim, parts
 from vlm.train.data import MicroBatch
 from vlm.train.evaluate import Evaluator
-from vlm.train.failures import Failures
+from vlm.train.failures import EVALUATION, VALIDATION, Failures
 from vlm.train.metrics import MetricsFile
 from vlm.train.modules import StageModule, StepReport
-from vlm.train.processes import barrier
+from vlm.train.processes import barrier, gather
 from vlm.train.progress import Progress, Speed, TensorBoard
 from vlm.train.validate import Validator
 
@@ -57,6 +57,7 @@ class Recorder(pl.Callback):
         name, out = stage.config.name, stage.run.out
         self._failures = Failures(out, stage.run.bad_image_share)
         self._over_budget: set[str] = set()
+        self._left_out = 0
         if not self.main:
             return
         stage.folder.mkdir(parents=True, exist_ok=True)
@@ -71,22 +72,30 @@ class Recorder(pl.Callback):
 
     def end(self, frozen: dict[str, str]) -> None:
         """Called after the last step, when the frozen parts were compared."""
-        if self.main and self._over_budget:
-            count, name = len(self._over_budget), self.stage.config.name
-            log.warning("stage %s: %d examples were longer than batch_tokens in this process", name, count)
+        self._failures.collect()
+        over_budget = set[str]().union(*gather(self._over_budget))
+        peaks = [peak for peak in gather(self._peak_memory()) if peak is not None]
+        if self.main and over_budget:
+            name = self.stage.config.name
+            log.warning("stage %s: %d examples were longer than batch_tokens", name, len(over_budget))
         if self.main:
             path = self.stage.folder / "manifest.json"
             extra = {
                 "stage": self.stage.config.name,
                 "frozen_before": self.frozen,
                 "frozen_after": frozen,
-                "peak_memory_bytes": None if self._device is None else peak_memory_bytes(self._device),
+                "peak_memory_bytes": max(peaks, default=None),  # of the process that needed most
             }
             parts.write_manifest(path, self.rows, **extra)
         self.close()
 
+    def _peak_memory(self) -> int | None:
+        return None if self._device is None else peak_memory_bytes(self._device)
+
     def close(self) -> None:
         """Stop the bar and close the files; may be called twice."""
+        if hasattr(self, "_failures"):
+            self._failures.close()
         if self._metrics is not None:
             self._progress.close()
             self._board.close()
@@ -103,6 +112,8 @@ class Recorder(pl.Callback):
         self._speed = Speed()  # not counting the time in which a tower's features were made
         if self._scaler is not None:
             trainer.precision_plugin.load_state_dict(self._scaler)
+        assert isinstance(pl_module, StageModule)
+        self._make_up(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
@@ -112,11 +123,12 @@ class Recorder(pl.Callback):
         if report is None or report.step == self._last_step:
             return  # a micro-batch that did not end a step
         self._last_step = report.step
-        val_loss = self._validate_if_due(pl_module, report.step)
-        self._evaluate_if_due(pl_module, report.step)
         if self.main:
-            self._write(report, val_loss)
+            self._write(report)
             self._save_if_due(trainer, pl_module, report.step)
+        # After the checkpoint: whatever happens here costs no step. A run that is stopped makes up for it later.
+        if not pl_module.stopped:
+            self._measure(pl_module, report.step, *self._due_at(report.step))
         if pl_module.stopped:
             trainer.should_stop = True
             # A process that leaves early is taken for a crash by the launcher, which then kills the one that saves.
@@ -128,8 +140,8 @@ class Recorder(pl.Callback):
     # --- what they do -----------------------------------------------------------------------------------------------
 
     def inspect(self, item: MicroBatch) -> VLMError | None:
-        """The error of a micro-batch: its own, or that too many images have failed by now. Examples beyond the token
-        budget are told of once, and counted at the end."""
+        """The error of a micro-batch. Images that failed are listed. Examples beyond the token budget are told of once,
+        and counted at the end."""
         if item.over_budget and not self._over_budget and self.main:
             log.warning(
                 "stage %s: example %s is longer than batch_tokens %d and makes a micro-batch of its own; there may be"
@@ -137,40 +149,97 @@ class Recorder(pl.Callback):
                 *(self.stage.config.name, item.over_budget[0], self.stage.config.batch_tokens),
             )
         self._over_budget |= set(item.over_budget)
-        too_many = self._failures.add(item)
-        return item.error or too_many
+        self._failures.add(item.failures)
+        return item.error
+
+    def judge(self, read: int, failed: int) -> VLMError | None:
+        """See `Failures.judge`."""
+        return self._failures.judge(read, failed)
+
+    def make_up_outside_training(self, trainer: pl.Trainer, module: StageModule) -> None:
+        """For a run that was stopped after its last checkpoint, with nothing left to train. Called on every rank."""
+        module.trainer = trainer
+        module.to(trainer.strategy.root_device)
+        try:
+            self._make_up(module)
+        finally:
+            module.cpu()
+
+    def _make_up(self, module: StageModule) -> None:
+        """Measure what was due at the checkpoint that the run goes on from, and was not done when it was stopped."""
+        validate, evaluate = gather(self._missing())[0]
+        self._measure(module, self._begin[0], validate, evaluate)
+
+    def _missing(self) -> tuple[bool, bool]:
+        step, name = self._begin[0], self.stage.config.name
+        if not self.main or step == 0:
+            return False, False
+
+        def rows(file: str) -> list[dict[str, str]]:
+            found = metrics.read(self.stage.run.out / file)
+            return [row for row in found if row["stage"] == name and int(row["step"]) == step]
+
+        validate, evaluate = self._due_at(step)
+        recorded = rows("metrics.csv")
+        return validate and bool(recorded) and not recorded[-1]["val_loss"], evaluate and not rows(metrics.EVALUATIONS)
+
+    def _due_at(self, step: int) -> tuple[bool, bool]:
+        """Whether to validate and to evaluate after a step."""
+        run = self.stage.run
+        return (
+            self._validator is not None and self._due(step, run.validate_every),
+            self._evaluator is not None and self._due(step, run.evaluate_every),
+        )
 
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.stage.steps or (every is not None and step % every == 0)
 
-    def _evaluate_if_due(self, module: StageModule, step: int) -> None:
-        if self._evaluator is None or not self._due(step, self.stage.run.evaluate_every):
-            return
+    def _measure(self, module: StageModule, step: int, validate: bool, evaluate: bool) -> None:
+        if validate:
+            self._validate(module, step)
+        if evaluate:
+            self._evaluate(module, step)
+
+    def _evaluate(self, module: StageModule, step: int) -> None:
+        assert self._evaluator is not None
         name = self.stage.config.name
-        for found in self._evaluator(module):
-            assert self._evaluations is not None
-            self._evaluations.write(stage=name, step=step, **vars(found))
-            self._board.write(step, **{f"{found.task}/{found.metric}": found.value})
-            log.info("%s %d/%d  %s: %s %.4f", name, step, self.stage.steps, found.task, found.metric, found.value)
+        found, failures = self._evaluator(module)
+        self._failures.add(failures, EVALUATION)
+        if not self.main:
+            return
+        assert self._evaluations is not None
+        self._evaluations.write(*({"stage": name, "step": step, **vars(one)} for one in found))
+        for one in found:
+            self._board.write(step, **{f"{one.task}/{one.metric}": one.value})
+            log.info("%s %d/%d  %s: %s %.4f", name, step, self.stage.steps, one.task, one.metric, one.value)
 
-    def _validate_if_due(self, module: StageModule, step: int) -> float | None:
-        if self._validator is None or not self._due(step, self.stage.run.validate_every):
-            return None
-        loss = self._validator(module)
-        if self.main:
-            log.info("%s %d/%d  held-out loss %.4f", self.stage.config.name, step, self.stage.steps, loss)
-        return loss
+    def _validate(self, module: StageModule, step: int) -> None:
+        assert self._validator is not None
+        found, name = self._validator(module), self.stage.config.name
+        self._failures.add(found.failures, VALIDATION)
+        if not self.main:
+            return
+        if found.num_failed != self._left_out:
+            self._left_out = found.num_failed
+            log.warning(
+                "stage %s: %d of %d validation examples are not in the held-out loss, because an image could not be"
+                " decoded; failures.jsonl lists them",
+                *(name, found.num_failed, len(self.stage.val)),
+            )
+        if found.loss is None:
+            return
+        assert self._metrics is not None
+        self._metrics.amend(val_loss=found.loss)
+        self._board.write(step, val_loss=found.loss)
+        log.info("%s %d/%d  held-out loss %.4f", name, step, self.stage.steps, found.loss)
 
-    def _write(self, report: StepReport, val_loss: float | None) -> None:
+    def _write(self, report: StepReport) -> None:
         assert self._metrics is not None
         rate = self._speed.add(report.examples)
         rates = {f"lr_{part}": lr for part, lr in report.rates.items()}
         row = {"loss": report.loss, **rates, "grad_norm": report.grad_norm, "examples_per_s": float(f"{rate:.4g}")}
-        if val_loss is not None:
-            row["val_loss"] = val_loss
-        self._metrics.write(
-            stage=self.stage.config.name, step=report.step, tokens=report.tokens, seen=report.seen, **row
-        )
+        counts = {"tokens": report.tokens, "seen": report.seen}
+        self._metrics.write({"stage": self.stage.config.name, "step": report.step, **counts, **row})
         self._board.write(report.step, **row)
         self._progress.update(report, rate)
 
@@ -185,6 +254,7 @@ class Recorder(pl.Callback):
             "start": self.stage.start,
             "data": self.stage.data_digest,
             "frozen": self.frozen,
+            "threads": torch.get_num_threads(),
             "scaler": trainer.precision_plugin.state_dict() or None,
         }
         optimizer = optim.state_tensors(trainer.optimizers[0])

@@ -131,6 +131,8 @@ def train_stage(stage: Stage, model: nn.Module, processor: Processor, recorder: 
         recorder.begin(stage, rows, frozen, start, _position(stage, resumed), scaler, validator, evaluator)
         if start < stage.steps:
             _fit(trainer, module, stop)
+        else:
+            recorder.make_up_outside_training(trainer, module)
         _check_frozen(stage, model, frozen)
         recorder.end(frozen)
     if module.stopped:
@@ -254,6 +256,7 @@ def _module(
         optimizer_state=resumed.optimizer if resumed else None,
         should_stop=lambda: stop.signum != 0,
         inspect=recorder.inspect,
+        judge=recorder.judge,
         # The gradient scaler of fp16 cannot look at the gradients before a fused step.
         fused=stage.precision != "fp16",
     )
@@ -318,6 +321,13 @@ def _restore(stage: Stage, model: nn.Module, frozen: dict[str, str]) -> checkpoi
         for name, tensor in tensors.items():
             tensor.copy_(found.model[name])
     log.info("stage %s: resumed at step %d of %d from %s", stage.config.name, found.step, stage.steps, found.path)
+    threads, now = found.state.get("threads"), torch.get_num_threads()
+    if threads not in (None, now) and model.device.type == "cpu":
+        log.warning(
+            "stage %s: goes on with %d threads, and had %d: the last bits of its weights may differ from those of"
+            " a run that was never stopped; OMP_NUM_THREADS=%d keeps them",
+            *(stage.config.name, now, threads, threads),
+        )
     return found
 
 

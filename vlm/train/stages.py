@@ -31,7 +31,7 @@ from vlm.lengths import Room, context_of, refuse, too_long
 from vlm.model import VLM
 from vlm.processor import Processor
 from vlm.towers import Choice, choose
-from vlm.train import checkpoint, features, metrics, preview
+from vlm.train import checkpoint, failures, features, metrics, preview
 from vlm.train.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from vlm.train.data import check_lengths, targets, with_budget
 from vlm.train.evaluate import read_jobs
@@ -386,7 +386,7 @@ def _finish(config: RunConfig, last: Path, final: Path, skipped: int, seconds: f
     with checkpoint.clean_failure(final), files.publishing(final) as folder:
         shutil.copytree(last, folder, copy_function=files.link_or_copy, dirs_exist_ok=True)
     metrics.plot(config.out / "metrics.csv", config.out / "loss.html")
-    failures = config.out / "failures.jsonl"
+    failed = failures.count(config.out)
     rows = metrics.read(config.out / "metrics.csv")
     stages = metrics.summary(rows)
     summary = {
@@ -395,7 +395,8 @@ def _finish(config: RunConfig, last: Path, final: Path, skipped: int, seconds: f
         "steps": len(rows),
         "stages": stages,
         "skipped_annotations": skipped,
-        "failed_images": len(failures.read_text().splitlines()) if failures.exists() else 0,
+        "failed_images": sum(failed.values()),
+        "failed_images_in": failed,
     }
     files.write_json(config.out / "summary.json", summary)
     for name, found in stages.items():

@@ -1,6 +1,9 @@
 """Loss on held-out examples, with the same processor, model and reduction as training."""
 
+import logging
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -8,13 +11,32 @@ import torch.distributed as dist
 from vlm.data import Example
 from vlm.errors import DataError, VLMError
 from vlm.processor import Processor
-from vlm.train.data import MicroBatches
+from vlm.train.data import Failure, MicroBatches
 from vlm.train.modules import StageModule
 from vlm.train.plan import Key, Mixture
+from vlm.train.processes import world_size
+
+log = logging.getLogger(__name__)
+
+TELL_EVERY_S = 30
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was measured."""
+
+    loss: float | None
+    """Over the examples whose images decoded; None when there is none."""
+    num_failed: int
+    """Examples that were left out, by all ranks."""
+    failures: list[Failure]
+    """Those of this rank."""
 
 
 class Validator:
     """The mean loss over all of `examples`, each counted once, shared by the ranks.
+
+    An example with an image that does not decode is left out: it must not end a run that trains well.
 
     Args:
         size: examples that are loaded together: a forward pass, unless `batch_tokens` cuts them further.
@@ -35,33 +57,40 @@ class Validator:
             processor,
             max_text_length=max_text_length,
             batch_tokens=batch_tokens,
+            substitute=False,
         )
         count = len(examples)
         self._keys = [Key(0, 0, first, min(size, count - first)) for first in range(0, count, size)]
 
     @torch.no_grad()
-    def __call__(self, module: StageModule) -> float:
-        """Called on every rank. Raises `DataError` for an example that cannot be read."""
-        trainer = module.trainer
-        totals = torch.zeros(3, dtype=torch.float64, device=module.device)
+    def __call__(self, module: StageModule) -> Validation:
+        """Called on every rank. Raises `DataError` for a text that cannot be used."""
+        device = module.device
+        totals = torch.zeros(4, dtype=torch.float64, device=device)
         error: VLMError | None = None
+        failures: list[Failure] = []
+        began = told = time.monotonic()
         module.model.eval()
-        for key in self._keys[module.global_rank :: trainer.world_size]:
+        mine = self._keys[module.global_rank :: world_size()]
+        for number, key in enumerate(mine):
             item = self._data[key]
-            if item.failures:
-                item.error = DataError(f"validation: {item.failures[0].message}; validation data must be complete")
+            failures += item.failures
             if item.error is not None:
                 error = item.error
                 break
             for batch in item.batches:
-                with trainer.precision_plugin.forward_context():
-                    out = module.compute(batch.to(module.device))
+                with module.trainer.precision_plugin.forward_context():
+                    out = module.compute(batch.to(device))
                 totals[:2] += torch.stack([out.loss_sum, torch.as_tensor(out.loss_weight)]).double()
+            if module.global_rank == 0 and time.monotonic() - told > TELL_EVERY_S:
+                told = time.monotonic()
+                log.info("validation: %d %% after %.0f s", 100 * (number + 1) // len(mine), told - began)
         # Frozen parts stay in eval mode whatever is asked of them.
         module.model.train()
-        totals[2] = float(error is not None)
-        if trainer.world_size > 1:
+        totals[2:] = torch.tensor([error is not None, len(failures)], dtype=torch.float64)
+        if world_size() > 1:
             dist.all_reduce(totals)
         if error is not None or totals[2] > 0:
             raise error or DataError("validation failed in another process; its message says why")
-        return float(totals[0] / totals[1])
+        loss = float(totals[0] / totals[1]) if totals[1] else None
+        return Validation(loss, int(totals[3]), failures)
