@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -416,7 +417,7 @@ def test_soft_accuracies_refuse_too_few_answers(name: str) -> None:
 # --- What an answer that is the same for every item would score
 
 
-def constant_of(name: str, golds: list[tuple[str, ...]], **facts: list[Any]) -> tuple[str, float]:
+def constant_of(name: str, golds: Sequence[tuple[str, ...]], **facts: Sequence[Any]) -> tuple[str, float]:
     references = {str(i): gold for i, gold in enumerate(golds)}
     info = {key: {fact: values[int(key)] for fact, values in facts.items()} for key in references}
     found = registry.best_constant(metrics.get(name), references, info)

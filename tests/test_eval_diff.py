@@ -205,3 +205,15 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(json.loads(capsys.readouterr().out)["changed"]) == 2
     assert main(["eval", "diff", str(a), str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_file_in_place_of_a_folder_gets_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, other = results(tmp_path / "a", {}), tmp_path / "notes.txt"
+    other.write_text("x")
+    for name in ("results.json", "items.jsonl"):
+        with pytest.raises(ConfigError, match=rf"{name} is a file; give its folder, {folder}$"):
+            diff.compare(folder, folder / name)
+    with pytest.raises(ConfigError, match="notes.txt is a file; give a folder that `vlm eval` has written"):
+        diff.pairs(other, folder)
+    assert main(["eval", "diff", str(folder / "results.json"), str(folder)]) == 2
+    assert capsys.readouterr().err.strip().endswith(f"results.json is a file; give its folder, {folder}")

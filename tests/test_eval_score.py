@@ -1,6 +1,7 @@
 """`vlm score`: the benchmarks' own files in, figures out; whatever would change the denominator is refused."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from vlm.eval.metrics import registry
 from vlm.eval.scoring import table
 
 DATA = Path(__file__).parent / "data"
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 TEN = ["cat", "cat", "cat", "dog", "dog", "dog", "dog", "dog", "dog", "cow"]
 
 
@@ -409,3 +411,72 @@ def test_scoring_starts_without_torch() -> None:
     code = f"import sys, vlm.eval.scoring, vlm.cli.score; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("metric", "gold"),
+    [
+        ("exact_match", {"1": []}),
+        ("textvqa", {"data": [{"question_id": 1, "answers": []}]}),
+        ("anls", {"data": [{"questionId": 1, "answers": []}]}),
+    ],
+)
+def test_no_gold_answer_is_told(metric: str, gold: Any, write: Any) -> None:
+    said = write("said.json", [{"question_id": 1, "answer": "a"}] if "data" in gold else {"1": "a"})
+    with pytest.raises(DataError, match="is an empty list, so that nothing could be right; give at least one text"):
+        score_files(said, write("gold.json", gold), metric, predictions_format=None)
+
+
+def test_notes_and_the_best_constant_stand_below_the_table(write: Any) -> None:
+    gold = [{"id": str(i), "suffix": "cat", "choices": ["dog", "cat"]} for i in range(3)]
+    said = [{"id": str(i), "prediction": text} for i, text in enumerate(["The answer is B.", "?", "a"])]
+    outcome = score_files(
+        write("said.jsonl", said, lines=True), write("gold.jsonl", gold, lines=True), "multiple_choice,exact_match"
+    )
+    shown = table(outcome)
+    assert 'exact_match: the best constant answer would score 1.0000 ("cat")' in shown
+    assert 'multiple_choice: the best constant answer would score 1.0000 ("B")' in shown
+    assert "note: multiple_choice: 1 of 3 answers could not be read as a choice and count as wrong" in shown
+    assert outcome["metrics"]["multiple_choice"]["details"]["num_unparsed"] == 1
+    one_image = score_files(write("s.json", {"1": "a cat"}), write("g.json", {"1": "a cat"}), "cider")
+    assert "note: cider: CIDEr is 0 here whatever the captions say" in table(one_image)
+
+
+# --- A metric of one's own: one new file ------------------------------------------------------------------------------
+
+OWN = """
+from vlm.eval.metrics.registry import register
+from vlm.eval.metrics.result import mean_result
+
+
+@register("same_length", summary="answers as long as the gold text", reads="references", per_item_is_right=True)
+def same_length(predictions, references):
+    scores = {key: float(len(predictions[key]) == len(gold[0])) for key, gold in references.items()}
+    return mean_result("same_length", scores, "1 if the prediction has as many characters as the first gold text")
+"""
+
+
+def linked(source: Path, copy: Path, into: tuple[str, ...]) -> None:
+    """`copy` holds links to what `source` holds, the folders on the way `into` are real."""
+    copy.mkdir()
+    for entry in source.iterdir():
+        if entry.name != "__pycache__" and entry.name != (into[0] if into else None):
+            (copy / entry.name).symlink_to(entry)
+    if into:
+        linked(source / into[0], copy / into[0], into[1:])
+
+
+def test_a_metric_is_one_new_file(tmp_path: Path, write: Any) -> None:
+    """In the package, and in a module of one's own: nothing else is edited, and every command knows it."""
+    linked(Path(metrics.__file__).parents[2], tmp_path / "vlm", ("eval", "metrics"))
+    (tmp_path / "vlm" / "eval" / "metrics" / "same_length.py").write_text(OWN)
+    (tmp_path / "of_ones_own.py").write_text(OWN.replace("same_length", "own_length"))
+    said, gold = write("said.json", {"a": "cat", "b": "horse"}), write("gold.json", {"a": "dog", "b": "cow"})
+    options = ["score", "-m", "same_length,own_length", "-p", str(said), "-r", str(gold), "--json"]
+    code = f"import sys, of_ones_own; from vlm.cli import main; sys.exit(main({options}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    for name in ("same_length", "own_length"):
+        assert outcome["metrics"][name]["value"] == 0.5
+        assert outcome["metrics"][name]["best_constant"] == {"answer": "dog", "value": 1.0}

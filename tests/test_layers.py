@@ -67,6 +67,7 @@ DYNAMIC_IMPORTS = {
     "vlm.encoders",
     "vlm.projectors",
     "vlm.eval",
+    "vlm.eval.metrics",
     "vlm.eval.tasks.loaders",
     "vlm.train",
     "vlm.compare",

@@ -104,6 +104,10 @@ def _results(folder: Path) -> dict[str, Any]:
         results: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{folder}: {RESULTS} is missing; give a folder that `vlm eval` has written") from error
+    except NotADirectoryError as error:
+        ours = folder.name in (RESULTS, ITEMS)
+        instead = f"give its folder, {folder.parent}" if ours else "give a folder that `vlm eval` has written"
+        raise ConfigError(f"{folder} is a file; {instead}") from error
     except ValueError as error:
         raise ConfigError(f"{folder}: {RESULTS} is damaged ({error}); evaluate again, predictions are kept") from error
     return results

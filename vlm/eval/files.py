@@ -71,7 +71,11 @@ def text(value: Any, where: str) -> str:
 
 def texts(value: Any, where: str) -> tuple[str, ...]:
     """A list of texts with at least one, else DataError."""
-    if not isinstance(value, list) or not value:
+    if value == []:
+        raise DataError(
+            f"{where} is an empty list, so that nothing could be right; give at least one text, or leave the item out"
+        )
+    if not isinstance(value, list):
         raise DataError(f"{where} should be a list of text, got {json.dumps(value)[:80]}")
     return tuple(text(item, f"{where}[{number}]") for number, item in enumerate(value))
 

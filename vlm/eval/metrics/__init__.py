@@ -1,9 +1,14 @@
 """Metrics that stand alone: predictions and references in, numbers out. Nothing here ever sees a model.
 
+Each file of this folder registers its metrics when it is imported, and all are: a metric is one new file.
+
 >>> from vlm.eval import metrics
 >>> metrics.compute("exact_match", {"q1": "red"}, {"q1": ("red",)}).value
 1.0
 """
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from . import anls, aokvqa, boxes, captions, chartqa, choices, exact, official, pope, tallyqa, textvqa, vizwiz, vqa
 from .official import crosscheck
@@ -39,3 +44,6 @@ __all__ = [
     "textvqa",
     "vizwiz",
 ]
+
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")

@@ -183,9 +183,9 @@ def best_constant(
     keys = list(references)
     candidates = metric.constants(references, facts)
     with no_intervals():
-        if len(keys) > _SAMPLE:  # the order is that of a part; the values are of all items
+        if len(keys) > _SAMPLE:  # chosen on a part of them; the value is of all
             part = keys[:: -(-len(keys) // _SAMPLE)]
-            candidates = sorted(candidates, key=lambda answer: -alone(answer, part))[:2]
+            candidates = sorted(candidates, key=lambda answer: -alone(answer, part))[:1]
         values = {answer: value(answer) if value else alone(answer, keys) for answer in candidates}
     if not values:
         return None
