@@ -276,7 +276,9 @@ def test_nothing_can_run_code_from_a_checkpoint() -> None:
     assert [str(found) for found in IMPORTS if found.imported.split(".")[0] in pickles] == []
     for name in SOURCES:
         for called, call in calls(name):
-            assert called != "torch.load", f"{name}:{call.lineno}: {called}"
+            if called == "torch.load":  # asked for by name, in a process of its own
+                assert name == "vlm.checkpoints.unpickle", f"{name}:{call.lineno}: {called}"
+                assert "weights_only=True" in map(ast.unparse, call.keywords), f"{name}:{call.lineno}: {called}"
             if called in ("np.load", "numpy.load"):
                 assert "allow_pickle=False" in map(ast.unparse, call.keywords), f"{name}:{call.lineno}: {called}"
             trusting = [ast.unparse(word) for word in call.keywords if word.arg == "trust_remote_code"]

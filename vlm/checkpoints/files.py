@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ ADAPTER_NAMES = re.compile(r"\.(lora_[A-Za-z_]+|base_layer|modules_to_save)\.|^b
 HUB_FILES = ("*.json", "*.safetensors", "*.model")
 
 
-def locate(path: str | Path, *, revision: str | None = None) -> Path:
+def locate(path: str | Path, *, revision: str | None = None, patterns: Sequence[str] = HUB_FILES) -> Path:
     """The directory of a checkpoint: `path` itself, the `model` inside a training run or a stage of one, or the
     downloaded files of a hub id (`owner/name`).
 
@@ -60,7 +61,7 @@ def locate(path: str | Path, *, revision: str | None = None) -> Path:
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path}: no such directory, and not a hub id (owner/name)")
     try:
-        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{path}: no such directory, and the Hub does not give it: {' '.join(str(error).split())[:300]}"
@@ -249,7 +250,10 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         )
     if not index.exists():
         if not single.exists():
-            raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are read")
+            raise CheckpointError(
+                f"{folder}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are read (pickled weights:"
+                f" `vlm import SOURCE --from-pickle --out DIR` converts them)"
+            )
         _refuse_strays(folder, [SINGLE])
         return [single], None
     listed = read_json(index).get("weight_map")

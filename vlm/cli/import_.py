@@ -35,11 +35,19 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--verify", choices=("quick", "full", "none"), default="quick", help="how much of manifest.json to check"
     )
+    parser.add_argument(
+        "--from-pickle",
+        action="store_true",
+        help="SOURCE has pickled weights (pytorch_model.bin, or a file): write the same directory with safetensors;"
+        " read by torch's weights-only reader, in a process of its own",
+    )
     parser.add_argument("--allow-nonfinite", action="store_true", help="accept weights with NaN or infinity")
 
 
 def run(options: Namespace) -> int:
-    """`vlm import`: the parity table on stdout."""
+    """`vlm import`: the parity table on stdout, or what was converted."""
+    if options.from_pickle:
+        return _from_pickle(options)
     console.quiet_transformers()
     from vlm.checkpoints.importing import convert
 
@@ -58,4 +66,24 @@ def run(options: Namespace) -> int:
         print(f"{report.out}: compared with {options.source} in {report.reader}")
     print(report.table())
     print(f"written to {options.out}", file=sys.stderr)
+    return console.OK
+
+
+def _from_pickle(options: Namespace) -> int:
+    """`--from-pickle`: a line for each file on stdout, and how to go on."""
+    from vlm.checkpoints.pickled import convert_pickle
+    from vlm.errors import ConfigError
+
+    unread = [("--tokenizer", options.tokenizer), ("--dtype", unless_auto(options.dtype))]
+    given = [name for name, value in unread if value is not None]
+    if given:
+        raise ConfigError(f"--from-pickle changes the file format and nothing else; leave {', '.join(given)} out")
+    done = convert_pickle(options.source, options.out, revision=options.revision)
+    for one in done:
+        print(one)
+    print(
+        f"read by the weights-only reader of torch {done[0].facts['torch']} in a process of its own; only tensors were"
+        f" taken over"
+    )
+    print(f"written to {options.out}; it is now an --encoder, a --decoder or a SOURCE as others are", file=sys.stderr)
     return console.OK
