@@ -32,6 +32,9 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 BUFFERS = re.compile(r".*(position_ids|rotary_emb\.inv_freq|embed_tokens\.embed_scale)$")
 """Constants that older versions of transformers stored with the weights; the model computes them itself."""
 SHOWN = 8
+READ_PAST_MODULES = ["MultiheadAttention", "Attention", "EvaAttention", "BeitAttention"]
+"""Classes of torch, open_clip and timm that read matrices of modules inside them without calling these: offloaded, they
+are brought in whole."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,14 @@ def load_model(
     if devices is not None:
         folder = None if placement.offload_folder is None else str(placement.offload_folder)
         skip: Any = model._skip_keys_device_placement
-        dispatch_model(model, device_map=devices, offload_dir=folder, skip_keys=skip, force_hooks=True)
+        dispatch_model(
+            model,
+            device_map=devices,
+            offload_dir=folder,
+            skip_keys=skip,
+            force_hooks=True,
+            preload_module_classes=READ_PAST_MODULES,
+        )
     check_embedding_scale(model)
     return model.eval()
 
@@ -192,11 +202,14 @@ def _fill(
     model: VLM, source: Source, placement: Placement, devices: dict[str, Any] | None, allow_nonfinite: bool
 ) -> None:
     offloaded: dict[str, Any] = {}
+    buffers = {name for name, _ in model.named_buffers()}  # accelerate keeps them in memory: running means of norms
     for name in progress(source.shapes, f"Loading {Path(source.origin).name}"):
         if name == HEAD:
             continue
         tensor = _converted(finite(source.read(name), name, source.origin, allow_nonfinite), placement)
         device = placement.device if devices is None else _device_of(name, devices)
+        if device == "disk" and name in buffers:
+            device = "cpu"
         if device == "disk":
             offload_weight(tensor, name, str(placement.offload_folder), index=offloaded)
         else:
