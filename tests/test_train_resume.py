@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -17,8 +18,9 @@ import vlm.train
 from vlm import files
 from vlm.errors import CheckpointError, ConfigError, TrainingError, VLMError
 from vlm.settings import from_dict, to_dict
-from vlm.train import RunConfig, checkpoint, metrics, rundir
-from vlm.train.changes import Begun, Change, changes
+from vlm.train import RunConfig, StageConfig, checkpoint, metrics, rundir
+from vlm.train.changes import Begun, Change, changes, essential
+from vlm.train.failures import explain
 from vlm.train.plan import StepSampler
 
 
@@ -216,6 +218,71 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path, monkeypatch
         assert len(calls) == 2
         with pytest.raises(TrainingError, match=str(os.getpid())):
             files.locked(tmp_path / "lock", lambda owner: TrainingError(owner))
+
+
+# --- what is told before the first step -------------------------------------------------------------------------------
+
+
+def test_the_preview_says_what_will_happen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By hand: 24 pictures of 28 pixels in patches of 14 make 4 tokens each; 2 steps of 4 see a third of the data."""
+    from vlm.data import read_jsonl
+
+    model, processor = vlm.load(world()[0])
+    lengths = []
+    for example in read_jsonl(world()[1])[0]:
+        batch = processor([example.image], [example.prefix], [example.suffix or ""])
+        lengths.append(batch.input_ids.shape[1])
+    last = tune(train={"decoder": 1e-3}, steps=2, warmup=8, name="last", batch_size=48)
+    run = config(
+        tmp_path / "out", align(steps=2), last, checkpoint_every=5, data={"train": world()[1], "val": world()[1]}
+    )
+    assert vlm.train.run(run).is_dir()
+    mean = round(sum(lengths) / 24)
+    told = [record.getMessage() for record in caplog.records]
+    (table,) = [message for message in told if message.startswith(str(run.out))]
+    first, header, *stages, when = table.splitlines()
+    assert first == f"{run.out}: 24 training examples in 1 file, 24 held out"
+    assert header.split() == ["stage", "steps", "batch", "epochs", "tokens/example", "tokens", "trains"]
+    projector, decoder = (sum(p.numel() for p in model.parts()[name].parameters()) for name in ("projector", "decoder"))
+    assert stages[0].split()[:5] == ["align", "2", "4", "0.333", str(mean)]
+    assert stages[1].split()[:5] == ["last", "2", "48", "4", str(mean)]
+    assert [line.split()[-2:] for line in stages] == [
+        ["projector", f"{projector:,}"],
+        ["decoder", f"{decoder:,}"],
+    ]
+    assert when == ("saved at the end of each stage, because checkpoint_every is 5; validated at the end of each stage")
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert (
+        "stage last: warmup takes 8 steps and the stage has 2: the learning rates never reach more than 25%"
+        in warned[0]
+    )
+    assert "stage last: batch_size 48 is more than an epoch has (24 examples)" in warned[1]
+    # And at the end, what came of it: the rows of metrics.csv.
+    summary = json.loads((run.out / "summary.json").read_text())["stages"]
+    row = rows(run.out)[-1]
+    assert summary["last"] == {"steps": 2, "loss": float(row["loss"]), "held_out_loss": float(row["val_loss"])}
+    assert f"stage last: 2 steps, loss {float(row['loss']):.4f}, held-out loss {float(row['val_loss']):.4f}" in told
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ({"augment": ["hflop"]}, r"unknown name 'hflop' \(did you mean 'hflip'\?\)"),
+        ({"precision": "fp16"}, "stage tune: precision fp16 overflows in gemma"),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_refused_before_the_first(
+    second: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        vlm.train.run(config(tmp_path / "out", align(), tune(**second)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_share_that_cannot_be_cut_is_refused_for_any_stage_before_the_first(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch_size 6 cannot be shared equally by 4 processes x 1 micro-batches"):
+        vlm.train.run(config(tmp_path / "out", align(), tune(batch_size=6), devices=4))
+    assert not (tmp_path / "out").exists()
 
 
 # --- what may change on resume ---------------------------------------------------------------------------------------
@@ -435,6 +502,37 @@ def test_a_run_that_was_begun_before_its_record_held_the_configuration_goes_on(t
     with pytest.raises(ConfigError, match="-  seed: 0\n\\+  seed: 1"):
         vlm.train.run(config(out, align(), seed=1), resume=True)
     assert isinstance(rundir.open_run(config(out, align()), resume=True, main=True), rundir.RunDirectory)
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        (
+            {"batch_size": 6, "accumulate": 1},
+            r"raise `accumulate` \(now 1\) to 2, which leaves .* --resume; or lower",
+        ),
+        ({"batch_size": 6, "accumulate": 3}, r"raise `accumulate` \(now 3\) to 6, "),
+        (
+            {"batch_size": 6, "accumulate": 6},
+            r"memory\); lower batch_size \(now 6\) and go on with --resume --acc",
+        ),
+        ({"batch_size": 6, "batch_tokens": 99}, r"lower batch_tokens \(now 99\), which leaves the result as it is"),
+    ],
+)
+def test_the_advice_for_a_full_memory_can_be_followed(settings: dict[str, Any], advice: str) -> None:
+    """What it says to set is a setting that the stage takes, and that a run may change when it goes on."""
+    stage = from_dict(StageConfig, align(**settings))
+    error = str(explain(RuntimeError("CUDA out of memory"), stage))
+    assert re.search(advice, error)
+    if (number := re.search(r"to (\d+), ", error)) is not None:
+        from_dict(StageConfig, align(**{**settings, "accumulate": int(number[1])}))
+
+
+def test_what_two_runs_have_in_common_leaves_out_what_changes_no_result() -> None:
+    for path, value in ((("workers",), 3), (("stages", 0, "accumulate"), 2), (("data", "cache_images_mb"), 0)):
+        assert essential(changed(*path, value=value)) == essential(before())
+    for path, value in ((("seed",), 3), (("stages", 0, "batch_size"), 2), (("data", "max_num_patches"), 8)):
+        assert essential(changed(*path, value=value)) != essential(before())
 
 
 def test_a_change_is_shown_in_one_line() -> None:

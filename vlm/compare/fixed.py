@@ -27,9 +27,10 @@ import numpy as np
 import yaml
 
 from vlm.train import metrics
+from vlm.train.changes import essential
 from vlm.train.config import RunConfig
 from vlm.train.plan import Mixture, stage_seed, steps_of
-from vlm.train.rundir import FREE, differences
+from vlm.train.rundir import differences
 
 OF_THE_TOWER = ("encoder", "encoder_kind", "image_size", "image", "layer", "fuse", "projector", "seed")
 """Settings of `model` that make the arm and the seed."""
@@ -65,7 +66,7 @@ def shared_settings(folder: Path) -> dict[str, Any]:
     """The configuration that a training run recorded, without what makes the arm and the seed."""
     tree: dict[str, Any] = copy.deepcopy(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     tree["model"] = {key: value for key, value in tree["model"].items() if key not in OF_THE_TOWER}
-    return {key: value for key, value in tree.items() if key not in (*FREE, "seed")}
+    return {key: value for key, value in essential(tree).items() if key != "seed"}
 
 
 # --- all runs against each other

@@ -20,8 +20,9 @@ from vlm import settings
 from vlm.compare.config import Arm, CompareConfig, ProbeConfig, TaskConfig, run_config
 from vlm.errors import ConfigError
 from vlm.files import write_json
+from vlm.train.changes import essential
 from vlm.train.config import RunConfig
-from vlm.train.rundir import FREE, differences
+from vlm.train.rundir import differences
 
 SPEC, MEASUREMENTS, LOG = "spec.json", "measurements.json", "log.txt"
 
@@ -111,4 +112,4 @@ def read(path: Path) -> Spec:
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
     """A spec without what may change between two starts."""
     kept = {key: value for key, value in values.items() if key not in ("keep_checkpoints", "run")}
-    return {**kept, "run": {key: value for key, value in values["run"].items() if key not in FREE}}
+    return {**kept, "run": essential(values["run"])}

@@ -88,6 +88,20 @@ class Begun:
     finished: bool
 
 
+def essential(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration without what no result depends on (rounding apart): equal for runs of equal results."""
+
+    def kept(values: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key not in free}
+
+    rest = kept(tree, _NOTHING["run"])
+    return {
+        **rest,
+        "data": kept(tree["data"], _NOTHING["data"]),
+        "stages": [kept(s, _ROUNDING) for s in tree["stages"]],
+    }
+
+
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], begun: Mapping[str, Begun]) -> list[Change]:
     """How two configurations (as `settings.to_dict` gives them) differ, and what that does to a run.
 

@@ -58,8 +58,8 @@ def save(
     if spoiled:
         raise TrainingError(
             f"stage {folder.parent.name}, step {step}: after this step {len(spoiled)} of {len(model)} trained tensors"
-            f" hold nan or inf ({', '.join(spoiled[:3])}); nothing of it is saved: lower the learning rates, and go on"
-            f" from the checkpoint before with --resume"
+            f" hold nan or inf ({', '.join(spoiled[:3])}); nothing of it is saved: lower the learning rates and go on"
+            f" after the checkpoint before with --resume --accept-changes"
         )
     with publishing(target) as made:
         _check_room(folder, [*model.values(), *optimizer.values()])

@@ -9,7 +9,7 @@ from vlm.errors import DataError, TrainingError
 from vlm.files import Journal, read_lines
 from vlm.train.config import StageConfig
 from vlm.train.data import LONGEST_WAIT_S, Failure
-from vlm.train.processes import barrier, gather
+from vlm.train.processes import barrier, gather, world_size
 
 NAME = "failures.jsonl"
 TRAINING, VALIDATION, EVALUATION = "training", "validation", "evaluation"
@@ -62,8 +62,8 @@ class Failures:
             return None
         return DataError(
             f"{self._failed} of {self._read} images read could not be decoded, more than {self.max_share:.1%}; "
-            f"{self.path} lists {'those of this process' if ranks.launched() else 'them'}: repair them, then run again"
-            " with --resume"
+            f"{self.path} lists {'those of this process' if ranks.launched() else 'them'}: repair them, then go on with"
+            " --resume --accept-changes (the data are others then)"
         )
 
     def collect(self) -> None:
@@ -108,16 +108,22 @@ def count(out: Path) -> dict[str, int]:
     return {during: listed.count(during) for during in (TRAINING, VALIDATION, EVALUATION)}
 
 
+def _smaller(stage: StageConfig) -> str:
+    """What makes micro-batches smaller and leaves the result as it is, if anything does."""
+    same = "which leaves the result as it is, and go on with --resume; or "
+    if stage.batch_tokens is not None:
+        return f"lower batch_tokens (now {stage.batch_tokens}), {same}"
+    cuts = [n for n in range(stage.accumulate + 1, stage.batch_size + 1) if stage.batch_size % (n * world_size()) == 0]
+    return f"raise `accumulate` (now {stage.accumulate}) to {cuts[0]}, {same}" if cuts else ""
+
+
 def explain(error: RuntimeError, stage: StageConfig) -> TrainingError | None:
     """A failure of the machine as a sentence that says what to change, or None when it is something else."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "out of memory" in text or "can't allocate memory" in text:
-        advice = f"raise `accumulate` (now {stage.accumulate})"
-        if stage.batch_tokens is not None:
-            advice = f"lower batch_tokens (now {stage.batch_tokens})"
         return TrainingError(
-            f"stage {stage.name}: out of memory ({text}); {advice}, which leaves the result as it is, or lower "
-            f"batch_size (now {stage.batch_size}) or the image size"
+            f"stage {stage.name}: out of memory ({text}); {_smaller(stage)}lower batch_size (now {stage.batch_size})"
+            f" and go on with --resume --accept-changes, or start a run with smaller images"
         )
     if "DataLoader timed out" in text:
         return TrainingError(

@@ -278,8 +278,9 @@ class StageModule(pl.LightningModule):
                 raise TrainingError(
                     f"stage {self.stage.name}, step {step + 1}: the gradient of the {part} (learning rate"
                     f" {self.stage.train[part]:g}) was zero in the last {self._dead[part]} steps: it is trained and"
-                    f" learns nothing. Its weights have run away, or what comes behind it passes nothing on: lower"
-                    f" the learning rates, or look at the part it feeds; the last checkpoint is untouched"
+                    f" learns nothing. Its weights have run away, or what comes behind it passes nothing on: look"
+                    f" at the part it feeds, or lower the learning rates, from the start or after the last checkpoint"
+                    f" (--resume --accept-changes)"
                 )
 
     def _warn_of_missing_gradients(self) -> None:
@@ -310,7 +311,8 @@ class StageModule(pl.LightningModule):
         lr = ", ".join(f"{part} {rate:g}" for part, rate in rates.items())
         return (
             f"stage {self.stage.name}, step {step + 1}: {what}; samples: {shown or 'of another process'}; "
-            f"learning rates: {lr}. The weights were not touched; lower the learning rates or look at these samples"
+            f"learning rates: {lr}. The weights were not touched; look at these samples, or lower the learning rates"
+            f" and go on with --resume --accept-changes"
         )
 
 

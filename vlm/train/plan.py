@@ -134,7 +134,8 @@ class StepSampler:
         if batch_size % shares:
             raise ConfigError(
                 f"batch_size {batch_size} cannot be shared equally by {world} processes x {accumulate} micro-batches "
-                f"(accumulate); use a multiple of {shares}"
+                f"(accumulate); use other numbers of these (a run that goes on accepts that), or a batch_size that is a"
+                f" multiple of {shares}"
             )
         self.start, self.stop, self.batch_size = start, stop, batch_size
         self.accumulate, self.rank, self.size = accumulate, rank, batch_size // shares
