@@ -9,6 +9,9 @@ import importlib
 import io
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,6 +152,26 @@ def test_the_comparison_of_the_readme_names_encoders_of_its_file() -> None:
                 options = commands.parse(words)[1]
                 assert set(options.encoders) <= known, f"{page.name}: {' '.join(words)}"
                 assert load_config(file, []).seeds
+
+
+def test_a_metric_is_one_file(tmp_path: Path) -> None:
+    """The example of docs/evaluation.md, put beside the other metrics: found by name, listed, computed."""
+    shutil.copytree(ROOT / "vlm" / "eval" / "metrics", tmp_path / "metrics")
+    (block,) = (
+        b for b in re.findall(r"```python\n(.*?)```", text_of(ROOT / "docs" / "evaluation.md"), re.S) if "@reg" in b
+    )
+    (tmp_path / "metrics" / "words.py").write_text(block, encoding="utf-8")
+    code = f"""
+import vlm.eval
+vlm.eval.__path__.insert(0, {str(tmp_path)!r})
+from vlm.cli import main
+from vlm.eval import metrics
+print(metrics.compute("mean_words", {{"1": "a red cat"}}, {{"1": ("a",)}}).value)
+raise SystemExit(main(["score", "--list"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3.0\n") and "\nmean_words " in done.stdout and "\ncider " in done.stdout
 
 
 def test_the_loop_of_ones_own_runs_and_logs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,27 @@ def test_text_only_prompts() -> None:
     assert vlm.generate(model, processor, [picture(1)] * 3, PROMPT_TEXTS, max_new_tokens=5) != whole
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("max_new_tokens", "5", "max_new_tokens is '5', expected a whole number"),
+        ("max_new_tokens", 2.0, "max_new_tokens is 2.0, expected a whole number"),
+        ("num_beams", 1.5, "num_beams is 1.5, expected a whole number"),
+        ("num_beams", True, "num_beams is True, expected a whole number"),
+        ("batch_size", "5", "batch_size is '5', expected a whole number"),
+        ("batch_size", 0, "batch_size is 0, expected at least 1"),
+        ("batch_tokens", "many", "batch_tokens is 'many', expected a whole number"),
+        ("seed", "a", "seed is 'a', expected a whole number"),
+        ("temperature", "hot", "temperature is 'hot', expected a number"),
+        ("top_p", None, "top_p is None, expected a number"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(name: str, value: Any, says: str) -> None:
+    model, processor = loud("siglip", "gemma")
+    with pytest.raises(GenerationError, match=says):
+        vlm.generate(model, processor, None, ["a"], do_sample=name == "seed", **{name: value})
+
+
 def test_an_answer_says_whether_it_was_cut() -> None:
     """Against the tokens themselves: one row made to end at its second token, one that never ends; beams too."""
     model, processor = loud("siglip", "gemma")

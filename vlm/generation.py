@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -125,8 +126,11 @@ def generate(
     if batch_size is not None and batch_tokens is not None:
         raise GenerationError(f"batch_size={batch_size} beside batch_tokens={batch_tokens}; pass one of the two")
     batch_size = 16 if batch_size is None else batch_size
-    if batch_size < 1:
-        raise GenerationError(f"batch_size is {batch_size}, expected at least 1")
+    check_count("batch_size", batch_size)
+    if batch_tokens is not None:
+        check_count("batch_tokens", batch_tokens)
+    if seed is not None:
+        check_count("seed", seed, 0)
     prompts = control.checked([prompts] if isinstance(prompts, str) else list(prompts), strip=strip_control)
     if is_image(images):
         images = [images]
@@ -250,6 +254,14 @@ def check_beam_search(beam_search: str, *, do_sample: bool, length_penalty: floa
         )
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no whole number of at least `least`: "5", 2.0 and True too. Raises `GenerationError`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise GenerationError(f"{name} is {value!r}, expected a whole number")
+    if value < least:
+        raise GenerationError(f"{name} is {value}, expected at least {least}")
+
+
 def generation_config(
     processor: Processor,
     *,
@@ -267,9 +279,11 @@ def generation_config(
         GenerationError: a number is out of range, sampling and beams are asked for together, or a setting of one of
             them without it.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
-        if value < 1:
-            raise GenerationError(f"{name} is {value}, expected at least 1")
+    for name, count, least in (("max_new_tokens", max_new_tokens, 1), ("num_beams", num_beams, 1), ("top_k", top_k, 0)):
+        check_count(name, count, least)
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("length_penalty", length_penalty)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise GenerationError(f"{name} is {value!r}, expected a number")
     if do_sample and num_beams > 1:
         raise GenerationError(f"do_sample and num_beams={num_beams} together are not supported; choose one")
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
