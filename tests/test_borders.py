@@ -232,3 +232,57 @@ def test_text_for_a_number_of_a_part_is_one_line(part: str, key: str) -> None:
     with pytest.raises(ConfigError, match=f"{part}: .*{key}.*'28'") as caught:
         make_model(from_dict(ModelConfig, {**values, "tokenizer": "none"}))
     assert "\n" not in str(caught.value)
+
+
+# One record of an official format with something wrong in it; `vlm eval` and `vlm score` must not differ about it.
+VQA = {"question_id": 1, "question_type": "what", "answer_type": "other", "answers": [{"answer": "a"}]}
+DIFFERENCES: list[tuple[str, str, Any, str]] = [
+    ("pope", "lines", {"question_id": 1, "image": "a.jpg", "text": "is it?", "label": "maybe"}, "yes or no"),
+    ("nlvr2", "lines", {"identifier": "a-0", "sentence": "s", "label": "true"}, "True or False"),
+    ("nocaps", "json", {"images": [], "annotations": [{"image_id": 9, "caption": "x"}]}, "not among the images"),
+    ("vqav2", "json", {"annotations": [VQA, VQA]}, "twice|more than once"),
+    ("textvqa", "json", {"data": [{"question_id": 1, "image_id": "a", "question": "q", "answers": []}]}, "answers"),
+]
+
+
+@pytest.mark.parametrize(("name", "how", "content", "says"), DIFFERENCES)
+def test_evaluation_and_scoring_refuse_the_same(name: str, how: str, content: Any, says: str, tmp_path: Path) -> None:
+    root, split = Root(tmp_path), tasks.get(name).split()
+    role = next(role for role in ("annotations", "captions", *split.files) if role in split.files)
+    for other, file in split.files.items():  # files of the same kind hold the same
+        if other == "questions" and role == "annotations":
+            root.json(file.path, {"questions": []})
+        elif not other.startswith("images"):
+            getattr(root, how)(file.path, [content] if how == "lines" else content)
+    with pytest.raises(DataError, match=says):
+        tasks.get(name).load(tmp_path)
+    with pytest.raises(DataError, match=says):
+        gold_files.read_gold(tmp_path / split.files[role].path)
+
+
+def test_a_number_in_quotes_is_read_by_both(tmp_path: Path) -> None:
+    """A-OKVQA's `correct_choice_idx` as text: the same gold answer."""
+    root, split = Root(tmp_path), tasks.get("aokvqa_mc").split()
+    record = {
+        **{"question_id": "q", "image_id": 3, "question": "what?", "choices": ["a", "b"], "correct_choice_idx": "1"},
+        **{"direct_answers": ["b"], "difficult_direct_answer": False},
+    }
+    root.json(split.files["questions"].path, [record])
+    root.images(f"{split.files['images'].path}/000000000003.jpg")
+    (example,) = tasks.get("aokvqa_mc").load(tmp_path)
+    gold, _ = gold_files.read_gold(tmp_path / split.files["questions"].path)
+    assert example.answers == gold["q"].references == ("b",)
+    assert example.info["answer_index"] == gold["q"].info["answer_index"] == 1
+
+
+def test_only_the_balanced_questions_of_gqa_count(tmp_path: Path) -> None:
+    root, split = Root(tmp_path), tasks.get("gqa").split()
+    types = {"structural": "query", "semantic": "attr"}
+    record = {"imageId": "1", "question": "what?", "answer": "a", "types": types}
+    root.json(
+        split.files["questions"].path, {"1": {**record, "isBalanced": True}, "2": {**record, "isBalanced": False}}
+    )
+    root.images(f"{split.files['images'].path}/1.jpg")
+    gold, _ = gold_files.read_gold(tmp_path / split.files["questions"].path)
+    kept = [example.id for example in tasks.get("gqa").load(tmp_path)]
+    assert kept == [key for key, item in gold.items() if item.scored("answers")] == ["1"]

@@ -39,6 +39,8 @@ class Row:
     def index(self, key: str, size: int) -> int:
         """A whole number from 0 to size - 1."""
         value = self._get(key)
+        if isinstance(value, str) and len(value) < 20 and value.removeprefix("-").isdecimal():
+            value = int(value)  # some official files quote them
         if type(value) is not int or not 0 <= value < size:
             raise DataError(f"{self.where}: {key!r} should be a whole number from 0 to {size - 1}, got {value!r}")
         return int(value)
@@ -48,6 +50,13 @@ class Row:
         if value not in (0, 1):
             raise DataError(f"{self.where}: {key!r} should be true, false, 0 or 1, got {value!r}")
         return bool(value)
+
+    def one_of(self, key: str, *known: str) -> str:
+        """A text that is one of these."""
+        value = self.text(key)
+        if value not in known:
+            raise DataError(f"{self.where}: {key!r} should be {' or '.join(known)}, got {value!r}")
+        return value
 
     def row(self, key: str) -> Row:
         return row(self._get(key), f"{self.where}: {key!r}")

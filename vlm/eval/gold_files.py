@@ -149,7 +149,7 @@ def _gqa(document: Document) -> Pairs:
 def _pope(document: Document) -> Pairs:
     for row in _records(document):
         split = row.values.get("split", row.values.get("category"))
-        info = {"label": row.text("label")}
+        info = {"label": row.one_of("label", "yes", "no")}
         if split is not None:
             info["split"] = text(split, f"{row.where}: the split")
         yield row.id("question_id"), Gold(references=(info["label"],), info=info)
@@ -201,7 +201,8 @@ def _tallyqa(document: Document) -> Pairs:
 
 def _nlvr2(document: Document) -> Pairs:
     for row in _records(document):
-        yield row.id("identifier"), Gold(references=(row.text("label"),), info={"label": row.text("label")})
+        label = row.one_of("label", "True", "False")
+        yield row.id("identifier"), Gold(references=(label,), info={"label": label})
 
 
 def _jsonl(document: Document) -> Pairs:

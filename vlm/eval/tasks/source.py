@@ -119,7 +119,7 @@ class Row:
     def key(self, key: str) -> str:
         """An id: text, or a whole number as text."""
         value = self[key]
-        if type(value) is int or isinstance(value, str):
+        if type(value) is int or (isinstance(value, str) and value.strip()):
             return str(value)
         raise DataError(f"{self.where}: {key!r} should be text or a whole number, got {_shown(value)}")
 

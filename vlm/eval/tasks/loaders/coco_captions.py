@@ -17,13 +17,16 @@ from ..source import Item, Source
 
 def read(source: Source) -> Iterator[Item]:
     content = source.object("captions")
-    captions: dict[str, list[str]] = {}
+    captions: dict[str, list[str]] = {row.key("id"): [] for row in content.rows("images")}
     for row in content.rows("annotations"):
-        captions.setdefault(row.key("image_id"), []).append(row.text("caption"))
+        image = row.key("image_id")
+        if image not in captions:
+            raise DataError(f"{row.where}: image {image} is not among the images of the file")
+        captions[image].append(row.text("caption"))
     folder = source.images()
     for row in content.rows("images"):
         key = row.key("id")
-        if key not in captions:
+        if not captions[key]:
             raise DataError(f"{row.where}: image {key} has no caption; is this a file of the hidden test split?")
         yield Item(
             id=key,

@@ -27,6 +27,8 @@ def read(source: Source) -> Iterator[Item]:
         questions = source.object(role)
         for key in questions.values:
             row = questions.row(key)
+            if "isBalanced" in row and not row.flag("isBalanced"):
+                continue  # the official script scores the balanced set only
             yield Item(
                 id="_".join([key, *language.values()]),
                 images=(folder / f"{row.text('imageId')}.jpg",),

@@ -15,11 +15,16 @@ from collections.abc import Iterator
 
 from vlm.errors import DataError
 
-from ..source import Item, Source
+from ..source import Item, Row, Source
 
 
 def read(source: Source) -> Iterator[Item]:
-    annotations = {row.key("question_id"): row for row in source.object("annotations").rows("annotations")}
+    annotations: dict[str, Row] = {}
+    for row in source.object("annotations").rows("annotations"):
+        key = row.key("question_id")
+        if key in annotations:
+            raise DataError(f"{row.where}: question {key} is annotated twice; only one of the two can be meant")
+        annotations[key] = row
     folder = source.images()
     for row in source.object("questions").rows("questions"):
         key = row.key("question_id")
