@@ -239,7 +239,12 @@ VQA = {"question_id": 1, "question_type": "what", "answer_type": "other", "answe
 DIFFERENCES: list[tuple[str, str, Any, str]] = [
     ("pope", "lines", {"question_id": 1, "image": "a.jpg", "text": "is it?", "label": "maybe"}, "yes or no"),
     ("nlvr2", "lines", {"identifier": "a-0", "sentence": "s", "label": "true"}, "True or False"),
-    ("nocaps", "json", {"images": [], "annotations": [{"image_id": 9, "caption": "x"}]}, "not among the images"),
+    (
+        "nocaps",
+        "json",
+        {"images": [{"id": 1}], "annotations": [{"image_id": 9, "caption": "x"}]},
+        "not among the images",
+    ),
     ("vqav2", "json", {"annotations": [VQA, VQA]}, "twice|more than once"),
     ("textvqa", "json", {"data": [{"question_id": 1, "image_id": "a", "question": "q", "answers": []}]}, "answers"),
 ]
