@@ -2,6 +2,8 @@
 
     decoder = MaskDecoder("vae-oid.npz")
     result = mean_mask_iou({"1": "<loc0010>...<seg127>"}, {"1": mask}, decoder)
+    segment = parse("<loc0010>...<seg127>")
+    image_mask(segment.box, decoder.masks(np.array([segment.codes]))[0], height=480, width=640)
 
 An answer is four `<loc>` and sixteen `<seg>` tokens. The sixteen name entries of a code book, a 4 x 4 grid of vectors
 that the decoder of a VQ-VAE turns into a 64 x 64 mask; resized into the box it is the mask of the object. The decoder's
@@ -119,21 +121,28 @@ def _relu(x: np.ndarray) -> np.ndarray:
     return np.maximum(x, 0)
 
 
+def image_mask(box: tuple[int, int, int, int], mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """bool[height, width]: a decoded mask float32[64, 64] resized into its box, tokens y0, x0, y1, x1 of an image.
+
+    Nowhere true where the box is smaller than a pixel.
+    """
+    whole = np.zeros((height, width), bool)
+    y0, y1 = (int(token / (BINS - 1) * height) for token in box[::2])
+    x0, x1 = (int(token / (BINS - 1) * width) for token in box[1::2])
+    if y1 > y0 and x1 > x0:
+        resized = Image.fromarray(mask).resize((x1 - x0, y1 - y0), resample=Image.Resampling.BILINEAR)
+        whole[y0:y1, x0:x1] = np.asarray(resized) > 0
+    return whole
+
+
 def mask_iou(box: tuple[int, int, int, int], mask: np.ndarray, gold: np.ndarray) -> float:
     """IoU of a decoded mask float32[64, 64], resized into its box, with the gold mask bool[H, W] of the image.
 
     0 where the box is smaller than a pixel.
     """
-    height, width = gold.shape
-    y0, y1 = (int(token / (BINS - 1) * height) for token in box[::2])
-    x0, x1 = (int(token / (BINS - 1) * width) for token in box[1::2])
-    if y1 <= y0 or x1 <= x0:
-        return 0.0
-    resized = Image.fromarray(mask).resize((x1 - x0, y1 - y0), resample=Image.Resampling.BILINEAR)
-    said = np.asarray(resized) > 0
-    common = int((gold[y0:y1, x0:x1] & said).sum())
-    union = int(gold.sum()) + int(said.sum()) - common
-    return common / union if union else 0.0
+    said = image_mask(box, mask, *gold.shape)
+    common, union = int((gold & said).sum()), int((gold | said).sum())
+    return common / union if said.any() and union else 0.0
 
 
 def mean_mask_iou(predictions: Mapping[str, str], gold: Mapping[str, np.ndarray], decoder: MaskDecoder) -> MetricResult:
