@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import vlm
+from vlm import control
 from vlm.data import read_jsonl
 from vlm.errors import ConfigError, DataError
 from vlm.locations import (
@@ -191,3 +192,17 @@ def test_moving_keeps_the_words() -> None:
 
 def test_the_module_is_public() -> None:
     assert vlm.locations.box_to_loc is box_to_loc
+
+
+def test_a_prompt_with_malformed_tokens_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_told", set())
+    processor = tiny()[1]
+    picture = Image.new("RGB", (28, 28))
+    for _ in range(2):
+        processor([picture, picture], ["caption <loc1024><loc0000><loc0001><loc0002>", f"caption {BOX}"])
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and told[0].startswith(
+        "a prompt has malformed <loc> or <seg> tokens: '<loc1024>' is no token"
+    )

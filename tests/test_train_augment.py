@@ -1,13 +1,17 @@
 """Augmentation: which view of a picture is shown when, and where the boxes in its text go."""
 
+import json
 from collections import defaultdict
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from traintools import align, config
 
+import vlm.train
 from vlm.data import Example
 from vlm.errors import DataError
 from vlm.locations import box_to_loc, text_to_objects
@@ -170,3 +174,12 @@ def test_masks_that_would_have_to_turn_are_refused_with_file_and_line(names: lis
         check(pipeline(names), examples)
     check(pipeline(["crop", "brightness"]), examples)
     check(pipeline(names), examples[:1])
+
+
+def test_a_run_on_masks_with_a_flip_is_refused_before_it_starts(tmp_path: Path) -> None:
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "prefix": "segment cat", "suffix": f"<loc0001><loc0002><loc0003><loc0004>{MASK} cat"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = config(tmp_path / "out", align(augment=["hflip"]), data={"train": tmp_path / "train.jsonl"})
+    with pytest.raises(DataError, match=r"train.jsonl:1: augment: hflip would turn the picture"):
+        vlm.train.run(run)

@@ -11,11 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlm import locations
+
 logger = logging.getLogger(__name__)
 
 GEMMA_NAMES = r"image|mask|pad|eos|bos|unk|unused\d+|start_of_\w+|end_of_\w+|\d+mass"
 """Names of Gemma's control tokens, without their brackets."""
 NEWLINE = "a newline at the end"
+LOCATIONS = "malformed <loc> or <seg> tokens"
 _MARKS = (
     r"(?:<\|im_start\|>|<start_of_turn>)(?:user|assistant|system|model)\b"
     r"|<\|start_header_id\|>\w+<\|end_header_id\|>"
@@ -104,8 +107,8 @@ SETTING = "strip_control=True (on the command line --strip-control)"
 
 
 def checked(texts: Sequence[Any], *, prompt: bool = True, strip: bool = False) -> list[Any]:
-    """The texts, stripped if asked for; else a spelling that this process has not spoken of yet is told. What is no
-    text stays what it is."""
+    """The texts, stripped if asked for; else a spelling that this process has not spoken of yet is told, and (once)
+    what is wrong with `<loc>` and `<seg>` tokens. What is no text stays what it is."""
     made = []
     for text in texts:
         if isinstance(text, str) and strip:
@@ -116,6 +119,9 @@ def checked(texts: Sequence[Any], *, prompt: bool = True, strip: bool = False) -
                 _told.update(new)
                 what = "a prompt" if prompt else "a target"
                 logger.warning("%s has %s. %s", what, ", ".join(map(_quoted, new)), _meaning(new, SETTING))
+        if isinstance(text, str) and LOCATIONS not in _told and (wrong := locations.problems(text)):
+            _told.add(LOCATIONS)
+            logger.warning("%s has %s: %s", "a prompt" if prompt else "a target", LOCATIONS, wrong[0])
         made.append(text)
     return made
 
