@@ -20,11 +20,13 @@ import vlm
 from vlm import content
 from vlm.checkpoints import identity
 from vlm.compare.measure import labelled_digest
+from vlm.compare.runs import SOURCES, check_sources, sources
 from vlm.data import read_jsonl, read_labelled
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, DataError
 from vlm.eval import evaluate, items
 from vlm.eval.predictor import ModelPredictor
 from vlm.presets import tiny
+from vlm.train.config import ModelConfig
 from vlm.train.features import Plan
 from vlm.train.stages import data_digest
 
@@ -294,3 +296,76 @@ def test_evaluation_does_not_go_on_with_other_images(tmp_path: Path) -> None:
         write_data(moved.parent, names, first_seed=9)
         with pytest.raises(ConfigError, match="other items, prompts, images"):
             evaluate(pair, moved, "exact_match", tmp_path / out, **options)
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_on_the_disk_is_what_it_holds(tmp_path: Path) -> None:
+    vlm.save(*loud("siglip", "gemma"), tmp_path / "a")
+    known = identity.of_checkpoint(tmp_path / "a")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    config |= {"transformers_version": "0.0.1", "_name_or_path": "/elsewhere"}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config, indent=7))
+    (tmp_path / "b" / "training.json").write_text("{}")
+    assert identity.of_checkpoint(tmp_path / "b") == known
+    config["text_config"]["rms_norm_eps"] = 1e-3
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    changed = identity.of_checkpoint(tmp_path / "b")
+    (tmp_path / "b" / "tokenizer.json").write_text("{}")
+    assert len({known, changed, identity.of_checkpoint(tmp_path / "b")}) == 3
+
+
+def test_runs_of_a_comparison_are_not_counted_with_other_sources(tmp_path: Path) -> None:
+    """A tower, a decoder or the training images replaced behind the same path."""
+    for part in ("tower", "decoder"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "model.safetensors").write_bytes(part.encode())
+    data = write_data(tmp_path / "data", ["0.png"])
+    model = ModelConfig(encoder=f"{tmp_path}/tower@28", decoder=f"{tmp_path}/decoder", tokenizer="owner/name")
+
+    def now() -> dict[str, str]:
+        return sources(model, data_digest(read_jsonl(data)[0]))
+
+    spec: Any = type("Spec", (), {"folder": tmp_path / "run", "name": "tower+linear seed 0"})()
+    spec.folder.mkdir()
+    check_sources(spec, now())
+    check_sources(spec, now())
+    changes = {
+        "tower": lambda: (tmp_path / "tower" / "model.safetensors").write_bytes(b"another"),
+        "decoder": lambda: (tmp_path / "decoder" / "config.json").write_text('{"hidden_size": 1}'),
+        "training data": lambda: write_data(tmp_path / "data", ["0.png"], first_seed=4),
+    }
+    for name, change in changes.items():
+        (spec.folder / SOURCES).write_text(json.dumps(now()))
+        change()
+        with pytest.raises(DataError, match=f"tower\\+linear seed 0: [^ ]*{name} changed after this run was begun"):
+            check_sources(spec, now())
+
+
+def test_the_demo_asks_again_when_model_or_pictures_are_others(tmp_path: Path) -> None:
+    """Predictions are kept with what they were made of."""
+    from vlm.demo.run import Answers
+
+    answers = object.__new__(Answers)
+    answers.folder, answers.data = tmp_path / "predictions", tmp_path / "data"
+    answers.folder.mkdir()
+    write_data(answers.data, ["0.png"])
+    pair = tiny()
+    vlm.save(*pair, tmp_path / "model")
+    lines = [{"id": "0", "image": "0.png", "prefix": "caption en"}]
+    file = answers.folder / "answers.jsonl"
+
+    def asked() -> bool:
+        before = file.stat().st_ino if file.exists() else None
+        answers._predict("answers", {}, tmp_path / "model", lines)
+        return file.stat().st_ino != before
+
+    assert asked() and not asked()
+    write_data(answers.data, ["0.png"], first_seed=3)
+    assert asked() and not asked()
+    vlm.save(*flipped(pair), tmp_path / "model")
+    assert asked() and not asked()
+    (answers.folder / "answers.made_of.json").unlink()
+    assert asked()

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from vlm import content
+from vlm.checkpoints.files import HUB_FILES, INDEX, read_json
 from vlm.checkpoints.layout import RUNTIME, dtype_name
 from vlm.projectors import full_settings
 
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from vlm.tokenizer import Tokenizer
     from vlm.transforms import ImageTransform
 
+RECORDS = ("manifest.json", "training.json", "parity.json", "generation_config.json", INDEX)
+"""Files of a checkpoint that are about it; nothing is read from them."""
 GIVEN_BY_THE_PROCESSOR = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Of a model's generation settings: `vlm.generation` sets them itself for every text."""
 
@@ -111,6 +116,17 @@ def of_tokenizer(tokenizer: Tokenizer) -> str:
     definition.pop("padding", None)
     controls = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     return of_values([definition, controls, sorted(tokenizer.all_special_ids)])
+
+
+def of_checkpoint(path: Path) -> str:
+    """sha256 over what a checkpoint on the disk (a directory, or a file) holds, without opening it as a model: bytes of
+    weights and tokenizers, and configurations without their notes."""
+    if not path.is_dir():
+        return content.of_file(path)
+    names = sorted(file.name for pattern in HUB_FILES for file in path.glob(pattern) if file.name not in RECORDS)
+    files = {name: content.of_file(path / name) for name in names if name != "config.json"}
+    settings = canonical(read_json(path / "config.json")) if "config.json" in names else None
+    return of_values([settings, files])
 
 
 def of_weights(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from vlm.compare import match, page, table
 from vlm.compare.config import CompareConfig, ProbeConfig, make_arms, run_config
 from vlm.compare.match import How, Matched
 from vlm.compare.processes import Server, run_all, slots, visible_gpus
-from vlm.compare.runs import Spec, claim, make_specs
+from vlm.compare.runs import Spec, check_sources, claim, make_specs, sources
 from vlm.compare.summary import summarise
 from vlm.data import Example, read_jsonl, read_labelled
 from vlm.encoders import use
@@ -22,7 +22,7 @@ from vlm.eval.metrics import registry
 from vlm.eval.probes import check_sets, images_in_both
 from vlm.eval.zero_shot import check_templates
 from vlm.files import Lock, disk_errors, locked, write_json, write_text
-from vlm.train.stages import read_sources
+from vlm.train.stages import data_digest, read_sources
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class Plan:
     seeds: list[int]
     how: How
     tasks: dict[str, list[Example]]
+    data: str
+    """Digest of the training data."""
 
 
 def plan(
@@ -60,7 +62,7 @@ def plan(
             registry.expand(task.metrics)
         except ConfigError as error:
             raise ConfigError(f"tasks.{name}: {error}") from error
-    read_sources(run_config(config, arms[0], chosen[0], Path("out")), skip_bad=False)
+    examples, _, _ = read_sources(run_config(config, arms[0], chosen[0], Path("out")), skip_bad=False)
     tasks = {name: _read_task(config, name) for name in config.tasks}
     if config.probes is not None:
         _check_probes(config.probes)
@@ -69,7 +71,7 @@ def plan(
         raise DataError(f"{next(iter(config.tasks.values())).data}: none of the images can be opened")
     made = match.match(arms, how, sizes, config.tokens)
     _check_budgets(config, made, how)
-    return Plan(made, chosen, how, tasks)
+    return Plan(made, chosen, how, tasks, data_digest(examples))
 
 
 def compare(
@@ -110,6 +112,7 @@ def compare(
         specs = make_specs(config, [item.arm for item in made.arms], made.seeds, folder, encoder_class)
         for spec in specs:
             claim(spec)
+            check_sources(spec, sources(spec.run.model, made.data))
         _check_items(specs, made.tasks)
         accelerator = specs[0].run.accelerator
         failed = run_all(specs, slots(jobs, visible_gpus(accelerator)), _tell, server)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from vlm import files
+from vlm import content, files
 from vlm.demo import captions, dataset, show, start
 from vlm.errors import ConfigError
 
@@ -228,20 +228,25 @@ class Answers:
         return round(metrics.compute("cider", self.said["captions"], references).value, 4)
 
     def _predict(self, name: str, loaded: dict[Path, Any], model: Path, lines: Sequence[dict[str, Any]]) -> None:
-        file = self.folder / f"{name}.jsonl"
-        if dataset.answered(file, lines):
+        from vlm.checkpoints import identity
+
+        images = [self.data / line["image"] for line in lines]
+        asked = [lines, [content.of_file(image) for image in images], MAX_NEW_TOKENS, BATCH_SIZE]
+        made_of = {"model": identity.of_checkpoint(model), "asked": identity.of_values(asked)}
+        file, note = self.folder / f"{name}.jsonl", self.folder / f"{name}.made_of.json"
+        if dataset.answered(file, lines) and dataset.left_over(note) == made_of:
             return
         import vlm
 
         if model not in loaded:
             loaded[model] = vlm.load(model)
         log.info("predicting: %s", name)
-        images = [self.data / line["image"] for line in lines]
         prompts = [line["prefix"] for line in lines]
         network, processor = loaded[model]
         texts = vlm.generate(network, processor, images, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
         rows = [{**line, "prediction": text} for line, text in zip(lines, texts, strict=True)]
         files.write_lines(file, rows)
+        files.write_json(note, made_of)
 
 
 class _Clock:
