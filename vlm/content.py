@@ -7,6 +7,7 @@ by several threads; that costs about what copying the files to nowhere would.
 import functools
 import hashlib
 import json
+import logging
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -17,11 +18,15 @@ from PIL import Image
 
 from vlm.data import Example, Labelled
 
+log = logging.getLogger(__name__)
+
 THREADS = 8
 AT_ONCE = 2**20
 """Bytes up to which a file is read in one piece, which is twice as fast for small ones."""
 REMEMBERED = 2**17
 """Files whose digest is kept in memory."""
+WORTH_TELLING = 20_000
+"""Files whose reading takes long enough to be announced."""
 ORIENTATION = 0x0112
 """The EXIF tag that says how an image is turned upright."""
 
@@ -39,6 +44,8 @@ def of_items(items: Sequence[Example] | Sequence[Labelled], fields: Sequence[str
 def of_files(paths: Iterable[Path]) -> dict[Path, str]:
     """The digest of each file, see `of_file`; several are read at a time."""
     listed = list(paths)
+    if len(listed) > WORTH_TELLING:
+        log.info("reading %d files once, to know them again by their content", len(listed))
     with ThreadPoolExecutor(THREADS) as pool:
         # In portions: a task for each of 100,000 small files would cost more than reading them.
         portions = [listed[start : start + 64] for start in range(0, len(listed), 64)]
