@@ -25,7 +25,7 @@ from vlm.checkpoints.files import SINGLE
 from vlm.checkpoints.parity import LIMITS, ParityReport, compare, compare_files
 from vlm.checkpoints.shards import parse_size, widest
 from vlm.errors import CheckpointError, ConfigError, DiskError, nearest
-from vlm.files import publishing
+from vlm.files import publishing, rust_disk_errors
 from vlm.generation import check_dtype
 from vlm.model import VLM, final_softcap
 from vlm.processor import Processor
@@ -345,7 +345,7 @@ def published(out: Path) -> Iterator[Path]:
     """
     check_out(out)
     try:
-        with publishing(out) as folder:
+        with rust_disk_errors(), publishing(out) as folder:
             yield folder
     except (OSError, SafetensorError, DiskError) as error:
         raise CheckpointError(f"{out}: cannot be written: {error}") from error

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlm.checkpoints import configs, identity, manifest
 from vlm.checkpoints.directory import READERS, check_pair
-from vlm.checkpoints.files import FLOATS, INDEX, read_json
+from vlm.checkpoints.files import ADAPTER_NAMES, FLOATS, INDEX, read_json
 from vlm.checkpoints.live import State
 from vlm.checkpoints.loader import EMBEDDING, empty, expected_shapes, shown
 from vlm.checkpoints.names import HEAD
@@ -212,19 +212,19 @@ def _check_names(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
         "are no part of it": sorted(set(got) - set(wanted)),
         "have another shape": [f"{key} {got[key]}" for key in sorted(got) if wanted.get(key, got[key]) != got[key]],
     }
+    adapters = sorted(key for key in got if ADAPTER_NAMES.search(key))
+    if adapters:
+        raise CheckpointError(
+            f"{name}: the model has adapters (LoRA) that are not merged: {', '.join(adapters[:3])} and others; save"
+            f" what merge_and_unload() returns, or the adapters alone with peft"
+        )
     found = [f"{len(names)} {what}: {shown(names)}" for what, names in problems.items() if names]
-    if not found:
-        return
-    adapters = any(".lora_" in key or ".base_layer." in key for key in got)
-    advice = (
-        "these are adapters (LoRA) that are not merged: save what merge_and_unload returns"
-        if adapters
-        else "something wraps or replaces parts of the model, or its configuration was changed: undo it first"
-    )
-    raise CheckpointError(
-        f"{name}: the model's tensors are not those of its configuration, and could not be opened again:"
-        f" {'; '.join(found)}; {advice}"
-    )
+    if found:
+        raise CheckpointError(
+            f"{name}: the model's tensors are not those of its configuration, and could not be opened again:"
+            f" {'; '.join(found)}; something wraps or replaces parts of the model, or its configuration was changed:"
+            f" undo it first"
+        )
 
 
 def _check_tied(state: State, name: str) -> None:
