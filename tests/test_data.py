@@ -162,6 +162,7 @@ RECORDS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "unknown-key", "a dialogue is not read"),
     ({"video": "a.mp4"}, "unknown-key", "give frames of it as 'images'"),
     ({"depth": "images/b.png"}, "unknown-key", "key 'depth' holds an image that would not be shown"),
+    ({"image": "images/b.png", "other": "twin/b.png"}, "unknown-key", "key 'other' holds an image"),
     ({"views": [{"path": "x/b.JPEG"}]}, "unknown-key", "key 'views' holds an image"),
     ({"thumb": "data:image/png;base64,iVBOR"}, "unknown-key", "key 'thumb' holds an image"),
     ({"raw": "iVBORw0KGgo" + "A" * 100}, "unknown-key", "key 'raw' holds an image"),
@@ -356,9 +357,9 @@ def test_a_mistake_with_names_in_it_is_counted_too(folder: Path) -> None:
     path = write(folder, *[{**GOOD, "image": f"gone/{i}.png"} for i in range(0, 40)], GOOD)
     with pytest.raises(DataError) as caught:
         read_jsonl(path)
-    _, line = str(caught.value).splitlines()
+    (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{path}: 40 lines (1-40): missing-image: image gone/0.png is not below ")
-    assert line.endswith(", and so on")
+    assert line.endswith(", and so on (41 annotations in the file)")
 
 
 def test_nothing_usable_is_refused_even_when_skipping(folder: Path) -> None:

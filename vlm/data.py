@@ -194,6 +194,8 @@ def _listing(problems: list[Problem], name: str, num_good: int) -> str:
         return str(problems[0])
     total = len(problems) + num_good
     lines = listing(problems)
+    if len(lines) == 1 and len(problems) > 1:
+        return f"{lines[0]} ({total:,} annotations in the file)"
     more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
     head = f"{name}: {len(problems)} of {total} annotations cannot be used:"
     return "\n".join([head, *lines[:MAX_LISTED], *more])
@@ -363,7 +365,6 @@ def _refuse_leftovers(record: dict[str, Any], keys: Sequence[str], images: Seque
 
     `answer` for `answers` would drop what somebody annotated, `image2` what the question is about.
     """
-    shown_already = {os.path.basename(image) for image in images}
     for key in record:
         if key in keys:
             continue
@@ -379,7 +380,7 @@ def _refuse_leftovers(record: dict[str, Any], keys: Sequence[str], images: Seque
             raise _Refused("unknown-key", f"key {key!r}: a dialogue is not read; {strictjson.LLAVA_ADVICE}")
         if key.lower() in _OTHER_MEDIA:
             raise _Refused("unknown-key", f"key {key!r}: only images are read; give frames of it as 'images'")
-        if _holds_image(record[key], shown_already):
+        if _holds_image(record[key], images):
             wanted = "images" if "images" in keys else "image"
             raise _Refused("unknown-key", f"key {key!r} holds an image that would not be shown; put it into {wanted!r}")
         if not images and "images" in keys and "images" not in record and _SPEAKS_OF_IMAGES.search(key.lower()):
@@ -406,17 +407,19 @@ def _advice(key: str) -> str:
     return "write a line for each, or rename the key"
 
 
-def _holds_image(value: Any, shown_already: set[str]) -> bool:
+def _holds_image(value: Any, images: Sequence[str]) -> bool:
     """Whether a value is (or lists) an image that the line does not show."""
     if isinstance(value, str):
         if _IMAGE_TEXT.match(value) and (value.startswith("data:") or len(value) > 64):
             return True
         is_link = re.match(r"https?://", value) is not None  # where an image came from; nothing is ever fetched
-        return _IMAGE_NAME.fullmatch(value) is not None and not is_link and os.path.basename(value) not in shown_already
+        # The same path from another folder is another name of the image; a/0.png and b/0.png are two.
+        same = any(f"/{value}".endswith(f"/{name}") or f"/{name}".endswith(f"/{value}") for name in images)
+        return _IMAGE_NAME.fullmatch(value) is not None and not is_link and not same
     if isinstance(value, list):
-        return any(_holds_image(item, shown_already) for item in value[:1000])
+        return any(_holds_image(item, images) for item in value[:1000])
     if isinstance(value, dict):
-        return any(_holds_image(item, shown_already) for item in value.values())
+        return any(_holds_image(item, images) for item in value.values())
     return False
 
 
