@@ -204,6 +204,10 @@ def test_arguments_that_nothing_would_read_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             model(**given)
+    with pytest.raises(ConfigError, match="output_attentions=True with sdpa attention"):
+        model(**plain, output_attentions=True)
+    with pytest.raises(DataError, match="images beside grids"):
+        processor([picture(1)], ["no"], grids=[[(2, 2)]])
     assert model(**plain, output_attentions=None, image_sizes=None).logits is not None
     with pytest.raises(GenerationError, match="packed samples"):
         generate_ids(model, replace(processor([picture(1)], ["no"]), sequence_ids=mask), GenerationConfig())

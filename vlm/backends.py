@@ -74,6 +74,19 @@ def check(config: VLMConfig, asked: Any) -> None:
     check_name(asked, config)
 
 
+def check_weights(backend: str) -> None:
+    """Refuse to ask a decoder on `backend` for its attention weights where it computes none.
+
+    Raises:
+        ConfigError: sdpa.
+    """
+    if backend == "sdpa":
+        raise ConfigError(
+            "output_attentions=True with sdpa attention, which computes no attention weights; switch first:"
+            " model.set_attn_implementation('eager')"
+        )
+
+
 def unsupported(config: VLMConfig, asked: Any, why: str) -> ConfigError:
     """What to say where transformers refuses a backend that is among ours."""
     return ConfigError(

@@ -244,6 +244,8 @@ class VLMModel(VLMPreTrainedModel):
         The others, and what is refused: as for `VLM.forward`.
         """
         inputs.check_names(kwargs)
+        if kwargs.get("output_attentions"):
+            backends.check_weights(self.config.text_config._attn_implementation)
         pixels = {
             "pixel_values": pixel_values,
             "pixel_attention_mask": pixel_attention_mask,
@@ -369,7 +371,8 @@ class VLM(VLMPreTrainedModel, GenerationMixin):
         Raises:
             DataError: placeholders and image tokens differ in number; labels without token_type_ids; no supervised
                 token; an argument that nothing would read, alone or beside the others.
-            ConfigError: settings of the loss that nothing would read, or that contradict each other.
+            ConfigError: settings of the loss that nothing would read, or that contradict each other;
+                `output_attentions` on a backend that has no attention weights.
         """
         inputs.check_loss_settings(labels, reduction, num_items_in_batch, skip_logits, logits_to_keep)
         if skip_logits is None:

@@ -210,9 +210,13 @@ class Processor:
 
         Raises:
             DataError: an empty batch, unequal lengths, a prefix that does not fit, nothing to supervise. The sample is
-                named.
+                named. Or images and grids together.
             ImageError: an image that cannot be used.
         """
+        if images is not None and grids is not None:
+            raise DataError(
+                "images beside grids: grids are of images whose features are there already; pass one of them"
+            )
         prefixes = [text] if isinstance(text, str) else list(text)
         suffixes = [suffix] if isinstance(suffix, str) else None if suffix is None else list(suffix)
         prefixes = control.checked(prefixes, strip=strip_control)
