@@ -112,3 +112,35 @@ def test_new_from_a_checkpoint_of_its_own(built: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     made = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
     assert tower and all((made[prefix + name] == value).all() for name, value in tower.items())
+
+
+def test_a_comparison_of_ones_own_tower(built: Path, tmp_path: Path) -> None:
+    """`vlm compare --encoder-class`: known by its checkpoint alone."""
+    import yaml
+    from safetensors.torch import load_file, save_file
+    from traintools import pictures
+
+    from vlm.presets import tiny
+    from vlm.towers import choose
+
+    model, processor = tiny()
+    model.model.language_model.save_pretrained(tmp_path / "gemma")
+    processor.tokenizer.save_pretrained(tmp_path / "gemma")
+    prefix = "model.vision_tower."
+    tower = load_file(built / "model.safetensors")
+    (tmp_path / "patch").mkdir()
+    kept = {name.removeprefix(prefix): value for name, value in tower.items() if name.startswith(prefix)}
+    save_file(kept, tmp_path / "patch" / "model.safetensors")
+    (tmp_path / "patch" / "config.json").write_text('{"model_type": "patch_tower", "hidden_size": 32}')
+    with pytest.raises(VLMError, match="model_type is 'patch_tower', expected"):
+        choose(tmp_path / "patch")
+    data = pictures(tmp_path / "data", 4)
+    stage = {"name": "a", "module": "frozen_encoder", "train": {"projector": 1e-3}, "steps": 1, "batch_size": 2}
+    run = {"model": {"decoder": str(tmp_path / "gemma")}, "data": {"train": str(data)}, "accelerator": "cpu"}
+    task = {"data": str(data), "metrics": ["exact_match"], "max_new_tokens": 2, "limit": 2, "batch_size": 2}
+    values = {"encoders": {"mine": str(tmp_path / "patch")}, "tasks": {"t": task}, "speed_images": 1}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**values, "run": {**run, "stages": [stage]}}))
+    words = ["-m", "vlm", "compare", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out"), "--plan"]
+    done = python(*words, "--encoder-class", NAME, path=str(ROOT / "examples"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "mine+linear" in done.stdout and NAME in done.stdout

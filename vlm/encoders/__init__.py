@@ -123,10 +123,16 @@ class Published(NamedTuple):
 
 
 def model_types(own: str | None = None) -> dict[str, str]:
-    """Encoder kind by the `model_type` of the checkpoints that it reads; an encoder of one's own comes first."""
+    """Encoder kind by the `model_type` of the checkpoints that it reads.
+
+    Args:
+        own: an encoder of one's own that alone is asked. Without it, those made known in this process (`use`) are read
+            too, after the library's: a name that both have is the library's.
+    """
     if own in OWN_ENCODERS:
         return {name: own for name in OWN_ENCODERS[own].MODEL_TYPES}
-    return {name: kind for kind in kinds("vlm.encoders") for name in part("vlm.encoders", kind).MODEL_TYPES}
+    known = {name: kind for kind in kinds("vlm.encoders") for name in part("vlm.encoders", kind).MODEL_TYPES}
+    return {name: kind for kind in OWN_ENCODERS for name in OWN_ENCODERS[kind].MODEL_TYPES} | known
 
 
 def read_config(kind: str, values: dict[str, Any]) -> PreTrainedConfig:
