@@ -17,7 +17,7 @@ from vlm.cli import main
 from vlm.compare import compare, fixed, match, processes, statistics
 from vlm.compare.config import Arm, load_config, make_arms, run_config
 from vlm.compare.statistics import Paired
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, TrainingError
 from vlm.eval.metrics import registry
 from vlm.train.stages import make_tower
 from vlm.transforms import naflex_grid
@@ -390,3 +390,11 @@ def test_a_system_without_fork_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "fork")
     with pytest.raises(ConfigError, match=r"vlm compare .* fork.* WSL"):
         processes.Server()
+
+
+def test_a_server_that_was_killed_is_one_sentence_and_its_end_is_quiet() -> None:
+    """A broken pipe in `close` would hide the sentence, and make the command end as if its reader had gone."""
+    with pytest.raises(TrainingError, match="the process that starts the runs has died"), processes.serving() as server:
+        server._process.kill()
+        server._process.wait()
+        server.send(stop=["a run"])

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_children import alive
 from test_train_processes import rows, run_on_two
-from traintools import align, config, damaged, difference, pictures, training, world
+from traintools import align, config, damaged, difference, pictures, steps_done, training, wait, world
 
 import vlm
 import vlm.train
@@ -164,3 +165,25 @@ def test_another_number_of_threads_is_told(tmp_path: Path, caplog: pytest.LogCap
     finally:
         torch.set_num_threads(before)
     assert f"goes on with {before + 1} threads, and had {before}" in caplog.text
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("victim", "signum", "code"), [("worker", 9, 2), ("worker", 11, 2), ("parent", 9, -9), ("parent", 15, 143)]
+)
+def test_no_way_to_die_leaves_a_loading_process_or_waits_for_one(
+    victim: str, signum: int, code: int, tmp_path: Path
+) -> None:
+    run = config(tmp_path / "out", align(steps=100_000), workers=2)
+    with training(run) as process:
+        wait(lambda: steps_done(run.out) >= 2)
+        workers = children_of(process.pid)
+        assert len(workers) == 2
+        os.kill(workers[0] if victim == "worker" else process.pid, signum)
+        process.join(60)
+        assert process.exitcode == code
+        wait(lambda: not any(map(alive, workers)), 20)
