@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,14 +31,25 @@ ORIENTATION = 0x0112
 """The EXIF tag that says how an image is turned upright."""
 
 
-def of_items(items: Sequence[Example] | Sequence[Labelled], fields: Sequence[str]) -> str:
-    """sha256 over some fields of every item and over the content of its images, in order."""
-    found = of_files({image for item in items for image in item.images if isinstance(image, Path)})
+def of_items(
+    items: Sequence[Example] | Sequence[Labelled], fields: Sequence[str], found: Mapping[Path, str] | None = None
+) -> str:
+    """sha256 over some fields of every item and over the content of its images, in order.
+
+    Args:
+        found: digests of `image_files(items)` by `of_files`, where somebody has them already; None reads the files.
+    """
+    found = of_files(image_files(items)) if found is None else found
     total = hashlib.sha256()
     for item in items:
         images = [found[image] if isinstance(image, Path) else of_picture(image) for image in item.images]
         total.update(json.dumps([[getattr(item, name) for name in fields], images]).encode() + b"\n")
     return total.hexdigest()
+
+
+def image_files(items: Sequence[Example] | Sequence[Labelled]) -> list[Path]:
+    """The image files of all items, each once, in a steady order."""
+    return list(dict.fromkeys(image for item in items for image in item.images if isinstance(image, Path)))
 
 
 def of_files(paths: Iterable[Path]) -> dict[Path, str]:

@@ -1,11 +1,14 @@
 """Agreement between the processes of a run before Lightning has made its process group."""
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+T = TypeVar("T")
 
 
 def join_process_group() -> None:
@@ -40,6 +43,11 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """The part of the items that is this process's; the processes have all of them between them, each once."""
+    return items[dist.get_rank() :: world_size()] if world_size() > 1 else items
 
 
 def world_size() -> int:

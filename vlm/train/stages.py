@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from vlm import files, settings
+from vlm import content, files, settings
 from vlm.build import new
 from vlm.checkpoints import identity, load, save
 from vlm.checkpoints.configs import guarded
 from vlm.checkpoints.preprocessing import own_transform
 from vlm.config import VLMConfig
-from vlm.content import of_items
 from vlm.data import Example, Problem, listing, read_jsonl, without_control
 from vlm.encoders import model_types
 from vlm.errors import CheckpointError, ConfigError, DataError
@@ -35,7 +34,7 @@ from vlm.train import checkpoint, failures, features, metrics, preview
 from vlm.train.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from vlm.train.data import check_lengths, targets, with_budget
 from vlm.train.evaluate import read_jobs
-from vlm.train.processes import barrier, join_process_group
+from vlm.train.processes import barrier, gather, join_process_group, share
 from vlm.train.quiet import quiet_transformers
 from vlm.train.recorder import Recorder
 from vlm.train.rundir import RunDirectory, accepted, read_record
@@ -245,8 +244,14 @@ def tell_skipped(problems: Sequence[Problem]) -> None:
 
 
 def data_digest(examples: list[Example]) -> str:
-    """sha256 over what is trained on, in order: texts and the content of images, so that data may move."""
-    return of_items(examples, ("id", "prefix", "suffix"))
+    """sha256 over what is trained on, in order: texts and the content of images, so that data may move.
+
+    The processes of a run share the reading; each must call this.
+    """
+    found: dict[Path, str] = {}
+    for part in gather(content.of_files(share(content.image_files(examples)))):
+        found |= part
+    return content.of_items(examples, ("id", "prefix", "suffix"), found)
 
 
 def _rooms(config: RunConfig, start: Path) -> list[_Rooms]:
