@@ -334,8 +334,9 @@ def _images(record: dict[str, Any]) -> list[str]:
 
 def _labelled(line: bytes, number: int, name: str, images: "_ImageRoot") -> Labelled:
     record = _parse(line, number)
+    named = [] if record.get("image") is None else [_text(record["image"], "image")]
+    _refuse_leftovers(record, LABELLED_KEYS, named)
     _require(record, ("image", "label"))
-    _refuse_leftovers(record, LABELLED_KEYS, [_text(record["image"], "image")])
     label = _text(record["label"], "label")
     if not label.strip():
         raise _Refused("empty", "'label' is blank; give each image its class")
