@@ -38,8 +38,7 @@ class _Child(process.BaseProcess):
             super().start()
 
     def run(self) -> None:
-        for signum in _SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
+        leave_signals_to_parent()
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         parent = multiprocessing.parent_process()
@@ -49,6 +48,12 @@ class _Child(process.BaseProcess):
 
     def terminate(self) -> None:
         self.kill()
+
+
+def leave_signals_to_parent() -> None:
+    """Ignore Ctrl-C and SIGTERM; again, where a library has put its own handlers in."""
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class _Spawned(_Child, SpawnProcess):

@@ -266,7 +266,11 @@ def loader(
         # Torch installs its SIGCHLD handler once, and Lightning takes it away at the end of each stage: without it a
         # worker that died would be noticed only after LONGEST_WAIT_S.
         signal_handling._SIGCHLD_handler_set = False
-        options = {"timeout": LONGEST_WAIT_S, "multiprocessing_context": children.context(fork=True)}
+        options = {
+            "timeout": LONGEST_WAIT_S,
+            "multiprocessing_context": children.context(fork=True),
+            "worker_init_fn": _start_worker,
+        }
     return _Loader(
         dataset,
         batch_size=None,
@@ -277,6 +281,11 @@ def loader(
         generator=torch.Generator(),
         **options,
     )
+
+
+def _start_worker(_number: int) -> None:
+    # Torch's worker has just put in its own handlers, with which SIGTERM to the whole group would end it.
+    children.leave_signals_to_parent()
 
 
 @contextmanager
