@@ -291,7 +291,7 @@ def test_a_sound_model_exits_0(model_dir: Path, capsys: pytest.CaptureFixture[st
     assert len(lines) == len(check.CHECKS) + 2
     assert [line.split()[1] for line in lines[:-2]] == [entry.name for entry in check.CHECKS]
     assert {line.split()[0] for line in lines[:-2]} == {"ok", "n/a"}
-    assert lines[-1] == f"{model_dir} (float32, cpu, sdpa attention): 15 ok, 0 FAIL, 2 n/a"
+    assert lines[-1] == f"{model_dir} (float32, cpu, sdpa attention): 18 ok, 0 FAIL, 2 n/a"
     assert "of 24 examples" in out and "future: no token sees" in err and "future: no token sees" not in out
 
 
@@ -319,7 +319,7 @@ def test_json(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--only", "futur"], "unknown check 'futur' (did you mean 'future'?); known: future, prefix"),
+        (["--only", "futur"], "unknown check 'futur' (did you mean 'future'?); known: tower, patch-order"),
         (["--only", ","], "no check is named"),
         (["--stage-manifest", "gone.json"], "gone.json: cannot be read as a stage's manifest"),
         (["--data", "gone.jsonl"], "gone.jsonl: cannot read the annotations"),

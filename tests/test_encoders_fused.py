@@ -311,9 +311,11 @@ def test_on_the_command_line(folders: Path, tmp_path: Path, capsys: pytest.Captu
     assert "grid 2x2 resampled to 4x4" in capsys.readouterr().out
     assert main(["info", str(start)]) == 0
     assert "fused (siglip + clip)" in capsys.readouterr().out
-    for to in ("paligemma", "tower"):
-        assert main(["export", str(start), "--to", to, "--out", str(tmp_path / to)]) == 2
-        assert "'fused'" in capsys.readouterr().err
+    assert main(["export", str(start), "--to", "paligemma", "--out", str(tmp_path / "paligemma")]) == 2
+    assert "'fused'" in capsys.readouterr().err
+    assert main(["export", str(start), "--to", "tower", "--out", str(tmp_path / "tower")]) == 0
+    assert {"1-siglip", "2-clip"} <= {path.name for path in (tmp_path / "tower").iterdir()}
+    capsys.readouterr()
     assert main(["check", str(start)]) == 0
     assert " 0 FAIL" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ from coretools import CASES, Case, each_case, loud, picture
 from vlm.errors import ConfigError, DataError
 from vlm.eval.likelihood import choose, score_candidates
 from vlm.loss import IGNORE
-from vlm.model import VLM
+from vlm.model import VLM, VLMModel
 from vlm.processor import Processor
 
 PROMPTS = ["answer en is the square red?", "answer en what is it?", "choose from: a \t b"]
@@ -65,13 +65,13 @@ def test_the_batch_size_does_not_matter(case: Case) -> None:
 def test_an_item_passes_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = loud("siglip", "gemma")
     seen: list[int] = []
-    encode = VLM.encode
+    encode = VLMModel.encode
 
-    def counted(self: VLM, pixel_values: torch.Tensor, *rest: torch.Tensor) -> object:
+    def counted(self: VLMModel, pixel_values: torch.Tensor, *rest: torch.Tensor) -> object:
         seen.append(len(pixel_values))
         return encode(self, pixel_values, *rest)
 
-    monkeypatch.setattr(VLM, "encode", counted)
+    monkeypatch.setattr(VLMModel, "encode", counted)
     score_candidates(model, processor, PICTURES, PROMPTS, CANDIDATES, batch_size=2)
     assert seen == [2, 1]
 

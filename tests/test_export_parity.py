@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,17 +345,9 @@ def test_the_code_of_the_documentation_runs(
     picture(1, (40, 30)).save("cat.jpg")
     text = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
-        if "exported-chat" in block:
-            shutil.copytree("exported", "exported-chat")
         exec(compile(block, "docs/export.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "greedy tokens" in printed and "as in vLLM" in printed and "'missing_keys': []" in printed
-    # The template makes what the processor takes.
-    theirs = AutoProcessor.from_pretrained("exported-chat", backend="pil")
-    parts = [{"type": "image"}, {"type": "text", "text": "caption en"}]
-    chat = theirs.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
-    made = theirs(images=[picture(1)], text=[chat], return_tensors="pt")
-    assert torch.equal(made["input_ids"], processor([picture(1)], ["caption en"])["input_ids"])
 
 
 def test_token_type_1_for_the_prompt_is_the_mask_of_vllm() -> None:

@@ -388,7 +388,7 @@ def test_float16_is_refused_unless_forced() -> None:
         ({"temperature": 0}, "temperature=0 without do_sample=True"),
         ({"top_p": 0.9, "top_k": 5}, "top_p=0.9, top_k=5 without do_sample=True"),
         ({"top_k": 5, "num_beams": 3}, "top_k=5 without do_sample=True: .* for beam search"),
-        ({"do_sample": True, "top_k": -1}, "top_k -1 at least 0"),
+        ({"do_sample": True, "top_k": -1}, "top_k is -1, expected at least 0"),
         ({"seed": 3}, "seed=3 without do_sample=True"),
         ({"length_penalty": 0.5}, "length_penalty=0.5 without beams"),
         ({"length_penalty": 0.5, "do_sample": True}, "length_penalty=0.5 without beams"),

@@ -25,7 +25,7 @@ import vlm.generation
 import vlm.train
 from vlm.budget import cut, padding
 from vlm.data import read_jsonl
-from vlm.errors import ConfigError, ImageError
+from vlm.errors import ConfigError, GenerationError, ImageError
 from vlm.eval import items
 from vlm.images import image_size
 from vlm.presets import tiny
@@ -297,7 +297,7 @@ def test_an_image_that_cannot_be_measured_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match="sample 'x'.*a.png"):
         vlm.generate(model, processor, [tmp_path / "a.png"], ["a"], ids=["x"], batch_tokens=100)
-    with pytest.raises(ConfigError, match="batch_tokens is 0"):
+    with pytest.raises(GenerationError, match="batch_tokens is 0"):
         vlm.generate(model, processor, [picture(0)], ["a"], batch_tokens=0)
 
 

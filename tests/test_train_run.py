@@ -326,7 +326,7 @@ def slow_saves() -> None:
     write = checkpoint.manifest.write
 
     def slow(folder: Path) -> None:
-        if not folder.name.startswith((".start.", ".step-00000002.")):
+        if not folder.name.lstrip(".").startswith(("start.", "step-00000002.")):
             time.sleep(60)
         write(folder)
 

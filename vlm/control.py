@@ -7,7 +7,8 @@ pieces of its characters, which changes the answer. So it is told, once per file
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +102,19 @@ class Count:
             return
         said = "; ".join(shown)
         logger.warning("%s: %s. %s", where, said, _meaning([spelling for spelling, _ in most], setting))
+
+
+@contextmanager
+def meant() -> Iterator[None]:
+    """Around texts that hold control spellings on purpose (a check types them all): nothing is told of them."""
+    before = set(_told)
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
+        _told.clear()
+        _told.update(before)
 
 
 SETTING = "strip_control=True (on the command line --strip-control)"

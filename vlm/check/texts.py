@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
+from vlm import control as control_text
 from vlm.check.report import Finding
 from vlm.check.subject import Subject
 from vlm.errors import DataError
@@ -24,7 +25,8 @@ def special(subject: Subject) -> Finding:
     refused = 0
     for text in typed:
         try:
-            regions = _user_regions(subject, text)
+            with control_text.meant():
+                regions = _user_regions(subject, text)
         except DataError:
             refused += 1  # a refusal is loud
             continue
