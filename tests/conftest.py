@@ -7,7 +7,6 @@ import signal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test that reaches for a hub fails at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("MPLBACKEND", "Agg")
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
