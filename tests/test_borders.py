@@ -291,3 +291,13 @@ def test_only_the_balanced_questions_of_gqa_count(tmp_path: Path) -> None:
     gold, _ = gold_files.read_gold(tmp_path / split.files["questions"].path)
     kept = [example.id for example in tasks.get("gqa").load(tmp_path)]
     assert kept == [key for key, item in gold.items() if item.scored("answers")] == ["1"]
+
+
+def test_an_image_of_a_table_that_a_kill_tore_is_written_again(tmp_path: Path) -> None:
+    from vlm.eval.tasks.loaders._parquet import written
+
+    target = tmp_path / "images" / "1"
+    target.parent.mkdir()
+    target.write_bytes(b"whole pic")
+    assert written(b"whole picture", target).read_bytes() == b"whole picture"
+    assert [path.name for path in target.parent.iterdir()] == ["1"]

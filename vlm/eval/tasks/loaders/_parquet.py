@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import ConfigError, DataError
+from vlm.files import write_bytes
 from vlm.images import DEFAULT_LIMITS
 
 from ..source import Source
@@ -44,7 +45,8 @@ def written(data: bytes, path: Path) -> Path:
     """
     if len(data) > DEFAULT_LIMITS.max_bytes:
         raise DataError(f"{path}: an image of {len(data):,} bytes; at most {DEFAULT_LIMITS.max_bytes:,} are read")
-    if not path.exists():
+    # The length, because versions before wrote in place, and a kill left the beginning of a file.
+    if not path.exists() or path.stat().st_size != len(data):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        write_bytes(path, data)
     return path
