@@ -95,6 +95,7 @@ def test_sharded_save(saved: Path, tmp_path: Path) -> None:
         vlm.load(tmp_path / "shards")
 
 
+@pytest.mark.slow
 def test_auto_classes_open_it_in_a_fresh_process(saved: Path, tmp_path: Path) -> None:
     """AutoConfig, AutoModelForImageTextToText and AutoProcessor after one import, offline, with the same logits."""
     model, processor = vlm.load(saved)

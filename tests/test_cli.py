@@ -248,6 +248,7 @@ def test_a_reader_that_never_reads_is_no_error(words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_behind_stdout_or_stderr_ends_in_2() -> None:
     with open("/dev/full", "w") as full:

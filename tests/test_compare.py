@@ -190,6 +190,7 @@ def test_an_image_that_cannot_be_decoded_ends_no_run(ran: tuple[Path, dict[str, 
     assert found["image_tokens"]["mean"] == 4 and found["flops"] == spec.measurements()["flops"]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes(ran: tuple[Path, dict[str, Any]], server: processes.Server, tmp_path: Path) -> None:
     """Its second process repeats the command of the first, which was forked from the server; they share the work."""
     words = ["run.devices=2", "run.stages.1.steps=2", "seeds=[0]", "encoders={a: a}", "probes=null"]
@@ -258,6 +259,7 @@ def comparing(config: Path, out: Path) -> Iterator[Any]:
         process.join()
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_there(server: processes.Server, tmp_path: Path) -> None:
     values = comparetools.settings(seeds=[0], probes=None)
     values["run"]["stages"] = [{**values["run"]["stages"][1], "steps": 60}]

@@ -237,6 +237,7 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.slots(None, [])[0].threads == 2
 
 
+@pytest.mark.slow
 def test_the_server_asks_for_no_gpu_before_it_forks() -> None:
     """What it imports must not start CUDA, whose state no forked process can use."""
     code = """

@@ -34,6 +34,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_opened_on_the_command_line(built: Path) -> None:
     done = python("-m", "vlm", "info", str(built), "--encoder-class", NAME, path=str(ROOT / "examples"))
     assert done.returncode == 0 and NAME in done.stdout, done.stderr
@@ -65,6 +66,7 @@ def test_bad_names(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_file_is_all_that_an_encoder_of_the_library_needs(tmp_path: Path) -> None:
     """The example's tower as a file in `vlm/encoders`: found by `vlm.new`, `load`, `info`, `check`, and by the contract
     tests, which know nothing of it."""
@@ -90,6 +92,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_encoders_contr
     assert any(line.startswith(".") and line.count(".") > 10 for line in done.stdout.splitlines()), done.stdout
 
 
+@pytest.mark.slow
 def test_new_from_a_checkpoint_of_its_own(built: Path, tmp_path: Path) -> None:
     """`vlm new --encoder-class`: the tower's weights come from its checkpoint; without the option it is refused."""
     from safetensors.torch import load_file, save_file
@@ -114,6 +117,7 @@ def test_new_from_a_checkpoint_of_its_own(built: Path, tmp_path: Path) -> None:
     assert tower and all((made[prefix + name] == value).all() for name, value in tower.items())
 
 
+@pytest.mark.slow
 def test_a_comparison_of_ones_own_tower(built: Path, tmp_path: Path) -> None:
     """`vlm compare --encoder-class`: known by its checkpoint alone."""
     import yaml

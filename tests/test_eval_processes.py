@@ -81,6 +81,7 @@ def predicted(out: Path) -> int:
     return len(found)
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes_is_one_process(tmp_path: Path) -> None:
     """A real model through the command line. 11 items in batches of 3: uneven shares, an uneven last batch."""
     from PIL import Image

@@ -69,6 +69,7 @@ def test_a_pickled_tower_becomes_an_encoder(tmp_path: Path, capsys: pytest.Captu
     assert "model.safetensors already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_shards_views_and_wrappers(tmp_path: Path) -> None:
     """An index; tensors that share memory; weights under `state_dict` beside an optimizer."""
     folder = tmp_path / "source"
@@ -91,6 +92,7 @@ def test_shards_views_and_wrappers(tmp_path: Path) -> None:
     assert (facts["inside"], facts["left_out"]) == ("state_dict", ["epoch"]) and torch.equal(tensors["x"], table)
 
 
+@pytest.mark.slow
 def test_what_is_no_weight_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Code does not run; nothing is left behind; one line says why."""
     mark = tmp_path / "mark"

@@ -121,7 +121,7 @@ def test_a_set_up_that_fails_is_not_taken_for_done(project: Path, fail: str) -> 
         code, _, calls = run(project, "test", fail=fail)
         assert code == 9
         assert fail in calls[-1]  # and no pytest after it
-    assert run(project, "test")[2][-1] == "-m pytest -n 2"
+    assert run(project, "test")[2][-1] == "-m pytest -n 2 -m not slow"
 
 
 def test_an_unknown_job_lists_the_known_ones(project: Path) -> None:

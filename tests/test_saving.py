@@ -109,6 +109,7 @@ def killed_everywhere(prepare: Callable[[], Any], work: Callable[[], Any], folde
     raise AssertionError("the work never came to its end")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are of a forked process")
 def test_a_save_that_is_killed_leaves_the_old_or_the_new(pairs: tuple[Pair, Pair], tmp_path: Path) -> None:
     """At every operation on files; over a larger model in shards, with files of the user's own beside it."""
@@ -135,6 +136,7 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new(pairs: tuple[Pair, Pair
     assert found.count("old") > 10 and found.count("new") > 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are of a forked process")
 def test_a_processor_that_is_killed_while_it_is_saved_leaves_the_old_or_the_new(
     pairs: tuple[Pair, Pair], tmp_path: Path

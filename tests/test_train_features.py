@@ -157,6 +157,7 @@ def test_training_is_that_without_the_cache_and_the_tower_runs_once_per_image(
         assert difference(plain.out / "model", run.out / "model") < 2e-5
 
 
+@pytest.mark.slow
 def test_where_the_batches_are_the_same_the_bits_are(
     starts: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +276,7 @@ def shards(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (out / "align" / "features").glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_killed_while_encoding_and_while_training_it_ends_with_the_same_bits(
     starts: dict[str, Path], data: Path, tmp_path: Path, small: None, calls: list[tuple[int, bool]]
 ) -> None:
