@@ -27,9 +27,9 @@ from PIL import Image
 
 import vlm
 import vlm.train
+from vlm.build.presets import tiny
 from vlm.encoders import siglip, siglip2_naflex
-from vlm.model import VLM
-from vlm.presets import tiny
+from vlm.model.forward import VLM
 from vlm.settings import from_dict
 from vlm.train.encode import Encoding
 from vlm.train.recorder import Recorder

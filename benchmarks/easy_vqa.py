@@ -25,11 +25,11 @@ from typing import Any
 from transformers import AutoConfig, GemmaConfig, SiglipVisionConfig
 
 import vlm
-from vlm import tokenizer
-from vlm.config import part
-from vlm.data import Example
+from vlm.data.examples import Example
 from vlm.errors import DataError
 from vlm.eval import evaluate
+from vlm.registry import part
+from vlm.text import tokenizer
 from vlm.train import DataConfig, ModelConfig, RunConfig, StageConfig, run
 
 DECODER = {

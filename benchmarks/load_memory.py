@@ -44,10 +44,10 @@ def write(folder: Path, layers: int, dtype: str) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from vlm.checkpoints.export import export
+    from vlm.build.presets import tiny
     from vlm.checkpoints.loader import empty, expected_shapes
     from vlm.checkpoints.names import to_hub
-    from vlm.presets import tiny
+    from vlm.exchange.exporting import export
 
     model, processor = tiny("siglip", "gemma")
     export(model, processor, folder, to="paligemma")  # configuration, tokenizer and processor of a small one

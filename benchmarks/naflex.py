@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import Siglip2VisionModel
 
 from vlm.encoders.siglip2_naflex import Config, Encoder
-from vlm.transforms import Policy, naflex_grid
+from vlm.images.transforms import Policy, naflex_grid
 
 SIZES: dict[str, dict[str, Any]] = {
     "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},

@@ -24,11 +24,12 @@ import torch
 from naflex import PATCH, draw
 from PIL import Image
 
-from vlm.budget import cut, padding
+from vlm.build.presets import tiny
+from vlm.data.budget import cut, padding
 from vlm.encoders.siglip2_naflex import Config, transform
-from vlm.model import VLM
-from vlm.presets import tiny
-from vlm.processor import Batch, Processor
+from vlm.model.batch import Batch
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
 
 TOWER = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
 DECODER = {

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import GemmaConfig, SiglipVisionConfig
 
 import vlm
-from vlm import tokenizer
+from vlm.text import tokenizer
 
 
 def main(folder: str) -> None:
@@ -44,7 +44,7 @@ def main(folder: str) -> None:
         model, processor, [picture, picture], ["caption en", "answer en what colour is it?"], max_new_tokens=5
     )
     print(len(texts), "texts, for example", repr(texts[0]))
-    print(vlm.info.table(vlm.info.describe((model, processor))))
+    print(vlm.measure.info.table(vlm.measure.info.describe((model, processor))))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def loader(processor: vlm.Processor, examples: Iterable[tuple[Image.Image, str, 
 def main(epochs: int = 10) -> dict[str, float]:
     """Train, and return what was logged last."""
     pl.seed_everything(0)
-    model, processor = vlm.presets.tiny()
+    model, processor = vlm.build.presets.tiny()
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import vlm
+from vlm.build.presets import tiny, tiny_decoder
 from vlm.encoders import EncoderOutput, check_square, square_output, square_tokens, use
-from vlm.presets import tiny, tiny_decoder
-from vlm.transforms import ImageTransform
+from vlm.images.transforms import ImageTransform
 
 NAME = "own_encoder:PatchTower"
 MODEL_TYPES = ("patch_tower",)  # checkpoints that it reads,

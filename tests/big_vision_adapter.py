@@ -16,15 +16,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig
 
-from vlm import siglip as two_towers
 from vlm.checkpoints import big_vision
 from vlm.encoders.siglip import resample_position_table
 from vlm.encoders.siglip2_naflex import resize_position_grid
-from vlm.generation import generate_ids
-from vlm.loss import IGNORE
-from vlm.model import VLM
-from vlm.processor import Batch
-from vlm.transforms import ImageTransform, naflex_grid, patch_coordinates
+from vlm.generation.engine import generate_ids
+from vlm.images.transforms import ImageTransform, naflex_grid, patch_coordinates
+from vlm.model.batch import Batch
+from vlm.model.forward import VLM
+from vlm.model.loss import IGNORE
+from vlm.siglip import text as two_towers
 
 Arrays = dict[str, np.ndarray]
 Config = dict[str, Any]

@@ -20,7 +20,7 @@ def save_tower(kind: str, folder: Path, seed: int = 0) -> None:
     from safetensors.torch import save_file
     from torch import random
 
-    from vlm.config import part
+    from vlm.registry import part
 
     module = part("vlm.encoders", kind)
     config = module.tiny()
@@ -38,7 +38,8 @@ def save_decoder(folder: Path) -> None:
     import torch
     from transformers import GemmaConfig, GemmaForCausalLM
 
-    from vlm import presets, tokenizer
+    from vlm.build import presets
+    from vlm.text import tokenizer
 
     words = tokenizer.build(presets.TINY_CORPUS * 20, vocab_size=400)
     with torch.random.fork_rng():

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm.model import VLM
-from vlm.presets import tiny
-from vlm.processor import Processor
+from vlm.build.presets import tiny
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
 
 IMAGE_TOKENS = 4
 """Tokens of an image of the tiny siglip tower: 28 px, patch 14."""

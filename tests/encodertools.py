@@ -11,10 +11,10 @@ import torch
 from coretools import shake
 from torch import Tensor
 
-from vlm.config import kinds, part
 from vlm.errors import ConfigError
-from vlm.fusion import FusedTransform, unpack
-from vlm.transforms import ImageTransform
+from vlm.images.fused import FusedTransform, unpack
+from vlm.images.transforms import ImageTransform
+from vlm.registry import kinds, part
 
 ENCODERS = kinds("vlm.encoders")
 FIXED = [kind for kind in ENCODERS if kind != "siglip2_naflex"]

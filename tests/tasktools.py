@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from vlm.data import Example
+from vlm.data.examples import Example
+from vlm.data.gold_files import read_gold
 from vlm.eval import items, metrics, tasks
-from vlm.eval.gold_files import read_gold
 from vlm.eval.tasks import Task
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import vlm
-from vlm import beam
-from vlm.config import VLMConfig
+from vlm.build.presets import tiny, tiny_decoder
 from vlm.encoders import siglip
 from vlm.errors import GenerationError
-from vlm.generation import generate_ids, generation_config
-from vlm.model import VLM
-from vlm.presets import tiny, tiny_decoder
-from vlm.processor import Batch
+from vlm.generation import beam
+from vlm.generation.engine import generate_ids, generation_config
+from vlm.model.batch import Batch
+from vlm.model.config import VLMConfig
+from vlm.model.forward import VLM
 
 # Prompts of 9, 15 and 6 tokens: some windows are 8.
 PROMPTS = [[sample(5, 0, 1)], [sample(11, 0, 2)], [sample(6, 0, 3, image=False)]]

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import vlm
-from vlm import siglip
-from vlm import tokenizer as tokenizers
+from vlm.build.presets import TINY_CORPUS
 from vlm.checkpoints import big_vision
 from vlm.checkpoints.big_vision_configs import paligemma_config
 from vlm.errors import CheckpointError
-from vlm.presets import TINY_CORPUS
+from vlm.siglip import text as siglip
+from vlm.text import tokenizer as tokenizers
 
 DATA = Path(__file__).parent / "data" / "big_vision"
 Arrays = dict[str, np.ndarray]

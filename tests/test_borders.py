@@ -11,9 +11,11 @@ from tasktools import Root
 
 from vlm import strictjson
 from vlm.cli import main
+from vlm.data import gold_files
+from vlm.data import rows as files
+from vlm.data.source import Folder, parse_json, read_member
 from vlm.errors import ConfigError, DataError
-from vlm.eval import files, gold_files, tasks
-from vlm.eval.tasks.source import Folder, parse_json, read_member
+from vlm.eval import tasks
 from vlm.settings import from_dict
 from vlm.strictjson import NotJSON, parse
 from vlm.train.config import ModelConfig, StageConfig
@@ -81,7 +83,7 @@ def test_a_member_of_an_archive_is_bounded(tmp_path: Path) -> None:
 
 
 def test_easy_vqa_reads_no_endless_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.eval.tasks.loaders import easy_vqa
+    from vlm.data.benchmarks import easy_vqa
 
     monkeypatch.setattr(easy_vqa, "MAX_MEMBER_BYTES", 2**20)
     (tmp_path / "easy_vqa").mkdir()
@@ -176,7 +178,7 @@ def test_empty_gold_answers_are_named(tmp_path: Path) -> None:
 
 
 def test_a_table_is_read_strictly(tmp_path: Path) -> None:
-    from vlm.eval.tasks.source import File, Source
+    from vlm.data.source import File, Source
 
     def table(text: str) -> list[dict[str, str]]:
         (tmp_path / "t.csv").write_text(text)
@@ -294,7 +296,7 @@ def test_only_the_balanced_questions_of_gqa_count(tmp_path: Path) -> None:
 
 
 def test_an_image_of_a_table_that_a_kill_tore_is_written_again(tmp_path: Path) -> None:
-    from vlm.eval.tasks.loaders._parquet import written
+    from vlm.data.benchmarks._parquet import written
 
     target = tmp_path / "images" / "1"
     target.parent.mkdir()

@@ -29,10 +29,10 @@ from transformers import (
 )
 
 import vlm
-from vlm import tokenizer as tokenizers
+from vlm.build.presets import TINY_CORPUS, tiny_decoder
 from vlm.encoders import siglip, siglip2_naflex
 from vlm.errors import CheckpointError, ConfigError
-from vlm.presets import TINY_CORPUS, tiny_decoder
+from vlm.text import tokenizer as tokenizers
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,

@@ -14,18 +14,19 @@ from coretools import loud
 from torch import Tensor
 from transformers.models.gemma import modeling_gemma
 
-import vlm.model
-from vlm import check, masks
+import vlm.model.forward
+from vlm import check
+from vlm.build.presets import tiny
 from vlm.check.report import Finding, Result
 from vlm.check.subject import SAMPLES, Subject, padded_left
 from vlm.encoders.siglip2_naflex import Encoder as NaFlexTower
 from vlm.errors import ConfigError
-from vlm.model import VLM, VLMModel
-from vlm.presets import tiny
-from vlm.processor import Processor
+from vlm.model import masks
+from vlm.model.forward import VLM, VLMModel
+from vlm.model.processor import Processor
 
 NAMES = [entry.name for entry in check.CHECKS]
-MASK = "vlm.masks.prefix_lm_mask"
+MASK = "vlm.model.masks.prefix_lm_mask"
 IMAGE_TOKENS = 4
 
 

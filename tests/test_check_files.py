@@ -22,10 +22,10 @@ import vlm
 import vlm.check.roundtrip
 import vlm.train
 from vlm import check
+from vlm.build.presets import tiny
 from vlm.check.report import Result
 from vlm.cli import main
 from vlm.errors import ConfigError
-from vlm.presets import tiny
 
 
 def one(name: str, path: Path, **options: Any) -> Result:
@@ -228,7 +228,7 @@ def test_no_room_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_export_that_is_not_the_model_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.checkpoints import export
+    from vlm.exchange import exporting as export
 
     model, processor = loud("siglip", "gemma")
     original = export.export
@@ -244,8 +244,8 @@ def test_an_export_that_is_not_the_model_fails(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_export_whose_parity_report_is_bad_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.checkpoints import export
-    from vlm.checkpoints.parity import ParityReport, Row
+    from vlm.exchange import exporting as export
+    from vlm.exchange.parity import ParityReport, Row
 
     model, processor = loud("siglip", "gemma")
     bad = ParityReport("paligemma", "x", "", "float32", rows=[Row("logits", 1.0, 1.0, "0", False)])
@@ -255,7 +255,7 @@ def test_an_export_whose_parity_report_is_bad_fails(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_refused_export_is_not_applicable(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.checkpoints import export
+    from vlm.exchange import exporting as export
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise ConfigError("NaFlex")

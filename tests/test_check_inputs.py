@@ -15,15 +15,16 @@ import torch
 from coretools import loud
 from PIL import Image
 
-import vlm.model
+import vlm.model.forward
 from vlm import check
 from vlm.check.report import Result
 from vlm.check.texts import spellings
-from vlm.data import Example
-from vlm.model import VLM
-from vlm.processor import Batch, Processor
-from vlm.prompts import EncodedText, PromptEncoder
-from vlm.tokenizer import TextEncoder
+from vlm.data.examples import Example
+from vlm.model.batch import Batch
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
+from vlm.text.prompts import EncodedText, PromptEncoder
+from vlm.text.tokenizer import TextEncoder
 
 
 def pair(encoder: str = "siglip") -> tuple[VLM, Processor]:
@@ -121,7 +122,7 @@ def test_counts_that_are_wrong_for_thin_images_only_fail(monkeypatch: pytest.Mon
 @each_encoder
 def test_a_model_that_takes_any_count_fails(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = pair(encoder)
-    monkeypatch.setattr(vlm.model, "images_per_sample", lambda placeholders, counts: [])
+    monkeypatch.setattr(vlm.model.forward, "images_per_sample", lambda placeholders, counts: [])
     result = one("image-tokens", model, processor)
     assert result.status == "FAIL" and "one placeholder too few without a word" in result.detail
 

@@ -17,11 +17,11 @@ from transformers import SiglipVisionConfig
 
 import vlm
 from vlm import check
+from vlm.build.presets import tiny, tiny_decoder
 from vlm.check.report import Result
 from vlm.cli import main
 from vlm.encoders import EncoderOutput, check_output
 from vlm.errors import ConfigError
-from vlm.presets import tiny, tiny_decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 TOWER = ["tower", "patch-order", "tower-gradients", "batch-mates"]
@@ -258,7 +258,7 @@ def test_another_image_in_the_batch(fixed: Any) -> None:
 
 def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """A file of one's own that returns a tensor: refused in a line by every command that runs it, told by check."""
-    from vlm.config import OWN_ENCODERS
+    from vlm.registry import OWN_ENCODERS
 
     source = (ROOT / "examples" / "own_encoder.py").read_text(encoding="utf-8")
     source = source.replace("own_encoder", "broken_encoder")

@@ -15,9 +15,9 @@ from coretools import loud, picture, shake
 from safetensors.torch import load_file, save_file
 
 import vlm
+from vlm.build.presets import tiny
 from vlm.errors import CheckpointError, ConfigError, GenerationError
-from vlm.presets import tiny
-from vlm.transforms import ImageTransform
+from vlm.images.transforms import ImageTransform
 
 KINDS = [("siglip", "gemma"), ("siglip2_naflex", "gemma2"), ("siglip", "gemma3_text")]
 IMAGES = [picture(1, (50, 31)), picture(2, (20, 70))]
@@ -230,8 +230,8 @@ def test_model_and_processor_must_belong_together(copied: Path, tmp_path: Path) 
 
 
 def test_a_foreign_tokenizer_is_refused(copied: Path, tmp_path: Path) -> None:
-    from vlm import tokenizer as tokenizers
-    from vlm.processor import Processor
+    from vlm.model.processor import Processor
+    from vlm.text import tokenizer as tokenizers
 
     model, processor = vlm.load(copied)
     longer = tokenizers.build(["other words entirely, many of them 0 1 2 3"] * 9, vocab_size=500)

@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     import vlm
 
     folder = tmp_path_factory.mktemp("model")
-    net, processor = vlm.presets.tiny()
+    net, processor = vlm.build.presets.tiny()
     vlm.save(net, processor, folder)
     return str(folder)
 

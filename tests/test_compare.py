@@ -28,7 +28,7 @@ from vlm.compare import compare, comparison, disagreements, fixed, load_config, 
 from vlm.compare.measure import costs, decodable, measure, read_task
 from vlm.compare.statistics import over_seeds
 from vlm.errors import ConfigError, DataError
-from vlm.eval.report import Gallery
+from vlm.report.sections import Gallery
 from vlm.train import metrics
 
 JOBS = 2

@@ -19,8 +19,8 @@ from vlm.compare.config import Arm, load_config, make_arms, run_config
 from vlm.compare.statistics import Paired
 from vlm.errors import ConfigError, TrainingError
 from vlm.eval.metrics import registry
+from vlm.images.transforms import naflex_grid
 from vlm.train.stages import make_tower
-from vlm.transforms import naflex_grid
 
 # --- statistics
 

@@ -10,10 +10,10 @@ from coretools import loud
 from PIL import Image
 
 import vlm
-from vlm import control
-from vlm.data import read_jsonl, without_control
+from vlm.build.presets import tiny
+from vlm.data.examples import read_jsonl, without_control
 from vlm.eval import evaluate
-from vlm.presets import tiny
+from vlm.text import control
 
 
 @pytest.fixture(autouse=True)

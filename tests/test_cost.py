@@ -11,11 +11,11 @@ import torch
 from coretools import loud, picture
 from torch.nn import functional as F
 
-import vlm.generation
+import vlm.generation.engine
+from vlm.build.presets import tiny
 from vlm.errors import ConfigError, DataError
-from vlm.eval import cost
-from vlm.images import image_size, load_image
-from vlm.presets import tiny
+from vlm.images.load import image_size, load_image
+from vlm.measure import cost
 
 
 def block(tokens: int, width: int, inner: int) -> int:
@@ -123,14 +123,14 @@ def test_speed_does_all_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     is timed."""
     model, processor = loud("siglip", "gemma")
     lengths: list[tuple[int, ...]] = []
-    original = vlm.generation.generate_ids
+    original = vlm.generation.engine.generate_ids
 
     def watched(*args: Any) -> torch.Tensor:
         output = original(*args)
         lengths.append(tuple(output.shape))
         return output
 
-    monkeypatch.setattr(vlm.generation, "generate_ids", watched)
+    monkeypatch.setattr(vlm.generation.engine, "generate_ids", watched)
     model.train()
     images = [picture(i) for i in range(3)]
     found = cost.inference_speed(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vlm.data import Example, Problem, read_jsonl
+from vlm.data.examples import Example, Problem, read_jsonl
 from vlm.errors import DataError
 
 

@@ -11,11 +11,11 @@ from transformers import MODEL_MAPPING, AutoModel
 
 import vlm
 from vlm import demo
-from vlm.config import kinds, part
 from vlm.demo import learning, scenes, towers
 from vlm.demo.run import Size
 from vlm.demo.start import ASSETS, Choice, make
 from vlm.errors import ConfigError
+from vlm.registry import kinds, part
 
 
 def available(kind: str) -> bool:

@@ -13,12 +13,12 @@ from encodertools import ENCODERS, brighter, build, each_encoder, each_fixed, in
 from torch import Tensor
 
 import vlm
-from vlm.config import kinds, part
+from vlm.build.presets import tiny
+from vlm.build.towers import choose
 from vlm.encoders import EncoderOutput, choose_layers, feature_width, read_config
 from vlm.errors import ConfigError
-from vlm.fusion import open_transform
-from vlm.presets import tiny
-from vlm.towers import choose
+from vlm.images.fused import open_transform
+from vlm.registry import kinds, part
 from vlm.train import parts
 from vlm.train.config import StageConfig
 
@@ -270,7 +270,7 @@ def test_pixels_that_are_never_seen_are_said(kind: str, caplog: pytest.LogCaptur
             assert transform.effective_resolution(height, width) == (rows * 14, columns * 14)
         return
     towers = [own for _, own in module.tiny().towers] if kind == "fused" else [module.tiny()]
-    with caplog.at_level(logging.WARNING, "vlm.towers"):
+    with caplog.at_level(logging.WARNING, "vlm.build.towers"):
         chosen = choose(towers, image_size=33)
     messages = [record.getMessage() for record in caplog.records if "are never seen" in record.getMessage()]
     patches = [own.patch_size for own in towers]

@@ -14,15 +14,15 @@ from PIL import Image
 from torch.nn import functional as F
 
 import vlm
+from vlm.build.presets import tiny, tiny_decoder
+from vlm.build.towers import choose, several
 from vlm.cli import main
-from vlm.config import part
 from vlm.encoders import read_config
 from vlm.errors import CheckpointError, ConfigError, VLMError
-from vlm.fusion import FusedTransform, one_view, same_view, unpack
-from vlm.info import describe, table
-from vlm.presets import tiny, tiny_decoder
-from vlm.towers import choose, several
-from vlm.transforms import ImageTransform
+from vlm.images.fused import FusedTransform, one_view, same_view, unpack
+from vlm.images.transforms import ImageTransform
+from vlm.measure.info import describe, table
+from vlm.registry import part
 
 SIZES = [(70, 30), (25, 80), (40, 40)]
 # 28 px with patches of 14, 32 px with patches of 16: both 2 x 2.
@@ -145,7 +145,7 @@ def test_grids_that_differ_are_refused(folders: Path) -> None:
 def test_resampled_features_are_announced(folders: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     """4x4 of CLIP down to 2x2 is the mean of blocks where bilinear with antialias says so; logged, shown, recorded."""
     options = {"fuse": {"grid": [2, 2], "resample": "bilinear"}, "image": {"mode": "squash"}}
-    with caplog.at_level(logging.WARNING, "vlm.towers"):
+    with caplog.at_level(logging.WARNING, "vlm.build.towers"):
         model, processor = new([folders / "siglip", folders / "clip"], **options)
     assert "features of clip are resampled (bilinear) from its grid of 4x4 to 2x2" in caplog.text
     assert "siglip are resampled" not in caplog.text
@@ -180,7 +180,7 @@ def test_sizes_of_their_own(folders: Path, caplog: pytest.LogCaptureFixture) -> 
         with pytest.raises(ConfigError, match="image_size=28: .* says its image size after the @"):
             choose(given, image_size=28)
     caplog.clear()
-    with caplog.at_level(logging.WARNING, "vlm.towers"):
+    with caplog.at_level(logging.WARNING, "vlm.build.towers"):
         choose(f"{folders / 'siglip'}@41+{folders / 'dinov2'}@32")
     assert "siglip leave the image's last pixels out" in caplog.text
     assert "drift apart by up to 0.63 of a cell" in caplog.text  # 2 cells * (1 - 28/41)

@@ -13,11 +13,12 @@ from coretools import picture, shake
 from encodertools import needs
 
 import vlm
-from vlm.config import VLMConfig, part
+from vlm.build.presets import tiny, tiny_decoder
 from vlm.encoders import feature_width, read_config, without
 from vlm.errors import CheckpointError, ConfigError, VLMError
-from vlm.info import describe
-from vlm.presets import tiny, tiny_decoder
+from vlm.measure.info import describe
+from vlm.model.config import VLMConfig
+from vlm.registry import part
 
 STAGES = {"depths": [1, 1, 1, 1]}
 SMALL = {"patch_size": 14, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 2}

@@ -73,7 +73,7 @@ def test_one_file_is_all_that_an_encoder_of_the_library_needs(tmp_path: Path) ->
     source = (ROOT / "examples" / "own_encoder.py").read_text(encoding="utf-8")
     source = source[: source.index("def main(")].replace("class PatchTower", "class Encoder")
     source = source.replace('"own_encoder:PatchTower"', '"patchwork"').replace('"patch_tower"', '"patchwork"')
-    source = source.replace("import vlm\n", "").replace("from vlm.presets import tiny, tiny_decoder\n", "")
+    source = source.replace("import vlm\n", "").replace("from vlm.build.presets import tiny, tiny_decoder\n", "")
     (tmp_path / "patchwork.py").write_text(source + "def tiny() -> Config:\n    return Config()\n", encoding="utf-8")
     code = f"""
 import sys, vlm.encoders
@@ -83,7 +83,7 @@ from vlm import check, presets
 model, processor = presets.tiny("patchwork")
 vlm.save(model, processor, {str(tmp_path / "model")!r})
 model, processor = vlm.load({str(tmp_path / "model")!r})
-assert "patchwork" in vlm.info.table(vlm.info.describe((model, processor)))
+assert "patchwork" in vlm.measure.info.table(vlm.measure.info.describe((model, processor)))
 assert check.run(model, processor, only=["tower", "patch-order", "tower-gradients", "image-range"]).ok
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_encoders_contract.py", "-k", "patchwork"]))
 """
@@ -97,7 +97,7 @@ def test_new_from_a_checkpoint_of_its_own(built: Path, tmp_path: Path) -> None:
     """`vlm new --encoder-class`: the tower's weights come from its checkpoint; without the option it is refused."""
     from safetensors.torch import load_file, save_file
 
-    from vlm.presets import tiny
+    from vlm.build.presets import tiny
 
     model, processor = tiny()
     model.model.language_model.save_pretrained(tmp_path / "gemma")
@@ -124,8 +124,8 @@ def test_a_comparison_of_ones_own_tower(built: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
     from traintools import pictures
 
-    from vlm.presets import tiny
-    from vlm.towers import choose
+    from vlm.build.presets import tiny
+    from vlm.build.towers import choose
 
     model, processor = tiny()
     model.model.language_model.save_pretrained(tmp_path / "gemma")

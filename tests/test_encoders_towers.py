@@ -29,12 +29,13 @@ from transformers import (
 )
 
 import vlm
+from vlm.build.presets import tiny, tiny_decoder
 from vlm.checkpoints.parts import load_tower
-from vlm.config import VLMConfig, kinds, part
 from vlm.encoders import choose_layers, feature_width, model_types, read_config
 from vlm.errors import CheckpointError, ConfigError
-from vlm.info import describe
-from vlm.presets import tiny, tiny_decoder
+from vlm.measure.info import describe
+from vlm.model.config import VLMConfig
+from vlm.registry import kinds, part
 
 SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28}
 SIZE |= {"patch_size": 14}

@@ -13,10 +13,11 @@ from test_eval_harness import COLOURS, ColourPredictor, examples_of, lines_of
 from test_eval_model import lively
 
 import vlm
-from vlm.data import Example
+from vlm.data.examples import Example
 from vlm.errors import ConfigError
-from vlm.eval import batch_size, evaluate, items
-from vlm.eval.predictor import Decoding
+from vlm.eval import evaluate, items
+from vlm.generation import batch_size
+from vlm.generation.predictor import Decoding
 
 
 class SmallMemory(ColourPredictor):

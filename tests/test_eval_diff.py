@@ -11,7 +11,7 @@ import pytest
 from test_eval_harness import COLOURS, ColourPredictor, examples_of
 
 from vlm.cli import main
-from vlm.data import Example
+from vlm.data.examples import Example
 from vlm.errors import ConfigError, DataError
 from vlm.eval import diff, evaluate
 

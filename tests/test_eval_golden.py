@@ -10,7 +10,7 @@ import pytest
 
 from vlm.eval import metrics
 from vlm.eval.metrics import anls, aokvqa, boxes, chartqa, choices, pope, tallyqa, textvqa, vqa
-from vlm.locations import box_to_loc
+from vlm.text.locations import box_to_loc
 
 DATA = Path(__file__).parent / "data" / "metrics"
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlm.data import Example
+from vlm.data.examples import Example
 from vlm.errors import ConfigError, DataError
 from vlm.eval import evaluate, items, table
 from vlm.eval.metrics import official
-from vlm.eval.predictor import Decoding
-from vlm.eval.store import PREDICTIONS, SETTINGS, PredictionStore
+from vlm.generation.journal import PREDICTIONS, SETTINGS, PredictionStore
+from vlm.generation.predictor import Decoding
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 

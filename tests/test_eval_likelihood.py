@@ -8,10 +8,10 @@ import torch
 from coretools import CASES, Case, each_case, loud, picture
 
 from vlm.errors import ConfigError, DataError
-from vlm.eval.likelihood import choose, score_candidates
-from vlm.loss import IGNORE
-from vlm.model import VLM, VLMModel
-from vlm.processor import Processor
+from vlm.generation.likelihood import choose, score_candidates
+from vlm.model.forward import VLM, VLMModel
+from vlm.model.loss import IGNORE
+from vlm.model.processor import Processor
 
 PROMPTS = ["answer en is the square red?", "answer en what is it?", "choose from: a \t b"]
 CANDIDATES = [["yes", "no"], ["a red square", "blue", "a very long answer, with commas"], ["b"]]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import vlm
-from vlm import presets
+from vlm.build import presets
 from vlm.errors import ConfigError, DataError
 from vlm.eval import lmms
 

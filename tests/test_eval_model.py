@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import vlm
-from vlm import presets
+from vlm.build import presets
 from vlm.checkpoints import identity
 from vlm.errors import ConfigError
 from vlm.eval import evaluate, table

@@ -19,7 +19,7 @@ from test_eval_model import lively
 
 import vlm
 from vlm.eval import evaluate
-from vlm.eval.store import PREDICTIONS, PredictionStore
+from vlm.generation.journal import PREDICTIONS, PredictionStore
 
 ROOT = Path(vlm.__file__).parents[1]
 
@@ -28,7 +28,7 @@ ROOT = Path(vlm.__file__).parents[1]
 def _context() -> Any:
     # The server imports once and never computes, so its children start in no time.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "vlm.eval.harness", "vlm.train.stages", "vlm.presets"])
+    context.set_forkserver_preload(["torch.distributed", "vlm.eval.harness", "vlm.train.stages", "vlm.build.presets"])
     return context
 
 
@@ -166,7 +166,7 @@ def test_what_killed_processes_left_is_added_once(tmp_path: Path) -> None:
 def test_processes_must_agree_on_the_evaluation() -> None:
     from vlm.errors import ConfigError
     from vlm.eval.job import _check_agreement
-    from vlm.eval.processes import Processes
+    from vlm.generation.processes import Processes
 
     class Other(Processes):
         def gather(self, value: Any) -> list[Any]:

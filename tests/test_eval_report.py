@@ -26,9 +26,9 @@ from vlm.eval import (
     breakdown,
     write_report,
 )
-from vlm.eval.charts import draw, draw_scatter
 from vlm.eval.metrics import registry
-from vlm.eval.page import text
+from vlm.report.charts import draw, draw_scatter
+from vlm.report.page import text
 
 HOSTILE = "<script>alert(1)</script>\"onload='x' &amp; \ud800 \x00 \x9b"
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from vlm.cli.commands import parse
+from vlm.data import gold_files
+from vlm.data import rows as files
 from vlm.errors import ConfigError, DataError
-from vlm.eval import files, gold_files, metrics, score_files
+from vlm.eval import metrics, score_files
 from vlm.eval.metrics import registry
 from vlm.eval.scoring import table
 

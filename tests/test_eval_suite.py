@@ -11,9 +11,9 @@ from PIL import Image
 from test_eval_harness import ColourPredictor, lines_of
 
 import vlm
-from vlm import presets
+from vlm.build import presets
 from vlm.cli import main
-from vlm.data import Example
+from vlm.data.examples import Example
 from vlm.errors import ConfigError, DataError
 from vlm.eval import Options, evaluate, evaluate_tasks, table
 

@@ -15,12 +15,13 @@ import pytest
 from PIL import Image
 from tasktools import Root, gold_scores_all, load, values
 
+from vlm.data import benchmarks as loaders
+from vlm.data.benchmarks import countbenchqa, mmmu
+from vlm.data.source import Folder, Row
 from vlm.errors import ConfigError, DataError
 from vlm.eval import metrics, tasks
-from vlm.eval.tasks import Task, loaders
-from vlm.eval.tasks.loaders import countbenchqa, mmmu
-from vlm.eval.tasks.source import Folder, Row
-from vlm.locations import box_to_loc
+from vlm.eval.tasks import Task
+from vlm.text.locations import box_to_loc
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm.data import Example
+from vlm.data import benchmarks as loaders
+from vlm.data.examples import Example
+from vlm.data.source import choice_fields
 from vlm.errors import ConfigError, DataError
 from vlm.eval import tasks
 from vlm.eval.metrics import registry
-from vlm.eval.tasks import File, Item, Split, Task, TaskDecoding, fill, loaders
-from vlm.eval.tasks.source import choice_fields
+from vlm.eval.tasks import File, Item, Split, Task, TaskDecoding, fill
 
 ALL = tasks.names()
 

@@ -26,14 +26,14 @@ from transformers import (
 )
 
 import vlm
-from vlm.checkpoints import card
-from vlm.checkpoints.export import FORMATS, export
+from vlm.build.presets import tiny, tiny_decoder
 from vlm.checkpoints.layout import config_values
 from vlm.checkpoints.loader import empty
 from vlm.checkpoints.shards import parse_size, write_shards
 from vlm.cli import main
 from vlm.errors import CheckpointError, ConfigError, GenerationError
-from vlm.presets import tiny, tiny_decoder
+from vlm.exchange import card
+from vlm.exchange.exporting import FORMATS, export
 
 LINEAR = ("weight", "bias")
 TOWER_LAYER = [
@@ -217,7 +217,7 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path, parts: dict[str,
 
 def test_a_tokenizer_that_transformers_would_extend_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     model, processor = loud("siglip", "gemma")
-    bare = vlm.tokenizer.build(["caption en"] * 20, vocab_size=300, loc_seg=False)
+    bare = vlm.text.tokenizer.build(["caption en"] * 20, vocab_size=300, loc_seg=False)
     config = copy.deepcopy(model.config)
     config.text_config.vocab_size = len(bare)
     config.image_token_id = bare.get_vocab()["<image>"]

@@ -16,15 +16,16 @@ from coretools import lay_out, loud, picture, sample, shake
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 import vlm
-from vlm.checkpoints import layout, probes, shards
-from vlm.checkpoints.export import export
-from vlm.checkpoints.parity import LIMITS, Limit, ParityReport, compare
+from vlm.build.presets import tiny
+from vlm.checkpoints import layout, shards
 from vlm.errors import CheckpointError
-from vlm.loss import apply_softcap
-from vlm.masks import prefix_lm_mask
-from vlm.model import VLM
-from vlm.presets import tiny
-from vlm.processor import Processor
+from vlm.exchange import probes
+from vlm.exchange.exporting import export
+from vlm.exchange.parity import LIMITS, Limit, ParityReport, compare
+from vlm.model.forward import VLM
+from vlm.model.loss import apply_softcap
+from vlm.model.masks import prefix_lm_mask
+from vlm.model.processor import Processor
 
 ROWS = [[sample(5, 6, 1)], [sample(9, 2, 2)], [sample(2, 9, 3)]]
 PROMPTS = ["caption en", "answer en what color is the square?", "detect square ; circle", "", "naïve 東京 12\t3"]

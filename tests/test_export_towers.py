@@ -30,12 +30,12 @@ from transformers import (
 )
 
 import vlm
-from vlm import siglip
+from vlm.build.presets import tiny, tiny_decoder
+from vlm.checkpoints.geometry import with_geometry
 from vlm.cli import main
 from vlm.encoders import use
 from vlm.errors import ConfigError
-from vlm.geometry import with_geometry
-from vlm.presets import tiny, tiny_decoder
+from vlm.siglip import text as siglip
 
 LAYERED = [kind for kind in ENCODERS if kind not in ("siglip2_naflex", "fused")]
 CLASSES: dict[str, tuple[Any, int]] = {

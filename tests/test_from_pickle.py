@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import vlm
-from vlm.checkpoints import pickled, unpickle
+from vlm.build.presets import tiny, tiny_decoder
 from vlm.cli import main
 from vlm.errors import CheckpointError
-from vlm.presets import tiny, tiny_decoder
+from vlm.exchange import pickled, unpickle
 
 VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION |= {"image_size": 28, "patch_size": 14}

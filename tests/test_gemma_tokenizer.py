@@ -11,10 +11,10 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from vlm import tokenizer as tokenizers
 from vlm.errors import ConfigError
-from vlm.piece_model import Kind, read_piece_model
-from vlm.tokenizer import Tokenizer, from_sentencepiece
+from vlm.text import tokenizer as tokenizers
+from vlm.text.piece_model import Kind, read_piece_model
+from vlm.text.tokenizer import Tokenizer, from_sentencepiece
 
 USER_DEFINED = [
     "<mask>",

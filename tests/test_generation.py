@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import vlm
+from vlm.build.presets import tiny
 from vlm.errors import DataError, GenerationError
-from vlm.generation import generate_ids, generation_config
-from vlm.model import VLM
-from vlm.presets import tiny
+from vlm.generation.engine import generate_ids, generation_config
+from vlm.model.forward import VLM
 
 # Prompts of 4 + 5, 4 + 11 and 6 tokens: the windows are 8.
 PROMPTS = [[sample(5, 0, 1)], [sample(11, 0, 2)], [sample(6, 0, 3, image=False)]]

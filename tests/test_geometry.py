@@ -20,11 +20,11 @@ from traintools import align, stop_after, tune
 
 import vlm
 import vlm.train
+from vlm.build.presets import tiny
+from vlm.checkpoints.geometry import with_geometry
 from vlm.cli import main
-from vlm.config import part
 from vlm.errors import CheckpointError, ConfigError
-from vlm.geometry import with_geometry
-from vlm.presets import tiny
+from vlm.registry import part
 
 POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
 PROJECTOR = "model.multi_modal_projector."
@@ -187,7 +187,7 @@ def test_a_lower_feature_layer_of_the_same_width() -> None:
 
 def test_another_projector_is_new_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
     model, processor = loud("siglip", "gemma")
-    with caplog.at_level(logging.INFO, "vlm.geometry"):
+    with caplog.at_level(logging.INFO, "vlm.checkpoints.geometry"):
         made, reader = with_geometry(model, processor, projector={"kind": "pool", "factor": 2}, image_size=56)
     assert "its weights are new" in caplog.text and "image size 28 -> 56" in caplog.text
     assert reader.max_image_tokens == 4 and made.config.projector_config == {"kind": "pool", "factor": 2}

@@ -17,15 +17,15 @@ import torch
 from coretools import loud, picture
 
 import vlm
-from vlm import content
+from vlm.build.presets import tiny
 from vlm.checkpoints import identity
 from vlm.compare.measure import labelled_digest
 from vlm.compare.runs import SOURCES, check_sources, sources
-from vlm.data import read_jsonl, read_labelled
+from vlm.data import content
+from vlm.data.examples import read_jsonl, read_labelled
 from vlm.errors import ConfigError, DataError
 from vlm.eval import evaluate, items
-from vlm.eval.predictor import ModelPredictor
-from vlm.presets import tiny
+from vlm.generation.predictor import ModelPredictor
 from vlm.train.config import ModelConfig
 from vlm.train.features import Plan
 from vlm.train.stages import data_digest

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
-from vlm import images
+from vlm.build.presets import tiny
 from vlm.errors import ImageError
-from vlm.images import CODES, ImageLimits, image_size, load_image, shown
-from vlm.presets import tiny
+from vlm.images import load as images
+from vlm.images.load import CODES, ImageLimits, image_size, load_image, shown
 
 Image.init()
 AVIF = ["AVIF"] if "AVIF" in Image.SAVE else []  # from Pillow 11.3 on, where it was built with it

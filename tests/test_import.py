@@ -15,14 +15,15 @@ from test_loading import write_paligemma
 from transformers import SiglipModel, SiglipVisionModel
 
 import vlm
-from vlm import siglip
-from vlm.checkpoints import importing, saving
-from vlm.checkpoints.importing import convert
+from vlm.build.presets import tiny_decoder
+from vlm.checkpoints import saving
 from vlm.cli import main
 from vlm.encoders.siglip import Encoder
 from vlm.errors import CheckpointError
-from vlm.presets import tiny_decoder
-from vlm.tokenizer import build
+from vlm.exchange import importing
+from vlm.exchange.importing import convert
+from vlm.siglip import text as siglip
+from vlm.text.tokenizer import build
 
 __all__ = ["sentencepiece_file"]  # a fixture
 

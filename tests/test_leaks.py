@@ -10,8 +10,8 @@ import pytest
 import torch
 from coretools import CASES, IMAGE_TOKENS, Case, Sample, each_case, lay_out, logits, loud, sample, shake, some_ids, span
 
+from vlm.build.presets import tiny
 from vlm.errors import ConfigError
-from vlm.presets import tiny
 
 SAME = 2e-5
 """Rounding: no information has passed."""

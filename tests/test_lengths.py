@@ -10,12 +10,12 @@ from traintools import align, config, world
 
 import vlm
 import vlm.train
+from vlm.build.presets import tiny
 from vlm.cli import main
-from vlm.data import read_jsonl
+from vlm.data.examples import read_jsonl
 from vlm.errors import DataError
 from vlm.eval import evaluate
-from vlm.lengths import Room, context_of, over_context, too_long
-from vlm.presets import tiny
+from vlm.model.lengths import Room, context_of, over_context, too_long
 from vlm.train.data import targets
 
 CONTEXT = 512

@@ -24,12 +24,12 @@ from transformers import (
 )
 
 import vlm
-from vlm.checkpoints import importing
 from vlm.checkpoints.configs import paligemma_config
 from vlm.checkpoints.loader import empty
 from vlm.checkpoints.manifest import NAME as MANIFEST
 from vlm.errors import CheckpointError, ConfigError
-from vlm.model import VLM
+from vlm.exchange import importing
+from vlm.model.forward import VLM
 
 IMAGES = [picture(1, (50, 31)), picture(2, (20, 70))]
 Tensors = dict[str, Tensor]

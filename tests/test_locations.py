@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 import vlm
-from vlm import control
-from vlm.data import read_jsonl
+from vlm.build.presets import tiny
+from vlm.data.examples import read_jsonl
 from vlm.errors import ConfigError, DataError
-from vlm.locations import (
+from vlm.text import control
+from vlm.text.locations import (
     Located,
     box_to_loc,
     loc_to_box,
@@ -24,7 +25,6 @@ from vlm.locations import (
     problems,
     text_to_objects,
 )
-from vlm.presets import tiny
 
 MASK = "".join(f"<seg{code:03d}>" for code in range(0, 128, 8))
 BOX = "<loc0001><loc0002><loc0003><loc0004>"
@@ -191,7 +191,7 @@ def test_moving_keeps_the_words() -> None:
 
 
 def test_the_module_is_public() -> None:
-    assert vlm.locations.box_to_loc is box_to_loc
+    assert vlm.text.locations.box_to_loc is box_to_loc
 
 
 def test_a_prompt_with_malformed_tokens_is_told_once(

@@ -11,10 +11,10 @@ from coretools import Sample, lay_out, loud, sample, some_ids
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlm import loss
-from vlm.config import VLMConfig
 from vlm.errors import ConfigError, DataError
-from vlm.model import VLM
+from vlm.model import loss
+from vlm.model.config import VLMConfig
+from vlm.model.forward import VLM
 
 # Suffixes of very different length: the two reductions differ.
 ROWS = [[sample(3, 2, 1)], [sample(5, 9, 2)], [sample(1, 1, 3)], [sample(4, 5, 4)]]
@@ -200,7 +200,7 @@ def test_errors() -> None:
 
 def test_gradient_of_frozen_decoder_reaches_the_projector() -> None:
     """Also with activation checkpointing, where nothing before the projector needs a gradient."""
-    from vlm.presets import tiny
+    from vlm.build.presets import tiny
 
     wanted: dict[str, Tensor] = {}
     for checkpointing in (False, True):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from vlm import masks
+from vlm.model import masks
 
 
 def table(text: str) -> torch.Tensor:

@@ -15,12 +15,12 @@ from transformers import AttentionInterface, AutoModelForImageTextToText, Genera
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vlm
-from vlm.config import VLMConfig
+from vlm.build.presets import tiny
 from vlm.encoders import EncoderOutput
 from vlm.errors import ConfigError, DataError, GenerationError
-from vlm.generation import generate_ids
-from vlm.model import VLM, VLMModel
-from vlm.presets import tiny
+from vlm.generation.engine import generate_ids
+from vlm.model.config import VLMConfig
+from vlm.model.forward import VLM, VLMModel
 
 ROWS = [[sample(3, 3, 1)], [sample(5, 2, 2)]]
 

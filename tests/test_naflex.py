@@ -14,10 +14,10 @@ from transformers import Siglip2VisionModel, SiglipVisionConfig, SiglipVisionMod
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
 import vlm
+from vlm.build.presets import tiny_decoder
 from vlm.encoders import siglip2_naflex
 from vlm.errors import ConfigError
-from vlm.presets import tiny_decoder
-from vlm.transforms import ImageTransform, naflex_grid, resize_float
+from vlm.images.transforms import ImageTransform, naflex_grid, resize_float
 
 WIDE, TALL, SQUARE = (90, 20), (25, 80), (40, 40)
 

@@ -12,12 +12,12 @@ import torch
 from traintools import align, config, difference, pictures, stop_after, tune, world
 
 import vlm
-from vlm.data import read_jsonl
+from vlm.build.presets import tiny
+from vlm.data.examples import read_jsonl
+from vlm.data.order import Key, Mixture, drawn
 from vlm.errors import ConfigError
-from vlm.presets import tiny
 from vlm.train.config import DataConfig
 from vlm.train.data import MicroBatches
-from vlm.train.plan import Key, Mixture, drawn
 
 BUDGETS = [4, 9, 20]
 

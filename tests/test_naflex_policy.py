@@ -13,9 +13,9 @@ import torch
 from coretools import picture
 
 import vlm
+from vlm.build.presets import tiny
 from vlm.errors import ConfigError
-from vlm.presets import tiny
-from vlm.transforms import ImageTransform, naflex_grid
+from vlm.images.transforms import ImageTransform, naflex_grid
 
 BUDGETS = (1, 2, 4, 128, 256, 576, 784, 1024, 4096)
 EXTREMES = [(65535, 328), (328, 65535), (65535, 65535), (1, 200), (200, 1), (1, 1)]

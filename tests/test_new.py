@@ -14,10 +14,10 @@ from test_gemma_tokenizer import train
 from transformers import GemmaForCausalLM, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
 import vlm
+from vlm.build.presets import tiny_decoder
 from vlm.cli import main
 from vlm.encoders.siglip import resample_position_table
-from vlm.presets import tiny_decoder
-from vlm.tokenizer import from_sentencepiece
+from vlm.text.tokenizer import from_sentencepiece
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,

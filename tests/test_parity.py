@@ -14,8 +14,8 @@ from coretools import lay_out, loud, sample
 from torch.nn import functional as F
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from vlm.loss import apply_softcap
-from vlm.model import VLM
+from vlm.model.forward import VLM
+from vlm.model.loss import apply_softcap
 
 ROWS = [[sample(5, 6, 1)], [sample(9, 2, 2)], [sample(2, 9, 3)]]
 # window 8 is shorter than the sequences, 4096 longer

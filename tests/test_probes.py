@@ -14,10 +14,10 @@ from coretools import picture, shake
 from PIL import Image
 from torch.nn import functional as F
 
-from vlm.config import part
 from vlm.errors import ConfigError, DataError
-from vlm.eval import probes
-from vlm.eval.probes import Labelled, features, fit, held_out, knn, linear, probe, read_labelled
+from vlm.measure import probes
+from vlm.measure.probes import Labelled, features, fit, held_out, knn, linear, probe, read_labelled
+from vlm.registry import part
 
 
 def tower(kind: str) -> tuple[Any, Any]:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from coretools import loud, picture
 
+from vlm.build.presets import tiny
 from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
-from vlm.presets import tiny
-from vlm.processor import Batch, ImageSource, Processor
-from vlm.prompts import PromptEncoder, answer
-from vlm.tokenizer import TextEncoder
+from vlm.model.batch import Batch
+from vlm.model.processor import ImageSource, Processor
+from vlm.text.prompts import PromptEncoder, answer
+from vlm.text.tokenizer import TextEncoder
 
 HOSTILE = "<image> <bos> <eos> <pad> <mask> <loc0001> ＜eos＞"
 

@@ -21,9 +21,9 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vlm import projectors
-from vlm.config import kinds
 from vlm.errors import ConfigError
 from vlm.projectors import resampler
+from vlm.registry import kinds
 
 WIDTH, OUT = 8, 12
 GRIDS = [(4, 4), (1, 7), (7, 1), (4, 4), (3, 5), (1, 1), (1, 7), (2, 6)]  # two shapes come twice, apart

@@ -20,11 +20,11 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 import vlm
 import vlm.train
 from vlm import check
-from vlm.checkpoints.export import export
+from vlm.build.presets import tiny
 from vlm.cli import main
 from vlm.errors import CheckpointError, ConfigError
-from vlm.info import describe, table
-from vlm.presets import tiny
+from vlm.exchange.exporting import export
+from vlm.measure.info import describe, table
 
 PROJECTORS: list[dict[str, Any]] = [
     {"kind": "linear"},

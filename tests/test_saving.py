@@ -19,11 +19,11 @@ from torch import nn
 
 import vlm
 from vlm import files
+from vlm.build.presets import tiny
 from vlm.checkpoints import identity, shards
-from vlm.checkpoints.importing import convert
 from vlm.errors import CheckpointError, ConfigError, DiskError, VLMError
-from vlm.presets import tiny
-from vlm.processor import Processor
+from vlm.exchange.importing import convert
+from vlm.model.processor import Processor
 
 Pair = tuple[vlm.VLM, vlm.Processor]
 

@@ -16,12 +16,12 @@ from traintools import align, config, difference
 import vlm
 import vlm.train
 from vlm import check
-from vlm.data import Example, read_jsonl
+from vlm.build.presets import tiny
+from vlm.data.examples import Example, read_jsonl
+from vlm.data.order import Mixture
 from vlm.errors import DataError
 from vlm.eval import evaluate, items
-from vlm.eval.likelihood import choose, score_candidates
-from vlm.presets import tiny
-from vlm.train.plan import Mixture
+from vlm.generation.likelihood import choose, score_candidates
 
 
 def data(folder: Path, images: list[int], *, suffix: str = "a word or two") -> Path:
@@ -108,7 +108,7 @@ def test_augmentation_takes_each_image(tmp_path: Path) -> None:
         return Image.new("RGB", image.size, "red")
 
     dataset = vlm.train.data.MicroBatches(examples, Mixture((3,), (1.0,), 0), processor, augmentations=[paint])
-    item = dataset[vlm.train.plan.Key(0, 0, 0, 3)]
+    item = dataset[vlm.data.order.Key(0, 0, 0, 3)]
     assert item.error is None and sorted(seen) == [28, 28, 42] and item.images_read == 3
     assert item.batch is not None and item.batch.pixel_values is not None
     red = processor([Image.new("RGB", (28, 28), "red")], ["x"]).pixel_values
@@ -120,7 +120,7 @@ def test_an_image_that_fails_is_named(tmp_path: Path) -> None:
     (train.parent / "0-1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     examples, _ = read_jsonl(train)
     dataset = vlm.train.data.MicroBatches(examples, Mixture((2,), (1.0,), 0), tiny()[1])
-    item = dataset[vlm.train.plan.Key(0, 0, 0, 2)]
+    item = dataset[vlm.data.order.Key(0, 0, 0, 2)]
     assert {str(failure.image) for failure in item.failures} == {str(train.parent.resolve() / "0-1.png")}
     assert item.batch is not None and item.batch.ids == ["s1", "s1"]
 

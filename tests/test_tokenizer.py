@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from vlm import tokenizer as tokenizers
+from vlm.build.presets import TINY_CORPUS
 from vlm.errors import ConfigError, DataError
-from vlm.presets import TINY_CORPUS
-from vlm.tokenizer import LOC_TOKENS, SEG_TOKENS, TextEncoder, Tokenizer
+from vlm.text import tokenizer as tokenizers
+from vlm.text.tokenizer import LOC_TOKENS, SEG_TOKENS, TextEncoder, Tokenizer
 
 CONTROL = ["<image>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>"]
 HOSTILE = [

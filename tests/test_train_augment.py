@@ -12,14 +12,14 @@ from PIL import Image
 from traintools import align, config
 
 import vlm.train
-from vlm.data import Example
+from vlm.build.presets import tiny
+from vlm.data.augment import AUGMENTATIONS, apply, check, pipeline
+from vlm.data.examples import Example
+from vlm.data.order import Mixture, StepSampler
 from vlm.errors import DataError
-from vlm.locations import box_to_loc, text_to_objects
-from vlm.presets import tiny
-from vlm.processor import Processor
-from vlm.train.augment import AUGMENTATIONS, apply, check, pipeline
+from vlm.model.processor import Processor
+from vlm.text.locations import box_to_loc, text_to_objects
 from vlm.train.data import MicroBatches, loader
-from vlm.train.plan import Mixture, StepSampler
 
 MASK = "".join(f"<seg{code:03d}>" for code in range(16))
 

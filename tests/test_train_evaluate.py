@@ -99,7 +99,7 @@ def test_two_processes_share_the_items(tmp_path: Path) -> None:
 
 
 def test_modes_and_random_states_are_restored() -> None:
-    model, _ = vlm.presets.tiny()
+    model, _ = vlm.build.presets.tiny()
     model.train()
     model.model.vision_tower.eval()
     modes = [module.training for module in model.modules()]

@@ -17,7 +17,7 @@ from traintools import align, config, damaged, difference, pictures, steps_done,
 
 import vlm
 import vlm.train
-from vlm.data import read_jsonl
+from vlm.data.examples import read_jsonl
 from vlm.train import checkpoint, failures
 from vlm.train.data import Failure
 from vlm.train.validate import Validator

@@ -22,17 +22,17 @@ from traintools import COLORS, align, config, difference, steps_done, training, 
 
 import vlm
 import vlm.train
-from vlm.data import Example, read_jsonl
+from vlm.build.presets import tiny
+from vlm.data.examples import Example, read_jsonl
+from vlm.data.order import Key, Mixture
 from vlm.encoders.siglip import Encoder as SigLIP
 from vlm.encoders.siglip2_naflex import Encoder as NaFlex
 from vlm.errors import ConfigError, DataError, TrainingError
-from vlm.presets import tiny
-from vlm.processor import Processor
+from vlm.model.processor import Processor
 from vlm.settings import from_dict
 from vlm.train import RunConfig, features
 from vlm.train.encode import Encoding, ImageBatches
 from vlm.train.features import FeatureBatches, FeatureStore, Plan
-from vlm.train.plan import Key, Mixture
 
 ENCODERS: dict[str, Any] = {"siglip": SigLIP, "siglip2_naflex": NaFlex}
 QUESTIONS = 3

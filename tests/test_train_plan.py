@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from vlm.data.order import Key, Mixture, StepSampler, stage_seed, steps_of
 from vlm.errors import ConfigError
 from vlm.settings import from_dict
 from vlm.train import RunConfig, StageConfig, load_config
-from vlm.train.plan import Key, Mixture, StepSampler, stage_seed, steps_of
 from vlm.train.schedule import multiplier
 
 STAGE = {"name": "s", "module": "full", "train": {"decoder": 1.0}, "steps": 100, "batch_size": 4}

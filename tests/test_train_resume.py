@@ -16,12 +16,12 @@ from traintools import align, config, difference, pictures, training, tune, worl
 import vlm
 import vlm.train
 from vlm import files
+from vlm.data.order import StepSampler
 from vlm.errors import CheckpointError, ConfigError, TrainingError, VLMError
 from vlm.settings import from_dict, to_dict
 from vlm.train import RunConfig, StageConfig, checkpoint, metrics, rundir
 from vlm.train.changes import Begun, Change, changes, essential
 from vlm.train.failures import explain
-from vlm.train.plan import StepSampler
 
 
 def names(folder: Path) -> set[str]:
@@ -225,7 +225,7 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path, monkeypatch
 
 def test_the_preview_says_what_will_happen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """By hand: 24 pictures of 28 pixels in patches of 14 make 4 tokens each; 2 steps of 4 see a third of the data."""
-    from vlm.data import read_jsonl
+    from vlm.data.examples import read_jsonl
 
     model, processor = vlm.load(world()[0])
     lengths = []

@@ -33,8 +33,8 @@ from traintools import (
 
 import vlm
 import vlm.train
+from vlm.build.presets import tiny
 from vlm.errors import CheckpointError, ConfigError, DataError, TrainingError
-from vlm.presets import tiny
 from vlm.train import checkpoint, metrics
 from vlm.train.data import MicroBatches
 from vlm.train.runner import is_main_process
@@ -148,7 +148,7 @@ def test_held_out_loss_is_measured_and_changes_nothing(reference: Path, tmp_path
     assert validated == [("align", "4"), ("align", "6"), ("tune", "4"), ("tune", "6")]
     assert_same_run(tmp_path / "out", reference)
     # Independently: the loss of the final model on all 24 examples in one batch.
-    from vlm.data import read_jsonl
+    from vlm.data.examples import read_jsonl
 
     trained, processor = vlm.load(tmp_path / "out" / "model")
     examples, _ = read_jsonl(data)
@@ -414,9 +414,9 @@ def test_out_of_memory_says_what_to_change_and_keeps_the_checkpoint(
 
 
 def test_augmentation_depends_on_seed_and_position_only(tmp_path: Path) -> None:
-    from vlm.data import read_jsonl
-    from vlm.train.augment import pipeline
-    from vlm.train.plan import Key, Mixture
+    from vlm.data.augment import pipeline
+    from vlm.data.examples import read_jsonl
+    from vlm.data.order import Key, Mixture
 
     _, processor = vlm.load(world()[0])
     examples, _ = read_jsonl(world()[1])

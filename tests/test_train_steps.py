@@ -13,12 +13,12 @@ from traintools import align, config, difference, tune, weights, world
 
 import vlm
 import vlm.train
-from vlm.data import read_jsonl
+from vlm.build.presets import tiny
+from vlm.data.examples import read_jsonl
+from vlm.data.order import Mixture, stage_seed
 from vlm.errors import TrainingError
-from vlm.presets import tiny
 from vlm.settings import from_dict
 from vlm.train import StageConfig, optim, parts
-from vlm.train.plan import Mixture, stage_seed
 from vlm.train.schedule import multiplier
 
 

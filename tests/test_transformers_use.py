@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, Trainer, Traini
 
 import vlm
 from vlm.errors import ConfigError, DataError
-from vlm.model import VLM, VLMModel
-from vlm.processor import Batch
+from vlm.model.batch import Batch
+from vlm.model.forward import VLM, VLMModel
 
 SUFFIXES = ["a", "no", "a red square on a blue ground", "two green circles and one very small yellow triangle"] * 4
 """Of very different length: a mean of means differs from the mean."""

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vlm
-from vlm import check, loss
-from vlm.config import kinds, part
+from vlm import check
+from vlm.build.presets import tiny
 from vlm.errors import ConfigError
-from vlm.model import VLM
-from vlm.presets import tiny
+from vlm.model import loss
+from vlm.model.forward import VLM
+from vlm.registry import kinds, part
 
 ROWS = [[sample(3, 2, 1)], [sample(5, 9, 2)], [sample(1, 1, 3)]]
 OWN_ENCODERS = [kind for kind in kinds("vlm.encoders") if not hasattr(part("vlm.encoders", kind), "EXTRA")]

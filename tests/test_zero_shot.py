@@ -13,15 +13,15 @@ from coretools import picture, shake
 from test_big_vision import sentencepiece_file
 from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel, SiglipTokenizer, SiglipVisionModel
 
-from vlm import siglip
+from vlm.build.presets import tiny
 from vlm.checkpoints.parts import load_tower
-from vlm.config import part
 from vlm.encoders import read_config
 from vlm.errors import CheckpointError, DataError
-from vlm.eval.probes import Labelled
-from vlm.eval.zero_shot import class_embeddings, pooled, text_ids, why_no_zero_shot, zero_shot
-from vlm.presets import tiny
-from vlm.tokenizer import build
+from vlm.measure.probes import Labelled
+from vlm.registry import part
+from vlm.siglip import text as siglip
+from vlm.siglip.zero_shot import class_embeddings, pooled, text_ids, why_no_zero_shot, zero_shot
+from vlm.text.tokenizer import build
 
 __all__ = ["sentencepiece_file"]  # a fixture
 CLASSES = ["red cat", "Blue DOG", "tree"]

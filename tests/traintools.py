@@ -59,7 +59,7 @@ def damaged(folder: Path, names: list[int]) -> Path:
 def world() -> tuple[Path, Path]:
     """(model directory, training file), made once per session. The model has dropout in its decoder's attention."""
     import vlm
-    from vlm.presets import tiny
+    from vlm.build.presets import tiny
 
     folder = Path(mkdtemp(prefix="vlm-train-tests-"))
     model, processor = tiny()
@@ -121,7 +121,7 @@ def difference(a: Path, b: Path) -> float:
 def context() -> Any:
     # The fork server imports the heavy libraries once and never trains, so its children start in no time and may train.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlm.train.stages", "vlm.presets"])
+    context.set_forkserver_preload(["vlm.train.stages", "vlm.build.presets"])
     return context
 
 

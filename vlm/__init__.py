@@ -8,80 +8,54 @@
 Nothing heavy is imported here: torch and transformers load when the first name that needs them is used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlm import threads
+from vlm.registry import door
 
 # Before anything here can load torch, whose libraries read the environment once.
 threads.prepare()
 
 __version__ = "0.1.0"
 
-# public name -> the module that defines it
 _HOMES = {
-    "VLM": "model",
-    "VLMConfig": "config",
-    "Processor": "processor",
-    "Batch": "processor",
-    "new": "build",
-    "load": "checkpoints",
-    "save": "checkpoints",
-    "export": "checkpoints.export",
-    "convert": "checkpoints.importing",
-    "generate": "generation",
-    "load_image": "images",
+    "VLM": "model.forward",
+    "VLMConfig": "model.config",
+    "Processor": "model.processor",
+    "Batch": "model.batch",
+    "new": "build.assembly",
+    "load": "checkpoints.directory",
+    "save": "checkpoints.saving",
+    "export": "exchange.exporting",
+    "convert": "exchange.importing",
+    "generate": "generation.engine",
+    "load_image": "images.load",
     "VLMError": "errors",
+    **dict.fromkeys(
+        (
+            *("errors", "settings", "images", "text", "data", "report", "encoders", "projectors", "model"),
+            *("checkpoints", "build", "exchange", "generation", "measure", "siglip"),
+            *("train", "eval", "check", "compare", "demo"),
+        ),
+        "",
+    ),
 }
-_MODULES = (
-    "check",
-    "checkpoints",
-    "data",
-    "demo",
-    "encoders",
-    "errors",
-    "eval",
-    "generation",
-    "images",
-    "info",
-    "locations",
-    "loss",
-    "masks",
-    "presets",
-    "projectors",
-    "prompts",
-    "settings",
-    "siglip",
-    "train",
-)
+"""Public name -> the module that defines it; "" where it is a module itself."""
 
-__all__ = ["__version__", *_HOMES, *_MODULES]
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from vlm.build import new as new
-    from vlm.checkpoints import load as load
-    from vlm.checkpoints import save as save
-    from vlm.checkpoints.export import export as export
-    from vlm.checkpoints.importing import convert as convert
-    from vlm.config import VLMConfig as VLMConfig
+    from vlm.build.assembly import new as new
+    from vlm.checkpoints.directory import load as load
+    from vlm.checkpoints.saving import save as save
     from vlm.errors import VLMError as VLMError
-    from vlm.generation import generate as generate
-    from vlm.images import load_image as load_image
-    from vlm.model import VLM as VLM
-    from vlm.processor import Batch as Batch
-    from vlm.processor import Processor as Processor
+    from vlm.exchange.exporting import export as export
+    from vlm.exchange.importing import convert as convert
+    from vlm.generation.engine import generate as generate
+    from vlm.images.load import load_image as load_image
+    from vlm.model.batch import Batch as Batch
+    from vlm.model.config import VLMConfig as VLMConfig
+    from vlm.model.forward import VLM as VLM
+    from vlm.model.processor import Processor as Processor
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(f"vlm.{_HOMES[name]}"), name)
-    elif name in _MODULES:
-        value = import_module(f"vlm.{name}")
-    else:
-        raise AttributeError(f"module 'vlm' has no attribute {name!r}; it has {', '.join(__all__)}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = door(__name__, _HOMES)

@@ -10,8 +10,23 @@
 `docs/check.md` says what each check means and what to do when it fails.
 """
 
-from vlm.check.report import Report, Result
-from vlm.check.runner import run
-from vlm.check.table import CHECKS
+from typing import TYPE_CHECKING
 
-__all__ = ["CHECKS", "Report", "Result", "run"]
+from vlm.registry import door
+
+_HOMES = {
+    "run": "runner",
+    "CHECKS": "table",
+    "Report": "report",
+    "Result": "report",
+}
+
+__all__ = list(_HOMES)
+
+if TYPE_CHECKING:
+    from vlm.check.report import Report as Report
+    from vlm.check.report import Result as Result
+    from vlm.check.runner import run as run
+    from vlm.check.table import CHECKS as CHECKS
+
+__getattr__, __dir__ = door(__name__, _HOMES)

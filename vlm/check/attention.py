@@ -25,7 +25,7 @@ from vlm.check.subject import (
     text_length,
     text_logits,
 )
-from vlm.loss import IGNORE
+from vlm.model.loss import IGNORE
 
 LAYOUTS = ((0,), (0, 1, 2))
 """Rows of the probe batches: one sample without padding, three with."""

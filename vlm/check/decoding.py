@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from vlm.backends import attention_softcap
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import (
     Subject,
@@ -22,7 +21,8 @@ from vlm.check.subject import (
     text_length,
     text_logits,
 )
-from vlm.model import CACHE
+from vlm.model.attention import attention_softcap
+from vlm.model.forward import CACHE
 
 STEPS = 10
 """Tokens decoded one by one."""

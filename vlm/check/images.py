@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vlm.check.report import Finding
 from vlm.check.subject import PIXELS, Subject, Tensors, evaluating, picture, text_logits
-from vlm.config import part
 from vlm.errors import DataError
-from vlm.fusion import unpack
-from vlm.transforms import ImageTransform
+from vlm.images.fused import unpack
+from vlm.images.transforms import ImageTransform
+from vlm.registry import part
 
 SIZES = ((1, 1), (1, 64), (64, 1), (7, 300), (300, 7), (200, 100), (97, 113))
 """(width, height): down to one pixel, up to a ratio of 1:64."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import Subject
-from vlm.data import Example
+from vlm.data.examples import Example
 from vlm.errors import DataError, ImageError
-from vlm.loss import IGNORE
-from vlm.processor import Batch
+from vlm.model.batch import Batch
+from vlm.model.loss import IGNORE
 
 CHUNK = 64
 """Examples laid out at a time."""

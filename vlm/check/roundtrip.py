@@ -12,10 +12,11 @@ import torch
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import Subject, attention_backends, moved, text_length, text_logits
-from vlm.checkpoints import load, save
+from vlm.checkpoints.directory import load
+from vlm.checkpoints.saving import save
 from vlm.errors import ConfigError
-from vlm.model import VLM, layer_types
-from vlm.processor import Processor
+from vlm.model.forward import VLM, layer_types
+from vlm.model.processor import Processor
 
 
 def saved(subject: Subject) -> Finding:
@@ -30,7 +31,7 @@ def saved(subject: Subject) -> Finding:
 
 def exported(subject: Subject) -> Finding:
     """`vlm export --to paligemma`, its own parity report, and the export opened by `vlm.load`."""
-    from vlm.checkpoints.export import export
+    from vlm.exchange.exporting import export
 
     missing = _no_room(subject)
     if missing:

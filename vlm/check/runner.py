@@ -14,10 +14,10 @@ from vlm.check import tower
 from vlm.check.report import Finding, Report, Result, not_applicable
 from vlm.check.subject import Subject, attention_backends, preserved
 from vlm.check.table import CHECKS, Check
-from vlm.data import Example, read_jsonl
+from vlm.data.examples import Example, read_jsonl
 from vlm.errors import ConfigError, VLMError, nearest
-from vlm.model import VLM
-from vlm.processor import Processor
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
 
 log = logging.getLogger(__name__)
 

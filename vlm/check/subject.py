@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm.data import Example
-from vlm.model import VLM
-from vlm.processor import Processor
+from vlm.data.examples import Example
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
 
 NOTHING = {torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 """Largest move that counts as none, where the same computation runs twice with something else in places that must not

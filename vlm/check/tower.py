@@ -13,7 +13,7 @@ from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import PIXELS, Subject, Tensors, evaluating
 from vlm.encoders import EncoderOutput, check_output, square_grid
 from vlm.errors import ConfigError
-from vlm.fusion import unpack
+from vlm.images.fused import unpack
 
 FEW = 36
 """Up to so many patches all are tried; of more, some groups of neighbours in the corners and inside."""

@@ -1,6 +1,18 @@
 """Model directories: open and write them, whole or part by part. Weights are safetensors only."""
 
-from vlm.checkpoints.directory import load
-from vlm.checkpoints.saving import save
+from typing import TYPE_CHECKING
 
-__all__ = ["load", "save"]
+from vlm.registry import door
+
+_HOMES = {
+    "load": "directory",
+    "save": "saving",
+}
+
+__all__ = list(_HOMES)
+
+if TYPE_CHECKING:
+    from vlm.checkpoints.directory import load as load
+    from vlm.checkpoints.saving import save as save
+
+__getattr__, __dir__ = door(__name__, _HOMES)

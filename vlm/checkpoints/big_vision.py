@@ -23,10 +23,10 @@ from vlm.checkpoints.big_vision_names import Rule, rules, to_array
 from vlm.checkpoints.files import check_regular
 from vlm.checkpoints.loader import Placement, Source, load_model
 from vlm.errors import CheckpointError
-from vlm.model import VLM
-from vlm.processor import Processor
-from vlm.tokenizer import Tokenizer, image_token_id
-from vlm.transforms import ImageTransform
+from vlm.images.transforms import ImageTransform
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
+from vlm.text.tokenizer import Tokenizer, image_token_id
 
 Arrays = Mapping[str, np.ndarray]
 DTYPE_NAMES = {"V2": "BF16", "float32": "F32", "float16": "F16"}

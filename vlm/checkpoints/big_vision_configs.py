@@ -15,8 +15,9 @@ from transformers import SiglipTextConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.checkpoints.configs import guarded
-from vlm.config import VLMConfig, decoder_config, part
 from vlm.errors import CheckpointError, ConfigError, nearest
+from vlm.model.config import VLMConfig, decoder_config
+from vlm.registry import part
 
 Shapes = Mapping[str, tuple[int, ...]]
 """big_vision name (without `params/`) -> shape."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from vlm.config import VLMConfig, decoder_config, part
 from vlm.errors import CheckpointError, ConfigError, VLMError
+from vlm.model.config import VLMConfig, decoder_config
+from vlm.registry import part
 
 # Far above any published model; a wrong number must not ask for terabytes or build layers for hours.
 BOUNDS = {

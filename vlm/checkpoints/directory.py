@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from vlm.backends import check_name
 from vlm.checkpoints import big_vision, configs, manifest
 from vlm.checkpoints.files import Weights, check_regular, locate, read_json
 from vlm.checkpoints.loader import Placement, live_source, load_model
 from vlm.checkpoints.names import HEAD
 from vlm.checkpoints.preprocessing import from_sentencepiece, open_tokenizer, own_transform, paligemma_transform
 from vlm.checkpoints.tower import read_head
-from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError, nearest
-from vlm.generation import check_dtype
-from vlm.model import VLM
-from vlm.processor import CONFIG_NAME as PROCESSOR_CONFIG
-from vlm.processor import Processor
+from vlm.generation.engine import check_dtype
+from vlm.images.transforms import ImageTransform
+from vlm.model.attention import check_name
+from vlm.model.config import VLMConfig
+from vlm.model.forward import VLM
+from vlm.model.processor import CONFIG_NAME as PROCESSOR_CONFIG
+from vlm.model.processor import Processor
 from vlm.projectors import full_settings
-from vlm.transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,7 +93,7 @@ def load(
     if device is not None and device_map is not None:
         raise ConfigError("device and device_map are both given; use one")
     check_name(attn_implementation)
-    from vlm.checkpoints import in_stage  # it builds on what needs this package
+    from vlm.checkpoints import in_stage
 
     if in_stage.is_checkpoint(path):
         settings: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}

@@ -17,18 +17,18 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from vlm import content
 from vlm.checkpoints.files import HUB_FILES, INDEX, read_json
 from vlm.checkpoints.layout import RUNTIME, dtype_name
+from vlm.data import content
 from vlm.projectors import full_settings
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
 
-    from vlm.model import VLM
-    from vlm.processor import Processor
-    from vlm.tokenizer import Tokenizer
-    from vlm.transforms import ImageTransform
+    from vlm.images.transforms import ImageTransform
+    from vlm.model.forward import VLM
+    from vlm.model.processor import Processor
+    from vlm.text.tokenizer import Tokenizer
 
 RECORDS = ("manifest.json", "training.json", "parity.json", "generation_config.json", INDEX)
 """Files of a checkpoint that are about it; nothing is read from them."""

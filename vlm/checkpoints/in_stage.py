@@ -1,7 +1,7 @@
 """The model of a checkpoint inside a training stage, `OUT/STAGE/checkpoints/step-N`.
 
 Such a checkpoint holds only what trains. The rest is in the model that the stage began with: `model` of the stage
-before, or the run's `start`, in the geometry of the stage (`vlm.geometry`).
+before, or the run's `start`, in the geometry of the stage (`vlm.checkpoints.geometry`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import yaml
 
 from vlm.checkpoints import manifest
 from vlm.checkpoints.files import SINGLE, Weights
+from vlm.checkpoints.geometry import SETTINGS, with_geometry
 from vlm.checkpoints.loader import finite
 from vlm.errors import CheckpointError
-from vlm.geometry import SETTINGS, with_geometry
-from vlm.model import VLM
-from vlm.processor import Processor
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
 
 Opened = tuple[VLM, Processor]
 

@@ -20,10 +20,10 @@ from vlm.checkpoints.names import HEAD, to_hub
 from vlm.checkpoints.shards import write_shards
 from vlm.encoders import RUNNING, stated
 from vlm.errors import ConfigError
-from vlm.model import VLM
-from vlm.processor import Processor
-from vlm.tokenizer import LOC_TOKENS, SEG_TOKENS
-from vlm.transforms import RESAMPLING, ImageTransform
+from vlm.images.transforms import RESAMPLING, ImageTransform
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
+from vlm.text.tokenizer import LOC_TOKENS, SEG_TOKENS
 
 ARCHITECTURE = "PaliGemmaForConditionalGeneration"
 KEEP = (
@@ -72,7 +72,7 @@ def _check_tokenizer(model: VLM, processor: Processor) -> None:
     if "\n" not in vocabulary:
         raise ConfigError(
             "the tokenizer has no piece for a newline, which ends every PaliGemma prompt (vLLM looks it up by name);"
-            " use a Gemma tokenizer, or vlm.tokenizer.build"
+            " use a Gemma tokenizer, or vlm.text.tokenizer.build"
         )
     # transformers' PaliGemmaProcessor appends those that are missing.
     missing = [token for token in (*LOC_TOKENS, *SEG_TOKENS) if token not in vocabulary]

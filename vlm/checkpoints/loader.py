@@ -24,9 +24,9 @@ from vlm.checkpoints.configs import guarded
 from vlm.checkpoints.files import FLOATS
 from vlm.checkpoints.names import HEAD, to_live
 from vlm.checkpoints.shards import widest
-from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError
-from vlm.model import VLM
+from vlm.model.config import VLMConfig
+from vlm.model.forward import VLM
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
 BUFFERS = re.compile(r".*(position_ids|rotary_emb\.inv_freq|embed_tokens\.embed_scale)$")

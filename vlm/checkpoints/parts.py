@@ -19,8 +19,8 @@ from vlm.checkpoints.big_vision_names import rules
 from vlm.checkpoints.files import SINGLE, Weights, locate
 from vlm.checkpoints.loader import Source, check_fit, expected_shapes, finite, live_source
 from vlm.checkpoints.names import DECODER, TOWER
-from vlm.config import part
 from vlm.errors import CheckpointError
+from vlm.registry import part
 
 NEW_ROW_STD = 0.02
 """New vocabulary rows are N(0, 0.02): better than the average embedding (PaliGemma, section 5.3)."""

@@ -9,14 +9,14 @@ import tokenizers as tokenizers_library
 import transformers
 from transformers import AutoTokenizer
 
-from vlm import tokenizer as tokenizers
 from vlm.checkpoints.configs import FOREIGN
 from vlm.checkpoints.files import check_regular, read_json
 from vlm.errors import CheckpointError, ConfigError
-from vlm.fusion import open_transform
-from vlm.processor import CONFIG_NAME as PROCESSOR_CONFIG
-from vlm.tokenizer import Tokenizer
-from vlm.transforms import RESAMPLING, ImageTransform
+from vlm.images.fused import open_transform
+from vlm.images.transforms import RESAMPLING, ImageTransform
+from vlm.model.processor import CONFIG_NAME as PROCESSOR_CONFIG
+from vlm.text import tokenizer as tokenizers
+from vlm.text.tokenizer import Tokenizer
 
 IMAGE_STEPS = {
     "do_resize": True,

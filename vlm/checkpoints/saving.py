@@ -24,11 +24,11 @@ from vlm.checkpoints.loader import EMBEDDING, empty, expected_shapes, shown
 from vlm.checkpoints.names import HEAD
 from vlm.checkpoints.shards import parse_size, widest, write_shards
 from vlm.checkpoints.tower import HEAD_FILE, write_head
-from vlm.config import VLMConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.files import disk_errors, publishing, rust_disk_errors
-from vlm.model import VLM, VLMModel
-from vlm.processor import Processor, not_a_processors
+from vlm.model.config import VLMConfig
+from vlm.model.forward import VLM, VLMModel
+from vlm.model.processor import Processor, not_a_processors
 
 OWN_FILES = (
     "config.json",

@@ -27,13 +27,13 @@ from vlm.checkpoints.loader import Source
 from vlm.checkpoints.names import TOWER
 from vlm.checkpoints.parts import directory_source, renaming
 from vlm.checkpoints.shards import write_shards
-from vlm.config import part
 from vlm.encoders import Published
 from vlm.errors import ConfigError
-from vlm.fusion import FusedTransform
-from vlm.model import VLM
-from vlm.processor import Processor
-from vlm.transforms import ImageTransform
+from vlm.images.fused import FusedTransform
+from vlm.images.transforms import ImageTransform
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
+from vlm.registry import part
 
 OWN_TRANSFORM = "vlm_image_transform"
 """In a configuration file: the image transform as this library has it, with what other formats cannot say."""
@@ -250,7 +250,7 @@ def opened(
     """The written tower, opened by its library in float32; strict.
 
     Args:
-        by_transformers: `vlm.checkpoints.probes.opened`.
+        by_transformers: `vlm.exchange.probes.opened`.
         empty: only names and shapes are compared, where the library can.
     """
     published = alone.published

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm.cli import console
 from vlm.errors import DataError, ImageError, VLMError
-from vlm.images import load_image, shown
+from vlm.images.load import load_image, shown
 
 Group = Sequence[str]
 """Paths of the images of one question."""
@@ -37,7 +37,7 @@ def ask_about(
 
     Args:
         groups: paths of the images that are asked about together; an empty one is a question about text alone.
-        geometry: how the model reads its images, if not as it is (`vlm.geometry.with_geometry`).
+        geometry: how the model reads its images, if not as it is (`vlm.checkpoints.geometry.with_geometry`).
         generation: `batch_size`, `max_new_tokens`, `num_beams`, `beam_search` and `strip_control` of `vlm.generate`.
     """
     num_bad = 0
@@ -74,7 +74,7 @@ def _outcomes(
         yield from ((group, outcome) for group in groups if isinstance(outcome := _decode(group), ImageError))
         return
     net, processor = _open(*opening)
-    from vlm.generation import generate
+    from vlm.generation.engine import generate
 
     size = generation["batch_size"]
     for start in range(0, len(groups), size):
@@ -98,7 +98,7 @@ def _decode(group: Group, background: tuple[int, int, int] = (255, 255, 255)) ->
 
 def _fit(images: list[Image.Image], prompt: str, net: Any, processor: Any) -> list[Image.Image] | VLMError:
     """The images, or why they and the prompt do not fit into the model together."""
-    from vlm.lengths import context_of, image_tokens, over_context
+    from vlm.model.lengths import context_of, image_tokens, over_context
 
     try:
         (text,) = processor.lengths([[]], [prompt], ids=["prompt"])
@@ -111,8 +111,8 @@ def _fit(images: list[Image.Image], prompt: str, net: Any, processor: Any) -> li
 def _open(model: str, device: str, dtype: str | None, geometry: Mapping[str, Any]) -> tuple[Any, Any]:
     import torch
 
-    from vlm.checkpoints import load
-    from vlm.geometry import with_geometry
+    from vlm.checkpoints.directory import load
+    from vlm.checkpoints.geometry import with_geometry
 
     console.quiet_transformers()
     if device == "auto":

@@ -44,8 +44,8 @@ def run(options: Namespace) -> int:
     from vlm import check
     from vlm.check.runner import choose
     from vlm.check.stage import read_manifest
-    from vlm.checkpoints import load
-    from vlm.data import read_jsonl
+    from vlm.checkpoints.directory import load
+    from vlm.data.examples import read_jsonl
 
     check_device(options.device)
     console.quiet_transformers()

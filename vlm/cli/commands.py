@@ -125,8 +125,9 @@ def _train(commands: Any) -> None:
 def run_train(options: Namespace) -> int:
     """`vlm train`: the final model's directory on stdout."""
     from vlm import settings
-    from vlm.train import load_config, run
+    from vlm.train.config import load_config
     from vlm.train.rundir import trained
+    from vlm.train.runner import run
     from vlm.train.signals import Stopped
 
     if options.accept_changes and not options.resume:
@@ -218,7 +219,7 @@ def _info(commands: Any) -> None:
 
 def run_info(options: Namespace) -> int:
     """`vlm info`: a table on stdout."""
-    from vlm.info import describe, table
+    from vlm.measure.info import describe, table
 
     console.quiet_transformers()
     facts = describe(options.model)

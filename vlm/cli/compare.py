@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
 
 def run(options: Namespace) -> int:
     """The tables on stdout, progress on stderr."""
-    from vlm.compare import load_config
+    from vlm.compare.config import load_config
 
     config = load_config(options.config, options.overrides)
     chosen = {

@@ -97,7 +97,8 @@ def _batch_size(text: str) -> int | Literal["auto"]:
 def run_eval(options: Namespace) -> int:
     """`vlm eval`: the table of scores on stdout."""
     from vlm.errors import ConfigError
-    from vlm.eval import processes, tables
+    from vlm.generation import processes
+    from vlm.report import tables
 
     if options.tasks is not None and (options.image_root or options.skip_bad):
         raise ConfigError("--image-root and --skip-bad are for a JSONL file; with --tasks the tasks name their files")
@@ -116,7 +117,7 @@ def run_eval(options: Namespace) -> int:
 
 
 def _on_file(options: Namespace) -> dict[str, Any]:
-    from vlm.eval import evaluate
+    from vlm.eval.harness import evaluate
 
     return evaluate(
         options.model,
@@ -139,7 +140,8 @@ def _on_file(options: Namespace) -> dict[str, Any]:
 
 
 def _on_tasks(options: Namespace) -> dict[str, Any]:
-    from vlm.eval import Options, evaluate_tasks
+    from vlm.eval.job import Options
+    from vlm.eval.suite import evaluate_tasks
 
     how = Options(
         batch_size=options.batch_size,

@@ -49,8 +49,8 @@ def run(options: Namespace) -> int:
     console.quiet_transformers()
     import torch
 
-    from vlm.checkpoints import load
-    from vlm.checkpoints.export import check_out, export
+    from vlm.checkpoints.directory import load
+    from vlm.exchange.exporting import check_out, export
 
     check_out(options.out)  # before minutes of loading
     device = options.device

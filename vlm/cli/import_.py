@@ -49,7 +49,7 @@ def run(options: Namespace) -> int:
     if options.from_pickle:
         return _from_pickle(options)
     console.quiet_transformers()
-    from vlm.checkpoints.importing import convert
+    from vlm.exchange.importing import convert
 
     report = convert(
         options.source,
@@ -71,8 +71,8 @@ def run(options: Namespace) -> int:
 
 def _from_pickle(options: Namespace) -> int:
     """`--from-pickle`: a line for each file on stdout, and how to go on."""
-    from vlm.checkpoints.pickled import convert_pickle
     from vlm.errors import ConfigError
+    from vlm.exchange.pickled import convert_pickle
 
     unread = [("--tokenizer", options.tokenizer), ("--dtype", unless_auto(options.dtype))]
     given = [name for name, value in unread if value is not None]

@@ -81,10 +81,10 @@ def run(options: Namespace) -> int:
         changed["image"]["naflex"] = options.naflex
     _check(options, changed)
     console.quiet_transformers()
-    from vlm.build import stored_rows
-    from vlm.checkpoints import save
-    from vlm.checkpoints.export import check_out, published
-    from vlm.info import describe, table
+    from vlm.build.assembly import stored_rows
+    from vlm.checkpoints.saving import save
+    from vlm.exchange.exporting import check_out, published
+    from vlm.measure.info import describe, table
 
     check_out(options.out)  # before minutes of loading
     model, processor = _changed(options, changed) if options.start else _new(options, changed)
@@ -128,7 +128,7 @@ def _check(options: Namespace, changed: dict[str, dict[str, Any]]) -> None:
 
 
 def _new(options: Namespace, changed: dict[str, dict[str, Any]]) -> Any:
-    from vlm.build import new
+    from vlm.build.assembly import new
 
     return new(
         options.encoder,
@@ -146,9 +146,9 @@ def _new(options: Namespace, changed: dict[str, dict[str, Any]]) -> Any:
 
 def _changed(options: Namespace, changed: dict[str, dict[str, Any]]) -> Any:
     """The model of --from in the geometry that was asked for; it stays in its number format."""
-    from vlm.checkpoints import load
+    from vlm.checkpoints.directory import load
+    from vlm.checkpoints.geometry import with_geometry
     from vlm.errors import ConfigError
-    from vlm.geometry import with_geometry
 
     model, processor = load(options.start)
     projector = options.projector

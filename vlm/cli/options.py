@@ -121,7 +121,7 @@ def add_geometry(parser: ArgumentParser) -> None:
 
 
 def geometry(options: Namespace) -> dict[str, Any]:
-    """What `add_geometry` was given, as `vlm.geometry.with_geometry` takes it."""
+    """What `add_geometry` was given, as `vlm.checkpoints.geometry.with_geometry` takes it."""
     image = {} if options.max_num_patches is None else {"max_num_patches": options.max_num_patches}
     given = {"image_size": options.image_size, "image": image}
     return {name: value for name, value in given.items() if value}

@@ -64,8 +64,8 @@ def run(options: Namespace) -> int:
 
 
 def _list(as_json: bool) -> None:
-    from vlm.eval.files import PREDICTION_FORMATS
-    from vlm.eval.gold_files import FORMATS
+    from vlm.data.gold_files import FORMATS
+    from vlm.data.rows import PREDICTION_FORMATS
     from vlm.eval.scoring import columns, metric_rows
 
     rows = metric_rows()

@@ -6,10 +6,10 @@
 Names resolve when they are used, so importing this package does not import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# public name -> the module that defines it; a module called like a function would hide it once imported
+from vlm.registry import door
+
 _HOMES = {
     "compare": "comparison",
     "plan": "comparison",
@@ -29,12 +29,4 @@ if TYPE_CHECKING:
     from vlm.compare.config import TaskConfig as TaskConfig
     from vlm.compare.config import load_config as load_config
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'vlm.compare' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"vlm.compare.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = door(__name__, _HOMES)

@@ -14,14 +14,14 @@ from vlm.compare.match import How, Matched
 from vlm.compare.processes import Server, run_all, slots, visible_gpus
 from vlm.compare.runs import Spec, check_sources, claim, make_specs, sources
 from vlm.compare.summary import summarise
-from vlm.data import Example, read_jsonl, read_labelled
+from vlm.data.examples import Example, read_jsonl, read_labelled
 from vlm.encoders import use
 from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.eval import items
 from vlm.eval.metrics import registry
-from vlm.eval.probes import check_sets, images_in_both
-from vlm.eval.zero_shot import check_templates
 from vlm.files import Lock, disk_errors, locked, write_json, write_text
+from vlm.measure.probes import check_sets, images_in_both
+from vlm.siglip.zero_shot import check_templates
 from vlm.train.stages import data_digest, read_sources
 
 log = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ from typing import Any
 
 from vlm.compare.runs import Spec
 from vlm.compare.summary import read_items
-from vlm.data import Example
+from vlm.data.examples import Example
 from vlm.eval.items import gold_texts
 from vlm.eval.metrics import registry
-from vlm.eval.report import GalleryItem
+from vlm.report.sections import GalleryItem
 
 
 def cards(

@@ -18,14 +18,14 @@ from typing import Any, Literal
 from PIL import Image
 
 from vlm import projectors
+from vlm.build.towers import sized
 from vlm.compare.config import Arm
 from vlm.errors import ImageError
-from vlm.images import image_size
+from vlm.images.load import image_size
+from vlm.images.transforms import ImageTransform
 from vlm.settings import from_dict
-from vlm.towers import sized
 from vlm.train.config import ModelConfig
 from vlm.train.stages import make_tower
-from vlm.transforms import ImageTransform
 
 How = Literal["tokens", "resolution", "none"]
 FUSED = "fused"

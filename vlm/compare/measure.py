@@ -20,22 +20,23 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlm.checkpoints import identity, load
+from vlm.build.towers import sized
+from vlm.checkpoints import identity
+from vlm.checkpoints.directory import load
 from vlm.compare import fixed
 from vlm.compare.config import ProbeConfig, TaskConfig
 from vlm.compare.runs import MEASUREMENTS, Spec
-from vlm.content import of_items
-from vlm.data import Example, Labelled, read_jsonl
+from vlm.data.content import of_items
+from vlm.data.examples import Example, Labelled, read_jsonl
 from vlm.errors import CheckpointError, DataError, ImageError
 from vlm.eval import results
-from vlm.eval.cost import count_parameters, flops_per_image, image_tokens, inference_speed
 from vlm.eval.harness import evaluate
-from vlm.eval.probes import ProbeResult, probe, read_labelled, why_no_zero_shot, zero_shot
 from vlm.files import write_json
-from vlm.images import image_size, load_image
-from vlm.model import VLM
-from vlm.processor import Processor
-from vlm.towers import sized
+from vlm.images.load import image_size, load_image
+from vlm.measure.cost import count_parameters, flops_per_image, image_tokens, inference_speed
+from vlm.measure.probes import ProbeResult, probe, read_labelled, why_no_zero_shot, zero_shot
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
 from vlm.train import failures, metrics
 from vlm.train.config import RunConfig, load_config
 from vlm.train.quiet import quiet_transformers

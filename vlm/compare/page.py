@@ -12,9 +12,9 @@ from vlm.compare.answer import answer, names, shown
 from vlm.compare.disagreements import cards, one_seed
 from vlm.compare.runs import Spec
 from vlm.compare.statistics import p_text
-from vlm.data import Example
-from vlm.eval.charts import Curve, Dot, Point, Scatter
-from vlm.eval.report import Curves, Gallery, Score, Scores, Section, Stat, Stats, Table, Text, write_report
+from vlm.data.examples import Example
+from vlm.report.charts import Curve, Dot, Point, Scatter
+from vlm.report.sections import Curves, Gallery, Score, Scores, Section, Stat, Stats, Table, Text, write_report
 from vlm.train import metrics
 
 CARDS = 48

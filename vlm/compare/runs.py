@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm import settings
+from vlm.build.towers import sized
 from vlm.checkpoints import identity
 from vlm.compare.config import Arm, CompareConfig, ProbeConfig, TaskConfig, run_config
 from vlm.errors import ConfigError, DataError
 from vlm.files import write_json
-from vlm.towers import sized
 from vlm.train.changes import essential
 from vlm.train.config import ModelConfig, RunConfig
 from vlm.train.rundir import differences

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vlm import tokenizer as tokenizers
 from vlm.demo import captions, questions, scenes
 from vlm.files import publishing, write_json
+from vlm.text import tokenizer as tokenizers
 
 log = logging.getLogger("vlm")
 

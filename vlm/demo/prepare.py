@@ -20,11 +20,11 @@ from typing import Any
 import yaml
 
 from vlm import files
-from vlm.config import kinds
 from vlm.demo import dataset, scenes
 from vlm.demo.run import Size, read_recipe
 from vlm.demo.start import ASSETS, NAFLEX, of_kind
 from vlm.errors import ConfigError, nearest
+from vlm.registry import kinds
 
 log = logging.getLogger("vlm")
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from vlm import content, files
+from vlm import files
+from vlm.data import content
 from vlm.demo import captions, dataset, show, start
 from vlm.errors import ConfigError
 
@@ -71,7 +72,7 @@ def main(
         ConfigError: `out` holds a demo with other settings, or there is no such tower.
         Stopped: (a SystemExit) interrupted; running it again goes on.
     """
-    from vlm.eval.cost import peak_memory_bytes
+    from vlm.measure.cost import peak_memory_bytes
 
     out, size = Path(out), size or Size()
     choice = start.Choice(encoder, pretrain_encoder, from_scratch or pretrain, size.pretrain_steps)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vlm.eval.report import Gallery, GalleryItem, Score, Scores, Section, Stat, Text
-from vlm.eval.report import write_report as write_page
+from vlm.report.sections import Gallery, GalleryItem, Score, Scores, Section, Stat, Text
+from vlm.report.sections import write_report as write_page
 from vlm.train import metrics
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.config import kinds
 from vlm.errors import ConfigError, nearest
+from vlm.registry import kinds
 
 log = logging.getLogger("vlm")
 

@@ -23,14 +23,14 @@ from transformers import MODEL_MAPPING, AutoModel, SiglipConfig, SiglipModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm import tokenizer as tokenizers
 from vlm.checkpoints.configs import NOTES
 from vlm.checkpoints.tower import preprocessor_values
-from vlm.config import part
 from vlm.demo import captions, scenes
 from vlm.demo.learning import MOST_THINGS, WEIGHTS, Words, fit, pad, save
 from vlm.encoders import read_config
-from vlm.transforms import ImageTransform
+from vlm.images.transforms import ImageTransform
+from vlm.registry import part
+from vlm.text import tokenizer as tokenizers
 
 CONTEXT = 24
 """Text positions of the SigLIP."""

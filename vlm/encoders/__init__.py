@@ -47,8 +47,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.config import OWN_ENCODERS, kinds, part
 from vlm.errors import ConfigError
+from vlm.registry import OWN_ENCODERS, kinds, part
 
 CONTRACT = ("Config", "transform", "tokens_for", "MODEL_TYPES", "PREFIXES", "LEFT_OUT")
 """What an encoder's file defines beside its tower; `tiny` is for the tests of this library."""

@@ -35,7 +35,7 @@ from vlm.encoders import (
     stated,
 )
 from vlm.encoders import square_tokens as tokens_for
-from vlm.transforms import ImageTransform
+from vlm.images.transforms import ImageTransform
 
 __all__ = ["Config", "Encoder", "published", "resample", "tiny", "tokens_for", "transform"]
 

@@ -4,13 +4,14 @@ Papers: Eyes Wide Shut? (interleaved and additive mixtures, arXiv 2401.06209), P
 side, arXiv 2402.07865), Cambrian-1 (arXiv 2406.16860). Reference code: Prismatic's `dinosiglip_vit.py` concatenates
 `[M, P, E1]` and `[M, P, E2]` in this way, after asserting equal numbers of patches.
 
-Each member reads its own pixels (`vlm.fusion`): its own size, filter, mean and deviation, one geometry for all. Cell
-(i, j) of the result is cell (i, j) of every member. Members with different grids are refused, unless the configuration
-says `grid: [rows, columns]` and `resample: bilinear`; then the features of each member with another grid are resized to
-it (half-pixel centres, antialias where an axis shrinks, in float32), and `vlm new` and `vlm info` say so.
+Each member reads its own pixels (`vlm.images.fused`): its own size, filter, mean and deviation, one geometry for all.
+Cell (i, j) of the result is cell (i, j) of every member. Members with different grids are refused, unless the
+configuration says `grid: [rows, columns]` and `resample: bilinear`; then the features of each member with another
+grid are resized to it (half-pixel centres, antialias where an axis shrinks, in float32), and `vlm new` and
+`vlm info` say so.
 
 Departure from Prismatic: the features are each member's own choice of layer with its own norm (there: the second to
-last block of both). This file finds its members through `vlm.config.part`, the one place where an encoder uses others.
+last block of both). This file finds its members through `vlm.registry.part`, where alone an encoder uses others.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm import encoders
-from vlm.config import part
 from vlm.encoders import EncoderOutput, feature_width
 from vlm.encoders import square_tokens as tokens_for
 from vlm.errors import ConfigError
-from vlm.fusion import FusedTransform, one_view, unpack
-from vlm.transforms import ImageTransform, resize_float
+from vlm.images.fused import FusedTransform, one_view, unpack
+from vlm.images.transforms import ImageTransform, resize_float
+from vlm.registry import part
 
 __all__ = ["Config", "Encoder", "tiny", "tokens_for", "transform"]
 

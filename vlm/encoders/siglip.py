@@ -34,7 +34,7 @@ from vlm.encoders import (
 )
 from vlm.encoders import square_tokens as tokens_for
 from vlm.errors import ConfigError
-from vlm.transforms import ImageTransform
+from vlm.images.transforms import ImageTransform
 
 __all__ = ["Config", "Encoder", "published", "resample_position_table", "tiny", "tokens_for", "transform"]
 

@@ -26,7 +26,7 @@ from transformers.models.siglip2.modeling_siglip2 import (
 from vlm.encoders import EncoderOutput, Published, stated
 from vlm.encoders import square_tokens as tokens_for
 from vlm.errors import ConfigError
-from vlm.transforms import ImageTransform, resize_float
+from vlm.images.transforms import ImageTransform, resize_float
 
 __all__ = ["Config", "Encoder", "published", "resize_position_grid", "tiny", "tokens_for", "transform"]
 

@@ -1,34 +1,17 @@
-"""Evaluation: metrics that stand alone, the harness that predicts and scores, and the HTML report.
+"""Evaluation: metrics that stand alone, tasks, the harness that answers and scores.
 
 Names resolve lazily: `vlm.eval.metrics` is usable without torch, and nothing here imports the training code.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# public name -> the module that defines it
+from vlm.registry import door
+
 _HOMES = {
     "evaluate": "harness",
     "evaluate_tasks": "suite",
     "Options": "job",
-    "Predictor": "predictor",
     "score_files": "scoring",
-    "table": "tables",
-    "write_report": "report",
-    "breakdown": "report",
-    "Curve": "charts",
-    "Dot": "charts",
-    "Scatter": "charts",
-    "Curves": "report",
-    "Figure": "report",
-    "Gallery": "report",
-    "GalleryItem": "report",
-    "Score": "report",
-    "Scores": "report",
-    "Stat": "report",
-    "Stats": "report",
-    "Table": "report",
-    "Text": "report",
     "diff": "",
     "metrics": "",
     "tasks": "",
@@ -37,40 +20,12 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
-    from . import diff as diff
-    from . import metrics as metrics
-    from . import tasks as tasks
-    from .charts import Curve as Curve
-    from .charts import Dot as Dot
-    from .charts import Scatter as Scatter
-    from .harness import evaluate as evaluate
-    from .job import Options as Options
-    from .predictor import Predictor as Predictor
-    from .report import Curves as Curves
-    from .report import Figure as Figure
-    from .report import Gallery as Gallery
-    from .report import GalleryItem as GalleryItem
-    from .report import Score as Score
-    from .report import Scores as Scores
-    from .report import Stat as Stat
-    from .report import Stats as Stats
-    from .report import Table as Table
-    from .report import Text as Text
-    from .report import breakdown as breakdown
-    from .report import write_report as write_report
-    from .scoring import score_files as score_files
-    from .suite import evaluate_tasks as evaluate_tasks
-    from .tables import table as table
+    from vlm.eval import diff as diff
+    from vlm.eval import metrics as metrics
+    from vlm.eval import tasks as tasks
+    from vlm.eval.harness import evaluate as evaluate
+    from vlm.eval.job import Options as Options
+    from vlm.eval.scoring import score_files as score_files
+    from vlm.eval.suite import evaluate_tasks as evaluate_tasks
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'vlm.eval' has no attribute {name!r}; it has {', '.join(__all__)}")
-    home = _HOMES[name]
-    value = getattr(import_module(f"vlm.eval.{home}"), name) if home else import_module(f"vlm.eval.{name}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = door(__name__, _HOMES)

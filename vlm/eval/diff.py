@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data import Example
+from vlm.data.examples import Example
 from vlm.errors import ConfigError, DataError
-
-from . import items, tables
-from .job import ITEMS, RESULTS
-from .metrics import captions, registry, tokenize
-from .report import Gallery, GalleryItem, Section, Table, write_report
+from vlm.eval import items
+from vlm.eval.job import ITEMS, RESULTS
+from vlm.eval.metrics import captions, registry, tokenize
+from vlm.report import tables
+from vlm.report.sections import Gallery, GalleryItem, Section, Table, write_report
 
 NUM_RESAMPLES = 2000
 _WORK = 1_000_000  # items scored again by all resamples together, for a metric that is no mean over items

@@ -15,19 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm import control
-from vlm.data import Example, Problem, read_jsonl, without_control
+from vlm.data.examples import Example, Problem, read_jsonl, without_control
 from vlm.errors import ConfigError
-
-from . import items, results
-from .batch_size import BatchSize
-from .job import Job, Options, fitting, room_of, run
-from .metrics import registry
-from .predictor import Decoding, Predictor, as_predictor
+from vlm.eval import items, results
+from vlm.eval.job import Job, Options, fitting, room_of, run
+from vlm.eval.metrics import registry
+from vlm.generation.batch_size import BatchSize
+from vlm.generation.predictor import Decoding, Predictor, as_predictor
+from vlm.text import control
 
 if TYPE_CHECKING:
-    from vlm.model import VLM
-    from vlm.processor import Processor
+    from vlm.model.forward import VLM
+    from vlm.model.processor import Processor
 
 
 def evaluate(
@@ -71,14 +70,14 @@ def evaluate(
             most so many image and prompt tokens, padding included.
         max_new_tokens, num_beams, beam_search: of `vlm.generate`.
         by: `likelihood` chooses the likeliest of an item's candidates (`Example.info["choices"]`) instead of writing
-            text; `normalization` is its rule, see `vlm.eval.likelihood`.
+            text; `normalization` is its rule, see `vlm.generation.likelihood`.
         limit: only the first so many items.
         skip_bad: leave out annotations that are broken or too long for the model, list and count them, instead of
             refusing the file.
-        strip_control: remove control spellings such as `<image>` from the prompts (`vlm.control`).
+        strip_control: remove control spellings such as `<image>` from the prompts (`vlm.text.control`).
         device, dtype: where and as what a model directory is opened; see `as_predictor`.
         geometry: how the model reads its images, if not as it is: `{"image_size": 448}`, or what else
-            `vlm.geometry.with_geometry` takes.
+            `vlm.checkpoints.geometry.with_geometry` takes.
         shuffle_images: the control that shows whether the model looks: each item gets another item's image (`seed`).
         image_root: folder of the images; the data file's own by default.
         kind_of: example -> kind for the breakdown; taken from the prompt by default.

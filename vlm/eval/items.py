@@ -13,11 +13,9 @@ from typing import Literal
 
 from PIL import Image
 
-from vlm.budget import cut
-from vlm.content import of_items
-from vlm.data import Example
-from vlm.errors import DataError, ImageError
-from vlm.images import image_size
+from vlm.data.content import of_items
+from vlm.data.examples import Example
+from vlm.errors import DataError
 
 _LISTED = 10
 
@@ -133,35 +131,3 @@ def prompt_kind(prefix: str) -> str:
         return task
     question = rest[1:] if rest and len(rest[0]) == 2 and len(rest) > 1 else rest  # drop the language code
     return f"answer: {' '.join(question[:2])}"
-
-
-def image_sizes(example: Example) -> list[tuple[int, int]]:
-    """(width, height) of the images of an item, from their headers; none where one cannot be opened (it will be among
-    the failures)."""
-    try:
-        return [image_size(image) for image in example.images]
-    except ImageError:
-        return []
-
-
-def plan(
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    lengths: Sequence[int] | None = None,
-    batch_tokens: int | None = None,
-) -> list[list[int]]:
-    """Positions of the examples in batches of similar length, so that little is padded.
-
-    The plan depends on the data alone. A run that resumes therefore forms the same batches as one that was never
-    stopped, and even the last bits of its numbers agree.
-
-    Args:
-        batch_size: items of a batch, ordered by the length of their prompts.
-        lengths: image and prompt tokens of each item; with `batch_tokens`, the most tokens of a batch with its padding,
-            they take the place of both.
-    """
-    if lengths is not None and batch_tokens is not None:
-        return cut(lengths, batch_tokens)
-    order = sorted(range(len(examples)), key=lambda index: (len(examples[index].prefix), index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -10,21 +10,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.data import Example, Problem
+from vlm.data.examples import Example, Problem
 from vlm.errors import ConfigError, DataError, VLMError
+from vlm.eval import items, results, results_page
+from vlm.eval.metrics import Metric
 from vlm.files import write_json, write_lines
-
-from . import answers, batch_size, items, processes, results, results_page
-from .batch_size import BatchSize
-from .metrics import Metric
-from .predict import predict
-from .predictor import Decoding, ModelPredictor, Predictor
-from .processes import Processes
-from .results import Record
-from .store import PredictionStore
+from vlm.generation import answers, batch_size, processes
+from vlm.generation.batch_size import BatchSize
+from vlm.generation.journal import PredictionStore, Record
+from vlm.generation.predict import predict
+from vlm.generation.predictor import Decoding, ModelPredictor, Predictor
+from vlm.generation.processes import Processes
 
 if TYPE_CHECKING:
-    from vlm.lengths import Room
+    from vlm.model.lengths import Room
 
 RESULTS = "results.json"
 ITEMS = "items.jsonl"
@@ -134,7 +133,7 @@ def room_of(predictor: Predictor) -> Room | None:
     """What an item may take with a `vlm` model; None for a predictor of one's own, which says nothing about it."""
     if not isinstance(predictor, ModelPredictor):
         return None
-    from vlm.lengths import Room, context_of
+    from vlm.model.lengths import Room, context_of
 
     return Room(processor=predictor.processor, context=context_of(predictor.model.config))
 
@@ -147,7 +146,7 @@ def fitting(job: Job, room: Room | None) -> Job:
     """
     if room is None:
         return job
-    from vlm.lengths import refuse, too_long
+    from vlm.model.lengths import refuse, too_long
 
     found = too_long(job.examples, room, job.candidates or (lambda example: ()))
     if not job.skip_bad or len(found) == len(job.examples):

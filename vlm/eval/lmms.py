@@ -15,8 +15,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from vlm.errors import ConfigError, DataError
-
-from .predictor import Decoding, ModelPredictor, as_predictor
+from vlm.generation.predictor import Decoding, ModelPredictor, as_predictor
 
 MODEL_ID = "vlm"
 

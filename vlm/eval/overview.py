@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from . import tables
-from .page import text
-from .report import Score, Scores, Section, Stat, Table, write_report
-from .results_page import percent_of
+from vlm.eval.results_page import percent_of
+from vlm.report import tables
+from vlm.report.page import text
+from vlm.report.sections import Score, Scores, Section, Stat, Table, write_report
 
 
 @dataclass(frozen=True)

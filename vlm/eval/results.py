@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import vlm
-from vlm.data import Example, Problem
+from vlm.data.examples import Example, Problem
 from vlm.errors import DataError
-
-from . import items
-from .metrics import Metric, MetricResult, captions, official, registry
-from .metrics.result import NUM_RESAMPLES
+from vlm.eval import items
+from vlm.eval.metrics import Metric, MetricResult, captions, official, registry
+from vlm.eval.metrics.result import NUM_RESAMPLES
+from vlm.generation.journal import Record
 
 if TYPE_CHECKING:
-    from .job import Job
+    from vlm.eval.job import Job
 
-Record = dict[str, Any]
-"""One prediction: `id`, `prefix`, `prediction`, and `error` (`code`, `message`) where the image was not decodable."""
 
 NO_ANSWER = "\N{REPLACEMENT CHARACTER}"
 """Scored for an item without an answer where a metric would call the empty text right: VQA's "a" is nothing, too, once

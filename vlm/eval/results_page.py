@@ -8,11 +8,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from vlm.data import Example
-
-from . import items, metrics, tables
-from .metrics import MetricResult
-from .report import GalleryItem, Score, Scores, Section, Table, breakdown, write_report
+from vlm.data.examples import Example
+from vlm.eval import items, metrics
+from vlm.eval.metrics import MetricResult
+from vlm.report import tables
+from vlm.report.sections import GalleryItem, Score, Scores, Section, Table, breakdown, write_report
 
 GALLERY_SIZE = 60
 

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import vlm
+from vlm.data.gold_files import Gold, check_questions, read_gold
+from vlm.data.rows import listed, read_predictions
 from vlm.errors import ConfigError, DataError
-
-from . import metrics as all_metrics
-from .files import listed, read_predictions
-from .gold_files import Gold, check_questions, read_gold
-from .metrics import Metric, MetricResult, registry
-from .tables import constant
+from vlm.eval import metrics as all_metrics
+from vlm.eval.metrics import Metric, MetricResult, registry
+from vlm.report.tables import constant
 
 BREAKDOWNS = (
     *("question_type", "answer_type", "split", "structural", "semantic", "subject", "grade", "kind", "category"),
@@ -52,8 +51,8 @@ def score_files(
         predictions, references: the files; the formats are told from their content.
         metrics: names, as a list or comma-separated.
         questions: VQA's questions file, whose ids must be those of the annotations.
-        format, predictions_format: force the format of the references (`vlm.eval.gold_files.FORMATS`) or predictions
-            (`vlm.eval.files.PREDICTION_FORMATS`).
+        format, predictions_format: force the format of the references (`vlm.data.gold_files.FORMATS`) or predictions
+            (`vlm.data.rows.PREDICTION_FORMATS`).
         only_predicted: leave out items without a prediction, and say how many; refused otherwise.
         split: only the items whose `split` is this.
         by: facts for the breakdown instead of those of `BREAKDOWNS` that the annotations have.

@@ -22,11 +22,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vlm.data.rows import listed
 from vlm.errors import CheckpointError, DataError
-from vlm.locations import BINS, NUM_CODES, first_segment
-
-from .files import listed
-from .metrics.result import MetricResult, mean_result
+from vlm.eval.metrics.result import MetricResult, mean_result
+from vlm.text.locations import BINS, NUM_CODES, first_segment
 
 _GRID = 4
 _AT_ONCE = 64  # masks decoded together: some 40 MB of activations

@@ -8,20 +8,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm import control
-from vlm.data import Example, without_control
+from vlm.data.examples import Example, without_control
+from vlm.eval import items, overview, results
+from vlm.eval.harness import check_limit
+from vlm.eval.job import REPORT, RESULTS, Job, Options, fitting, room_of, run
+from vlm.eval.metrics import registry
+from vlm.eval.tasks import Selected, select
 from vlm.files import write_json
-
-from . import items, overview, processes, results
-from .harness import check_limit
-from .job import REPORT, RESULTS, Job, Options, fitting, room_of, run
-from .metrics import registry
-from .predictor import Decoding, Predictor, as_predictor
-from .tasks import Selected, select
+from vlm.generation import processes
+from vlm.generation.predictor import Decoding, Predictor, as_predictor
+from vlm.text import control
 
 if TYPE_CHECKING:
-    from vlm.model import VLM
-    from vlm.processor import Processor
+    from vlm.model.forward import VLM
+    from vlm.model.processor import Processor
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm.config import part
 from vlm.errors import ConfigError, nearest
+from vlm.registry import part
 
 Grid = tuple[int, int]
 """(rows, columns) of an image's patches."""

@@ -6,10 +6,10 @@
 Names resolve when they are used, so importing this package does not import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# public name -> the module that defines it; a module called like a function would hide it once imported
+from vlm.registry import door
+
 _HOMES = {
     "run": "runner",
     "load_config": "config",
@@ -35,12 +35,4 @@ if TYPE_CHECKING:
     from vlm.train.modules import FullModule as FullModule
     from vlm.train.runner import run as run
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'vlm.train' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"vlm.train.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = door(__name__, _HOMES)

@@ -71,7 +71,7 @@ class ModelConfig:
                 )
 
     def geometry(self) -> dict[str, Any]:
-        """What is changed of the model at `path`, as `vlm.geometry.with_geometry` takes it."""
+        """What is changed of the model at `path`, as `vlm.checkpoints.geometry.with_geometry` takes it."""
         changes = {name: getattr(self, name) for name in ("encoder_kind", "image_size", "image", "projector")}
         changes["layer"] = None if self.layer in (-1, [-1]) else self.layer
         return {name: value for name, value in changes.items() if value}
@@ -104,7 +104,7 @@ class DataConfig:
     """Image folder of `train` (when it is one file) and `val`; None: each annotation file's own folder."""
     strip_control: bool = False
     """Remove control spellings that somebody wrote into the texts (`<image>`, `<bos>`, `[INST]`, a newline at the end
-    of a prompt; see `vlm.control`). They are text to the model; that a file has some is told once in any case."""
+    of a prompt; see `vlm.text.control`). They are text to the model; that a file has some is told once in any case."""
     cache_images_mb: int = 256
     """Decoded images kept in memory by each loading process, in MB; 0 decodes every time."""
     max_num_patches: int | list[int] | None = None
@@ -220,7 +220,7 @@ class StageConfig:
     max_text_length: int | None = None
     """Longest text in tokens, images not counted; a longer answer is cut and counted, a longer prompt is refused."""
     augment: list[str] = field(default_factory=list)
-    """Names from `vlm.train.augment.AUGMENTATIONS`; list only those that cannot change the answer."""
+    """Names from `vlm.data.augment.AUGMENTATIONS`; list only those that cannot change the answer."""
     cache_features: bool = False
     """Encode each image once, before the first step, and keep the features on the disk until the stage is finished.
     For a frozen tower, and worth it where an image is seen several times."""
@@ -249,7 +249,7 @@ class StageConfig:
             )
 
     def geometry(self) -> dict[str, Any]:
-        """What changes of the model with this stage, as `vlm.geometry.with_geometry` takes it."""
+        """What changes of the model with this stage, as `vlm.checkpoints.geometry.with_geometry` takes it."""
         names = ("image_size", "image", "layer", "projector", "encoder_kind")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 

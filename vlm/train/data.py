@@ -16,14 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from vlm import children
-from vlm.budget import cut
-from vlm.data import Example
+from vlm.data.augment import Augmentation, OfImages, apply
+from vlm.data.budget import cut
+from vlm.data.examples import Example
+from vlm.data.order import Key, Mixture, drawn
 from vlm.errors import ConfigError, DataError, ImageError, VLMError
-from vlm.images import load_image
-from vlm.lengths import Room, refuse, too_long
-from vlm.processor import Batch, Processor
-from vlm.train.augment import Augmentation, OfImages, apply
-from vlm.train.plan import Key, Mixture, drawn
+from vlm.images.load import load_image
+from vlm.model.batch import Batch
+from vlm.model.lengths import Room, refuse, too_long
+from vlm.model.processor import Processor
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from torch.utils.data import Dataset
 
 from vlm.encoders import EncoderOutput
 from vlm.errors import CheckpointError, ImageError, TrainingError, VLMError
-from vlm.images import image_size, load_image
+from vlm.images.load import image_size, load_image
+from vlm.images.transforms import ImageTransform, Pixels
 from vlm.train.data import loader
 from vlm.train.features import FeatureStore, Plan
-from vlm.transforms import ImageTransform, Pixels
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from vlm.errors import DataError, VLMError
-from vlm.eval import answers, items, results
+from vlm.eval import results
 from vlm.eval.harness import file_job
 from vlm.eval.job import Job
-from vlm.eval.predict import answer_all
-from vlm.eval.predictor import Decoding, ModelPredictor
 from vlm.eval.suite import make_job
 from vlm.eval.tasks import select
-from vlm.processor import Processor
+from vlm.generation import answers, batches
+from vlm.generation.predict import answer_all
+from vlm.generation.predictor import Decoding, ModelPredictor
+from vlm.model.processor import Processor
 from vlm.train.config import EvaluateConfig
 from vlm.train.data import Failure
 from vlm.train.modules import StageModule
@@ -96,7 +97,7 @@ class Evaluator:
     def _records(self, module: StageModule, job: Job) -> list[dict[str, Any]]:
         predictor = ModelPredictor(module.model, self._processor, name="in training")  # type: ignore[arg-type]
         who = answers.answerer(predictor, job.decoding, job.candidates)
-        plan = [[job.examples[i] for i in batch] for batch in items.plan(job.examples, self._size)]
+        plan = [[job.examples[i] for i in batch] for batch in batches.plan(job.examples, self._size)]
         world = world_size()
         own: list[dict[str, Any]] = []
         error: VLMError | None = None

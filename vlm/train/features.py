@@ -27,13 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm import content
 from vlm.checkpoints.identity import of_values
-from vlm.data import Example
+from vlm.data import content
+from vlm.data.examples import Example
 from vlm.encoders import EncoderOutput
 from vlm.errors import ConfigError, ImageError
 from vlm.files import publishing_file
-from vlm.processor import Batch, Processor
+from vlm.model.batch import Batch
+from vlm.model.processor import Processor
 from vlm.train.data import Chosen, MicroBatches
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm import files
-from vlm.eval.charts import Curve, Point, draw
-from vlm.eval.page import page
+from vlm.report.charts import Curve, Point, draw
+from vlm.report.page import page
 from vlm.train.config import PARTS
 
 COLUMNS = (

@@ -26,16 +26,16 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
+from vlm.data.order import Key
 from vlm.encoders import EncoderOutput
 from vlm.errors import TrainingError, VLMError
-from vlm.processor import Batch
+from vlm.images.transforms import Pixels
+from vlm.model.batch import Batch
 from vlm.train import optim, parts
 from vlm.train.config import StageConfig
 from vlm.train.data import MicroBatch
 from vlm.train.features import FeatureBatch
-from vlm.train.plan import Key
 from vlm.train.schedule import multiplier
-from vlm.transforms import Pixels
 
 log = logging.getLogger(__name__)
 

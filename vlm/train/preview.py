@@ -4,14 +4,14 @@ import logging
 import statistics
 from collections.abc import Iterator, Sequence
 
-from vlm.data import Example
+from vlm.data.augment import pipeline
+from vlm.data.examples import Example
+from vlm.data.order import StepSampler
 from vlm.errors import TrainingError, VLMError
-from vlm.images import image_size
-from vlm.model import VLM
-from vlm.processor import Processor
-from vlm.train.augment import pipeline
+from vlm.images.load import image_size
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
 from vlm.train.config import RunConfig
-from vlm.train.plan import StepSampler
 from vlm.train.rundir import begun
 from vlm.train.schedule import warmup_steps
 from vlm.train.stage import Stage, world_size

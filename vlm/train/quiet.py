@@ -21,7 +21,7 @@ _EXPECTED = (
 def quiet_lightning() -> Iterator[None]:
     """Only warnings and errors that a user can act on, while Lightning runs."""
     # The processor tells of every batch with a cut answer; how many there are was said before the stage.
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "vlm.processor")]
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "vlm.model.processor")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

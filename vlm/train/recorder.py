@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 
 from vlm.errors import VLMError
-from vlm.eval.cost import peak_memory_bytes
+from vlm.measure.cost import peak_memory_bytes
 from vlm.train import checkpoint, metrics, optim, parts
 from vlm.train.data import MicroBatch
 from vlm.train.evaluate import Evaluator

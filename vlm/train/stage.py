@@ -12,12 +12,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from vlm.checkpoints import identity
-from vlm.data import Example
+from vlm.data import augment
+from vlm.data.examples import Example
+from vlm.data.order import Mixture, StepSampler, stage_seed, steps_of
 from vlm.encoders import feature_width
 from vlm.errors import CheckpointError, ConfigError
 from vlm.eval.job import Job
-from vlm.processor import Processor
-from vlm.train import augment, checkpoint, parts
+from vlm.model.processor import Processor
+from vlm.train import checkpoint, parts
 from vlm.train.config import RunConfig, StageConfig
 from vlm.train.data import MicroBatches, loader, loading, with_budget
 from vlm.train.encode import Encoding
@@ -25,7 +27,6 @@ from vlm.train.evaluate import Evaluator
 from vlm.train.failures import explain
 from vlm.train.features import FeatureBatches, FeatureStore, Plan
 from vlm.train.modules import FrozenEncoderModule, StageModule, module_class
-from vlm.train.plan import Mixture, StepSampler, stage_seed, steps_of
 from vlm.train.quiet import quiet_lightning
 from vlm.train.recorder import Recorder
 from vlm.train.signals import Stopped, StopSignal

@@ -15,21 +15,24 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from vlm import content, files, settings
-from vlm.build import new
-from vlm.checkpoints import identity, load, save
+from vlm import files, settings
+from vlm.build.assembly import new
+from vlm.build.towers import Choice, choose
+from vlm.checkpoints import identity
 from vlm.checkpoints.configs import guarded
+from vlm.checkpoints.directory import load
+from vlm.checkpoints.geometry import planned, with_geometry
 from vlm.checkpoints.preprocessing import own_transform
-from vlm.config import VLMConfig
-from vlm.data import Example, Problem, listing, read_jsonl, without_control
+from vlm.checkpoints.saving import save
+from vlm.data import content
+from vlm.data.examples import Example, Problem, listing, read_jsonl, without_control
 from vlm.encoders import model_types
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.eval.job import Job
-from vlm.geometry import planned, with_geometry
-from vlm.lengths import Room, context_of, refuse, too_long
-from vlm.model import VLM
-from vlm.processor import Processor
-from vlm.towers import Choice, choose
+from vlm.model.config import VLMConfig
+from vlm.model.forward import VLM
+from vlm.model.lengths import Room, context_of, refuse, too_long
+from vlm.model.processor import Processor
 from vlm.train import checkpoint, failures, features, metrics, preview
 from vlm.train.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from vlm.train.data import check_lengths, targets, with_budget

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from vlm.data import Example
+from vlm.data.examples import Example
+from vlm.data.order import Key, Mixture
 from vlm.errors import DataError, VLMError
-from vlm.processor import Processor
+from vlm.model.processor import Processor
 from vlm.train.data import Failure, MicroBatches
 from vlm.train.modules import StageModule
-from vlm.train.plan import Key, Mixture
 from vlm.train.processes import world_size
 
 log = logging.getLogger(__name__)

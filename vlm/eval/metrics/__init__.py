@@ -10,11 +10,25 @@ Each file of this folder registers its metrics when it is imported, and all are:
 from importlib import import_module
 from pkgutil import iter_modules
 
-from . import anls, aokvqa, boxes, captions, chartqa, choices, exact, official, pope, tallyqa, textvqa, vizwiz, vqa
-from .official import crosscheck
-from .ptb import tokenize
-from .registry import Info, Metric, Predictions, References, compute, expand, get, names, register
-from .result import MetricResult, bootstrap
+from vlm.eval.metrics import (
+    anls,
+    aokvqa,
+    boxes,
+    captions,
+    chartqa,
+    choices,
+    exact,
+    official,
+    pope,
+    tallyqa,
+    textvqa,
+    vizwiz,
+    vqa,
+)
+from vlm.eval.metrics.official import crosscheck
+from vlm.eval.metrics.ptb import tokenize
+from vlm.eval.metrics.registry import Info, Metric, Predictions, References, compute, expand, get, names, register
+from vlm.eval.metrics.result import MetricResult, bootstrap
 
 __all__ = [
     "Info",

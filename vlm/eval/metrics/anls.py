@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from .registry import Predictions, References, register
-from .result import MetricResult, mean_result
+from vlm.eval.metrics.registry import Predictions, References, register
+from vlm.eval.metrics.result import MetricResult, mean_result
 
 THRESHOLD = 0.5
 _RULE = "mean over questions of the best answer's 1 - Levenshtein distance / length of the longer text"

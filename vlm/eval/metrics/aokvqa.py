@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .registry import Info, Predictions, References, only_reference, refuse_few_answers, register
-from .result import MetricResult, mean_result
+from vlm.eval.metrics.registry import Info, Predictions, References, only_reference, refuse_few_answers, register
+from vlm.eval.metrics.result import MetricResult, mean_result
 
 _AGREE = 3
 _RULE = "min(1, number of answers that equal the prediction / 3); nothing is normalised, no annotator is left out"

@@ -1,6 +1,6 @@
 """Referring expressions: boxes in PaliGemma's `<loc>` tokens, intersection over union, accuracy at 0.5.
 
-`vlm.locations` reads the tokens; here is what counts as right.
+`vlm.text.locations` reads the tokens; here is what counts as right.
 
 Scores of masks are not here: sixteen `<seg>` tokens become a mask only through the decoder of the VQ-VAE that made them
 (`vlm.eval.segmentation`, given its weights). `refcoco_paligemma` gives the box accuracies of the same evaluator.
@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm.errors import DataError
-from vlm.locations import Box, first_segment, loc_to_box, problems, tokens_to_box
-
-from .registry import Info, Predictions, References, register
-from .result import MetricResult, mean_result
+from vlm.eval.metrics.registry import Info, Predictions, References, register
+from vlm.eval.metrics.result import MetricResult, mean_result
+from vlm.text.locations import Box, first_segment, loc_to_box, problems, tokens_to_box
 
 
 def _segment_to_box(text: str) -> Box | None:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm.errors import DataError
-
-from . import ptb
-from .registry import MetricFunction, Predictions, References, register
-from .result import MetricResult, bootstrap, mean_of
+from vlm.eval.metrics import ptb
+from vlm.eval.metrics.registry import MetricFunction, Predictions, References, register
+from vlm.eval.metrics.result import MetricResult, bootstrap, mean_of
 
 MAX_N = 4
 _TINY, _SMALL = 1e-15, 1e-9  # pycocoevalcap's guards against 0/0; they show in the last digits, so they are kept

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from .registry import Info, Predictions, References, register
-from .result import MetricResult, mean_result, means_by
+from vlm.eval.metrics.registry import Info, Predictions, References, register
+from vlm.eval.metrics.result import MetricResult, mean_result, means_by
 
 TOLERANCE = 0.05
 _RULE = (

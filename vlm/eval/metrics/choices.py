@@ -13,9 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from vlm.errors import DataError
-
-from .registry import Constants, Info, Predictions, References, only_reference, register
-from .result import MetricResult, mean_result, means_by
+from vlm.eval.metrics.registry import Constants, Info, Predictions, References, only_reference, register
+from vlm.eval.metrics.result import MetricResult, mean_result, means_by
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SCIENCE_QA_LETTERS = LETTERS[:5]

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vlm.errors import DataError
-
-from .registry import Info, Predictions, References, only_reference, register
-from .result import MetricResult, mean_result, means_by
+from vlm.eval.metrics.registry import Info, Predictions, References, only_reference, register
+from vlm.eval.metrics.result import MetricResult, mean_result, means_by
 
 _LABELS = ("true", "false")
 _STRICT = "1 if the prediction equals any reference after blanks at both ends are removed; case and punctuation count"

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm.errors import ConfigError, DataError
-
-from . import captions, ptb
-from .registry import Predictions, References, check_pairs, register
-from .result import MetricResult
+from vlm.eval.metrics import captions, ptb
+from vlm.eval.metrics.registry import Predictions, References, check_pairs, register
+from vlm.eval.metrics.result import MetricResult
 
 _COMPARED = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 

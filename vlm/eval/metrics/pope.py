@@ -15,9 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm.errors import DataError
-
-from .registry import Info, Predictions, References, only_reference, register
-from .result import MetricResult, bootstrap, groups, mean_result
+from vlm.eval.metrics.registry import Info, Predictions, References, only_reference, register
+from vlm.eval.metrics.result import MetricResult, bootstrap, groups, mean_result
 
 _NO = frozenset({"No", "not", "no"})
 _READING = (

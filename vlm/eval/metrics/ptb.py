@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterator
 from functools import cache, lru_cache
 
-from . import ptb_rules, ptb_words
-from .ptb_rules import Emit
+from vlm.eval.metrics import ptb_rules, ptb_words
+from vlm.eval.metrics.ptb_rules import Emit
 
 VERSION = "ptb-2"
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import ptb_chars, ptb_words
+from vlm.eval.metrics import ptb_chars, ptb_words
 
 Emit = Callable[[str], list[str]]
 

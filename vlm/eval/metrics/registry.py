@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
 from vlm.errors import ConfigError, DataError, nearest
-
-from .result import Constant, MetricResult, no_intervals
+from vlm.eval.metrics.result import Constant, MetricResult, no_intervals
 
 Predictions = Mapping[str, str]
 References = Mapping[str, tuple[str, ...]]

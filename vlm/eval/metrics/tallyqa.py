@@ -10,9 +10,8 @@ import math
 import re
 
 from vlm.errors import DataError
-
-from .registry import Info, Predictions, References, only_reference, register
-from .result import MetricResult, mean_result, means_by
+from vlm.eval.metrics.registry import Info, Predictions, References, only_reference, register
+from vlm.eval.metrics.result import MetricResult, mean_result, means_by
 
 _WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "

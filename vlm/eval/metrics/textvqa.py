@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from . import vqa
-from .registry import Predictions, References, refuse_few_answers, register
-from .result import MetricResult, mean_result
+from vlm.eval.metrics import vqa
+from vlm.eval.metrics.registry import Predictions, References, refuse_few_answers, register
+from vlm.eval.metrics.result import MetricResult, mean_result
 
 NORMALIZER = "EvalAI"
 _RULE = (

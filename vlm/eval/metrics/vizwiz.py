@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm.errors import DataError
-
-from . import vqa
-from .registry import Info, Predictions, References, refuse_few_answers, register
-from .result import MetricResult, mean_result, means_by
+from vlm.eval.metrics import vqa
+from vlm.eval.metrics.registry import Info, Predictions, References, refuse_few_answers, register
+from vlm.eval.metrics.result import MetricResult, mean_result, means_by
 
 UNANSWERABLE = "unanswerable"
 NORMALIZER = "VQA v2's on the prediction only, contractions with back-ticks"

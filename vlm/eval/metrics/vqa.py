@@ -18,8 +18,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
-from .registry import Info, Predictions, References, refuse_few_answers, register
-from .result import MetricResult, mean_result, means_by
+from vlm.eval.metrics.registry import Info, Predictions, References, refuse_few_answers, register
+from vlm.eval.metrics.result import MetricResult, mean_result, means_by
 
 NORMALIZER = "VQA v2 official"
 _RULE = (

@@ -5,9 +5,9 @@ task = tasks.get("vqav2")
 examples = task.load(Path("data"), limit=100)
 """
 
-from .catalogue import Selected, get, load_file, names, select, table
-from .source import File, Item, Row, Source
-from .task import POST, Published, Split, Task, TaskDecoding, fill
+from vlm.data.source import File, Item, Row, Source
+from vlm.eval.tasks.catalogue import Selected, get, load_file, names, select, table
+from vlm.eval.tasks.task import POST, Published, Split, Task, TaskDecoding, fill
 
 __all__ = [
     "POST",

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm import settings
+from vlm.data.source import File
 from vlm.errors import ConfigError, nearest
-
-from .source import File
-from .task import Split, Task, TaskDecoding, check_scoring
+from vlm.eval.tasks.task import Split, Task, TaskDecoding, check_scoring
 
 _HERE = Path(__file__).parent
 _SPLIT = "data"

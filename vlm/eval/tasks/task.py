@@ -14,11 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm.data import Example
+from vlm.data import benchmarks as loaders
+from vlm.data.examples import Example
+from vlm.data.source import File, Item, Source
 from vlm.errors import ConfigError, DataError, nearest
-
-from . import loaders
-from .source import File, Item, Source
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ class TaskDecoding:
     by: Literal["generate", "likelihood"] = "generate"
     """`generate` writes text; `likelihood` takes the most likely of the candidates."""
     normalization: Literal["none", "token", "byte"] = "none"
-    """Of `likelihood`; see `vlm.eval.likelihood`."""
+    """Of `likelihood`; see `vlm.generation.likelihood`."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.num_beams < 1:
@@ -88,7 +87,7 @@ class Task:
     name: str
     title: str
     format: str
-    """A loader, see `vlm.eval.tasks.loaders`."""
+    """A loader, see `vlm.data.benchmarks`."""
     splits: dict[str, Split]
     default_split: str
     prompt: str

@@ -1,0 +1,78 @@
+"""Ready-made small models, offline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from vlm.build.assembly import new
+from vlm.errors import ConfigError, nearest
+from vlm.model.forward import VLM
+from vlm.model.processor import Processor
+from vlm.registry import part
+from vlm.text import tokenizer as tokenizers
+
+TINY_CORPUS = [
+    "caption en",
+    "answer en what color is the square?",
+    "a red square",
+    "a green circle left of a blue triangle",
+    "detect square ; circle",
+    "yes",
+    "no",
+    "0123456789",
+]
+_DECODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "vocab_size": 4,  # the control tokens; grows to the tokenizer's
+}
+
+
+def tiny_decoder(kind: str, **settings: Any) -> PreTrainedConfig:
+    """A two-layer decoder configuration: `gemma`, `gemma2` (soft-caps, sliding window 8) or `gemma3_text` (sliding
+    window 8).
+
+    Raises:
+        ConfigError: unknown kind.
+    """
+    if kind == "gemma":
+        return GemmaConfig(**{**_DECODER, **settings})
+    if kind == "gemma2":
+        return Gemma2Config(**{**_DECODER, "query_pre_attn_scalar": 8, "sliding_window": 8, **settings})
+    if kind == "gemma3_text":
+        types = ["sliding_attention", "full_attention"]
+        extra = {"query_pre_attn_scalar": 8, "sliding_window": 8, "layer_types": types}
+        return Gemma3TextConfig(**{**_DECODER, **extra, **settings})
+    known = ("gemma", "gemma2", "gemma3_text")
+    raise ConfigError(f"unknown decoder {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
+
+
+def tiny(
+    encoder: str = "siglip",
+    decoder: str = "gemma",
+    projector: str | dict[str, Any] = "linear",
+    *,
+    seed: int = 0,
+    image: dict[str, Any] | None = None,
+    **decoder_settings: Any,
+) -> tuple[VLM, Processor]:
+    """A random model of about 0.1 M parameters with its own tokenizer, for tests and for trying things out.
+
+    Args:
+        encoder: an encoder kind.
+        decoder: `gemma`, `gemma2` or `gemma3_text`; `decoder_settings` change its configuration.
+        image: settings of the image transform; a NaFlex tower gets a budget of 16 patches unless told otherwise.
+    """
+    vision = part("vlm.encoders", encoder).tiny()
+    if not hasattr(vision, "image_size"):
+        image = {"max_num_patches": 16, **(image or {})}
+    tokenizer = tokenizers.build(TINY_CORPUS * 20, vocab_size=400)
+    return new(vision, projector, tiny_decoder(decoder, **decoder_settings), tokenizer, image=image, seed=seed)

@@ -1,0 +1,352 @@
+"""`vlm.export`: a model in the layout that others read, proven equal by opening it again with transformers' classes.
+
+The directory is written beside its final place and renamed when the comparison has passed: a killed or failed export
+leaves nothing under the final name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vlm.checkpoints import layout, tower
+from vlm.checkpoints.directory import DTYPES, check_pair
+from vlm.checkpoints.files import SINGLE
+from vlm.checkpoints.shards import parse_size, widest
+from vlm.errors import CheckpointError, ConfigError, DiskError, nearest
+from vlm.exchange import card, probes
+from vlm.exchange.parity import LIMITS, ParityReport, compare, compare_files
+from vlm.files import publishing, rust_disk_errors
+from vlm.generation.engine import check_dtype
+from vlm.images.transforms import ImageTransform
+from vlm.model.attention import attention_softcap
+from vlm.model.forward import VLM, final_softcap
+from vlm.model.processor import Processor
+
+log = logging.getLogger(__name__)
+Parity = Literal["full", "weights", "none"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout that can be written, and how to compare it.
+
+    Attributes:
+        parts: what is written, each as (name of its directory, its source, its processor or image transform); raises
+            ConfigError for a model that the layout cannot hold.
+        write: writes the files of one, returns name in the files -> the model's tensor.
+        weights: name of a part's weights file.
+        inputs, written_inputs: what both sides' processors make of the samples.
+        open: opens what was written.
+        run, run_written: what both sides' models make of the same inputs.
+        reader: who opened it.
+    """
+
+    parts: Callable[[VLM, Processor], list[tuple[str, Any, Any]]]
+    write: Callable[[Path, Any, Any, torch.dtype, str | int], dict[str, Tensor]]
+    weights: Callable[[Any], str]
+    inputs: Callable[[Any], probes.Outputs]
+    written_inputs: Callable[[Path], probes.Outputs]
+    open: Callable[..., Any]
+    run: Callable[[Any, Any, torch.dtype], probes.Outputs]
+    run_written: Callable[[Any, Any, Any], probes.Outputs]
+    reader: Callable[[Any], str]
+
+
+def _paligemma(model: VLM, processor: Processor) -> list[tuple[str, Any, Any]]:
+    layout.check(model, processor)
+    return [("", model, processor)]
+
+
+def _open_paligemma(folder: Path, model: VLM, *, empty: bool = False) -> Any:
+    return probes.opened(folder, empty=True) if empty else probes.opened(folder, probes.backends(model.config))
+
+
+def _open_tower(folder: Path, one: tower.Alone, *, empty: bool = False) -> Any:
+    return tower.opened(folder, one, probes.opened, probes.tower_backend(one.tower), empty=empty)
+
+
+def _library(one: tower.Alone) -> str:
+    name = one.published.architecture
+    return f"{name} of transformers {transformers.__version__}" if one.published.transformers else name
+
+
+FORMATS = {
+    "paligemma": Format(
+        _paligemma,
+        layout.write,
+        lambda model: SINGLE,
+        probes.paligemma_inputs,
+        probes.written_paligemma_inputs,
+        _open_paligemma,
+        probes.run_paligemma,
+        lambda written, model, processor: probes.run_written_paligemma(written, processor),
+        lambda model: f"{layout.ARCHITECTURE} of transformers {transformers.__version__}",
+    ),
+    "tower": Format(
+        lambda model, processor: [(one.name, one, one.image_transform) for one in tower.parts(model, processor)],
+        tower.write,
+        lambda one: one.published.weights,
+        probes.tower_inputs,
+        probes.written_tower_inputs,
+        _open_tower,
+        lambda one, transform, dtype: probes.run_tower(one.tower, transform, dtype),
+        lambda written, one, transform: probes.run_written_tower(written, one.published.features, transform),
+        _library,
+    ),
+}
+
+
+def export(
+    model: VLM,
+    processor: Processor,
+    out: str | Path,
+    *,
+    to: str = "paligemma",
+    source: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    parity: Parity = "full",
+) -> ParityReport:
+    """Write a model for transformers, vLLM and lmms-eval, and prove that what was written is the model.
+
+    Args:
+        out: the directory to make; it must not exist, or be empty.
+        to: `paligemma`, the layout of PaliGemma checkpoints on the Hub, or `tower`, the vision tower alone in its own
+            library's format (a fused one: each member in a directory of its own).
+        source: where the model came from (directory or hub id), for the model card.
+        dtype: `float32` or `bfloat16`; None keeps the model's.
+        max_shard_size: of a safetensors file, such as `5GB`.
+        parity: `full` runs the model and the written checkpoint in float32 on the same images and prompts; it takes one
+            float32 copy of the model beside the model given. `weights` only reads the tensors back and compares bits.
+            `none` compares nothing.
+
+    Returns:
+        the report, also saved as `parity.json`.
+
+    Raises:
+        ConfigError: the format cannot hold this model, or a setting is wrong.
+        CheckpointError: `out` exists, model and processor do not belong together, the disk is full, or the written
+            checkpoint is not equal; nothing is left behind.
+        GenerationError: the weights are float16, in which Gemma overflows.
+    """
+    target = _format(to)
+    if parity not in get_args(Parity):
+        raise ConfigError(
+            f"unknown parity {parity!r}{nearest(str(parity), get_args(Parity))}; known: full, weights, none"
+        )
+    stored = _dtype(model, dtype)
+    parse_size(max_shard_size)
+    probes.check_in_memory(model)
+    check_pair("the model to export", model.config, processor)
+    parts = target.parts(model, processor)
+    report = ParityReport(to, str(out), "", layout.dtype_name(stored))
+    with published(Path(out)) as folder:
+        for name, one, reader in parts:
+            _write_part(report, target, folder, name, one, reader, stored, max_shard_size, parity)
+        _notes(report, model, parts, parity)
+        report.write(folder)
+        card.write(folder, model, processor, report, _origin(model, source))
+    return report
+
+
+def _write_part(
+    report: ParityReport,
+    target: Format,
+    root: Path,
+    name: str,
+    one: Any,
+    reader: Any,
+    dtype: torch.dtype,
+    max_shard_size: str | int,
+    parity: Parity,
+) -> None:
+    """Write one part of an export (the only one, or a member of a fused tower) and compare it."""
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    tensors = target.write(folder, one, reader, dtype, max_shard_size)
+    found = ParityReport(report.to, report.out, "", report.dtype)
+    if parity != "none":
+        found.rows.append(compare_files(folder, tensors, dtype, target.weights(one)))
+        found.require()
+    del tensors
+    if parity == "weights":
+        target.open(folder, one, empty=True)
+    if parity != "none":
+        _compare_inputs(found, target, folder, one, reader)
+    if parity == "full":
+        with _memory(folder):
+            _compare_models(found, target, folder, one, reader, dtype)
+    found.require()
+    report.rows += [replace(row, name=f"{name}: {row.name}") for row in found.rows] if name else found.rows
+    report.notes += found.notes
+    report.samples, report.texts = found.samples, found.texts
+    report.reader = ", ".join(dict.fromkeys(word for word in (report.reader, found.reader) if word))
+
+
+def _format(to: str) -> Format:
+    if to not in FORMATS:
+        raise ConfigError(f"unknown format {to!r}{nearest(to, FORMATS)}; known: {', '.join(FORMATS)}")
+    return FORMATS[to]
+
+
+def _dtype(model: VLM, dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype to write: the one asked for, or the narrowest that holds all parts (readers know one for all)."""
+    if dtype is None:
+        chosen = widest(parameter.dtype for parameter in model.parameters())
+    elif isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
+        chosen = DTYPES[dtype]
+    else:
+        chosen = dtype
+    if chosen not in DTYPES.values():
+        raise ConfigError(f"the weights are {layout.dtype_name(chosen)}, which is not written; use dtype='bfloat16'")
+    check_dtype(model.config, chosen)
+    return chosen
+
+
+def _compare_inputs(report: ParityReport, target: Format, folder: Path, one: Any, reader: Any) -> None:
+    """What both processors make of the samples."""
+    ours = target.inputs(reader)
+    with _their_failure(folder):
+        theirs = target.written_inputs(folder)
+    exact = inexact_transform(reader) is None
+    limits = {**LIMITS, "pixels": LIMITS["pixels"] if exact else None}
+    report.rows += [compare(name, ours[name], theirs[name], limits[name]) for name in ours if name in theirs]
+    report.reader = target.reader(one)
+    prompts = [f", {prompt!r}" if report.to == "paligemma" else "" for prompt, _, _ in probes.SAMPLES]
+    sizes = [f"{width}x{height} px" for _, _, (width, height) in probes.SAMPLES]
+    report.samples = [size + prompt for size, prompt in zip(sizes, prompts, strict=True)]
+
+
+def _compare_models(
+    report: ParityReport, target: Format, folder: Path, one: Any, reader: Any, dtype: torch.dtype
+) -> None:
+    """What both models make of the same inputs: the source first, so that its copy is gone before the other is open."""
+    log.info("parity: running the model on %d samples in float32", len(probes.SAMPLES))
+    ours = target.run(one, reader, dtype)
+    log.info("parity: running what was written, opened by %s", target.reader(one))
+    with _their_failure(folder):
+        written = target.open(folder, one).to(one.device)
+        theirs = target.run_written(written, one, reader)
+    report.rows += [compare(name, ours[name], theirs[name], LIMITS[name]) for name in LIMITS if name in theirs]
+    report.texts = [reader.decode(ids.flatten()) for ids in theirs.get("greedy tokens", [])]
+    if set(ours) - set(theirs):
+        report.notes.append(
+            f"transformers {transformers.__version__} does not apply PaliGemma 2's final soft-cap (5.23 does); greedy"
+            f" tokens are the same without it, sampled ones are not"
+        )
+
+
+@contextmanager
+def _memory(folder: Path) -> Iterator[None]:
+    """Too little memory for the comparison becomes a CheckpointError."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise CheckpointError(
+            f"{folder}: not enough memory to run a float32 copy of the model; use --parity weights, which compares the"
+            f" files without running them, or another --device"
+        ) from error
+
+
+@contextmanager
+def _their_failure(folder: Path) -> Iterator[None]:
+    """What transformers refuses of the written directory becomes a CheckpointError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: its library cannot run what was written (transformers {transformers.__version__}):"
+            f" {text[:300]}; nothing was left there. This is a bug of the export: report it"
+        ) from error
+
+
+def inexact_transform(reader: Processor | ImageTransform) -> str | None:
+    """What of the image transform transformers' image processors do differently, or None."""
+    transform = reader.image_transform if isinstance(reader, Processor) else reader
+    if transform.mode == "naflex":
+        return "NaFlex images are resized in float here, as in the original; transformers rounds them to 8 bit"
+    if transform.mode == "crop" and not isinstance(reader, Processor):
+        return (
+            "the middle is cut out here, before or after the resize, whichever is cheaper; transformers cuts it after"
+        )
+    if transform.mode != "squash":
+        return f"images are prepared by {transform.mode!r} here; transformers squashes them to a square"
+    if not transform.antialias:
+        return "images are shrunk without antialias here; transformers always antialiases"
+    if transform.rounding != "nearest":
+        return f"resized values are rounded {transform.rounding!r} here; transformers rounds to nearest"
+    return None
+
+
+def _notes(report: ParityReport, model: VLM, parts: list[tuple[str, Any, Any]], parity: Parity) -> None:
+    """What a reader of the numbers has to know."""
+    if parity == "full":
+        report.notes.append("both models ran in float32 on the written weights and on the same inputs")
+    else:
+        report.notes.append(f"the checkpoint was not run (parity={parity})")
+    for name, _, reader in parts:
+        difference = inexact_transform(reader)
+        if difference is not None:
+            label = f"{name}: pixels" if name else "pixels"
+            measured = next((row.max_abs for row in report.rows if row.name == label), None)
+            if report.to == "tower" and getattr(reader, "mode", "") == "crop" and not measured:
+                continue  # the same numbers, or another library's crop
+            shown = "" if measured is None else f"; largest difference of a normalised value: {measured:.2g}"
+            start = f"{name}: " if name else ""
+            report.notes.append(
+                f"{start}the format cannot say how this model's images are resized: {difference}{shown}"
+            )
+    if report.to == "tower":
+        report.notes += tower.notes([one for _, one, _ in parts])
+    if report.to != "paligemma" or parity != "full":
+        return
+    cap = final_softcap(model.config)
+    if cap is not None:
+        in_use = getattr(model.config, "softcap_in_generation", True)
+        written = "" if in_use else "; this model generates without it, so it is written as null"
+        report.notes.append(f"`logits` and `loss` are without the final soft-cap of {cap:g} on both sides{written}")
+    if attention_softcap(model.config) is not None:
+        report.notes.append("attention ran eagerly on both sides: sdpa has no soft-cap")
+
+
+def _origin(model: VLM, source: str | Path | None) -> str:
+    """Directory or hub id the model was opened from, or an empty string."""
+    return str(source or getattr(model.config, "_name_or_path", "") or "")
+
+
+def check_out(out: Path) -> None:
+    """Raise `CheckpointError` if `out` is anything but a new or empty directory."""
+    if out.is_dir() and any(out.iterdir()):
+        raise CheckpointError(f"{out}: the directory is not empty; choose another, or delete it first")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; give a directory to make")
+
+
+@contextmanager
+def published(out: Path) -> Iterator[Path]:
+    """A new directory that becomes `out` when the block ends well, and is removed when it does not.
+
+    Raises:
+        CheckpointError: `out` is not empty, is a file, or cannot be written.
+    """
+    check_out(out)
+    try:
+        with rust_disk_errors(), publishing(out) as folder:
+            yield folder
+    except (OSError, SafetensorError, DiskError) as error:
+        raise CheckpointError(f"{out}: cannot be written: {error}") from error

@@ -1,0 +1,287 @@
+"""Zero-shot classification with a tower of ours and the rest of the SigLIP checkpoint that it came from.
+
+A vision-language model reads patch features and drops the pooling head, so that a trained tower has none. The
+checkpoint's head and text tower are still there; put behind the trained tower they say how far it has moved from the
+texts that it was trained with. An untrained tower gives exactly the checkpoint's logits.
+
+Text rules (big_vision's): names and templates are canonicalised (`vlm.siglip.canonicalize`: "Golden_Retriever." is
+"golden retriever"), no BOS, the text cut so that an EOS fits, padded on the right to the full context, no mask, the
+last position is read. SigLIP v1 pads with EOS, SigLIP 2 with `<pad>`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.siglip.features import ProbeResult, check_ids, over_images
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from vlm.data.examples import Labelled
+    from vlm.encoders import EncoderOutput
+    from vlm.images.transforms import ImageTransform
+    from vlm.siglip.text import SigLIP
+
+log = logging.getLogger(__name__)
+TOWERS = ("siglip", "siglip2_naflex")
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+
+
+def zero_shot(
+    checkpoint: str | Path | tuple[SigLIP, Any],
+    encoder: nn.Module,
+    transform: ImageTransform,
+    test: Sequence[Labelled],
+    classes: Sequence[str],
+    templates: Sequence[str] = ("{}",),
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+) -> ProbeResult | None:
+    """Classify images by the text that is nearest to their pooled embedding.
+
+    With several templates a class is the mean of its normalised text embeddings, as in CLIP. Test images whose label is
+    none of `classes` count as wrong; `settings` says how many there are.
+
+    Names that are the same text to the tower (ImageNet has two classes called crane and two called maillot) are one
+    class here: nothing tells them apart. `settings["shared_names"]` says which, and a warning what to do.
+
+    Args:
+        checkpoint: what the tower was made from: a SigLIP or SigLIP 2 directory or hub id with both towers and the
+            tokenizer, or (what `vlm.siglip.load` returns, a transformers tokenizer).
+        encoder, transform, batch_size, device: as for `vlm.measure.probes.features`; a SigLIP tower, trained or not.
+        classes: names for the templates; a label of `test` means the class whose canonical name it has.
+        templates: texts with one `{}`, such as `a photo of a {}.`
+
+    Returns:
+        the result, or None when `why_no_zero_shot` has a reason (which is logged).
+
+    Raises:
+        DataError: fewer than two classes, a name of punctuation alone, ids that occur twice, a template without `{}`,
+            or as `features`.
+        CheckpointError: the checkpoint or its tokenizer cannot be opened, or its width is another one than the tower's.
+    """
+    reason = why_no_zero_shot(checkpoint, encoder)
+    if reason is not None:
+        log.warning("no zero-shot accuracy: %s", reason)
+        return None
+    _check(test, classes, templates)
+    import torch
+
+    from vlm.siglip.text import canonicalize
+
+    shared = shared_names(classes)
+    if shared:
+        log.warning("%s", _about_shared(shared, len(classes)))
+    names = list(dict.fromkeys(map(canonicalize, classes)))
+    model, tokenizer = checkpoint if isinstance(checkpoint, tuple) else open_checkpoint(checkpoint)
+    texts = class_embeddings(model, tokenizer, names, templates)
+    images = pooled(model, encoder, transform, [item.image for item in test], batch_size=batch_size, device=device)
+    home = model.model.logit_scale.device
+    with torch.no_grad():
+        chosen = model.logits(images.to(home), texts.to(home)).argmax(1).tolist()
+    right = {item.id: names[number] == canonicalize(item.label) for item, number in zip(test, chosen, strict=True)}
+    unseen = [item.label for item in test if canonicalize(item.label) not in set(names)]
+    settings = {
+        "templates": list(templates),
+        "context": model.config.text_config.max_position_embeddings,
+        "text": "canonical (lower case, no punctuation), padded on the right",
+        "shared_names": shared,
+        "unseen_labels": sorted(set(unseen)),
+        "unseen_items": len(unseen),
+    }
+    return ProbeResult(sum(right.values()) / len(test), right, 0, len(test), len(names), settings)
+
+
+def _check(test: Sequence[Labelled], classes: Sequence[str], templates: Sequence[str]) -> None:
+    from vlm.siglip.text import canonicalize
+
+    names = {canonicalize(name) for name in classes}
+    if not test or len(names) < 2:
+        raise DataError(
+            f"zero-shot needs test images and at least two different classes, got {len(test)} images and the"
+            f" {len(classes)} classes {', '.join(classes[:10])}"
+        )
+    if "" in names:
+        empty = [name for name in classes if not canonicalize(name)]
+        raise DataError(
+            f"the class name {empty[0]!r} is empty to the text tower, which reads no punctuation; give it a word"
+        )
+    check_ids(test)
+    check_templates(templates)
+
+
+def shared_names(classes: Sequence[str]) -> dict[str, list[str]]:
+    """Canonical name -> the names of several classes that are that one text to the tower."""
+    from vlm.siglip.text import canonicalize
+
+    members: dict[str, list[str]] = {}
+    for name in classes:
+        members.setdefault(canonicalize(name), []).append(name)
+    return {name: group for name, group in members.items() if len(group) > 1}
+
+
+def _about_shared(shared: Mapping[str, Sequence[str]], num_classes: int) -> str:
+    groups = [", ".join(map(repr, group)) for group in shared.values()]
+    return (
+        f"zero-shot: {sum(map(len, shared.values()))} of the {num_classes} class names are {len(shared)} texts to the"
+        f" text tower ({'; '.join(groups[:5])}{'; ...' if len(groups) > 5 else ''}), which cannot tell them apart: each"
+        " text is one class here, where an evaluation by class numbers gives all its images to the first. Give each"
+        " class a name of its own ('crane bird', 'construction crane') for figures that compare"
+    )
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise `DataError` unless each text has one place for the class."""
+    bad = [template for template in templates if template.count("{}") != 1]
+    if bad or not templates:
+        raise DataError(f"templates need the place of the class, {{}}, exactly once; got {bad or list(templates)}")
+
+
+def why_no_zero_shot(checkpoint: str | Path | tuple[SigLIP, Any], encoder: nn.Module) -> str | None:
+    """Why zero-shot classification is impossible for this tower, in one sentence; None when it is possible.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    from vlm.checkpoints.files import locate, read_json
+
+    config: Any = encoder.config
+    kind = type(encoder).__module__.removeprefix("vlm.encoders.")
+    if kind not in TOWERS:
+        return f"the vision tower is {kind!r}; only {' and '.join(TOWERS)} towers have a text tower beside them"
+    if getattr(config, "feature_layers", None):
+        return "the tower ends at its feature layers, and the pooling head reads the normed output of the last block"
+    if isinstance(checkpoint, tuple):
+        return None
+    if Path(checkpoint).suffix == ".npz":
+        return f"{checkpoint}: big_vision parameters have no tokenizer; pass (vlm.siglip.load(path), tokenizer)"
+    found = read_json(locate(checkpoint) / "config.json")
+    if found.get("model_type") not in ("siglip", "siglip2") or "text_config" not in found:
+        return f"{checkpoint}: the checkpoint holds no text tower (model_type {found.get('model_type')!r})"
+    return None
+
+
+def open_checkpoint(path: str | Path) -> tuple[SigLIP, Any]:
+    """Both towers and the tokenizer of a SigLIP directory or hub id.
+
+    Raises:
+        CheckpointError: something is missing or does not open.
+    """
+    from transformers import AutoTokenizer
+
+    from vlm.checkpoints.files import locate
+    from vlm.siglip import text as siglip
+
+    folder = locate(path)
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        # transformers would make one up with a handful of tokens.
+        raise CheckpointError(
+            f"{path}: no tokenizer ({', '.join(TOKENIZER_FILES)}); put the checkpoint's tokenizer files beside its"
+            f" weights"
+        )
+    model = siglip.load(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"{path}: the tokenizer cannot be opened ({' '.join(str(error).split())[:200]}); copy its files again"
+        ) from error
+    return model, tokenizer
+
+
+def class_embeddings(model: SigLIP, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """float32[C, D], of length 1.
+
+    Raises:
+        CheckpointError: a tokenizer that is not the text tower's.
+    """
+    import torch
+    from torch.nn.functional import normalize
+
+    context = model.config.text_config.max_position_embeddings
+    rows = []
+    with torch.no_grad():
+        for name in classes:
+            ids = text_ids(tokenizer, [template.replace("{}", name) for template in templates], context)
+            if int(ids.max()) >= model.config.text_config.vocab_size:
+                raise CheckpointError(
+                    f"the tokenizer gives token {int(ids.max())}, the text tower has"
+                    f" {model.config.text_config.vocab_size}; pass the tokenizer of the checkpoint"
+                )
+            each = normalize(model.encode_text(ids.to(model.model.logit_scale.device)).float(), dim=-1)
+            rows.append(normalize(each.mean(0), dim=-1).cpu())
+    return torch.stack(rows)
+
+
+def text_ids(tokenizer: Any, texts: Sequence[str], context: int) -> Tensor:
+    """int64[N, context], by the rules above whatever the tokenizer's own settings are.
+
+    Raises:
+        ConfigError: a tokenizer without EOS or padding.
+    """
+    import torch
+
+    from vlm.siglip.text import canonicalize
+
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is None or pad is None:
+        raise ConfigError(f"the tokenizer has eos_token_id={eos} and pad_token_id={pad}; SigLIP's has both")
+    ids = torch.full((len(texts), context), pad, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        tokens = tokenizer(canonicalize(text), add_special_tokens=False)["input_ids"][: context - 1] + [eos]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    return ids
+
+
+def pooled(
+    model: SigLIP,
+    encoder: nn.Module,
+    transform: ImageTransform,
+    images: Sequence[Any],
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Image embeddings float32[N, E], not normalised: the checkpoint's pooling head on the tower's patch features.
+
+    Raises:
+        CheckpointError: head and tower differ in width.
+    """
+    head = model.model.vision_model.head
+    width = encoder.config.hidden_size  # type: ignore[union-attr]
+    if head.probe.shape[-1] != width:
+        raise CheckpointError(
+            f"the checkpoint's pooling head reads {head.probe.shape[-1]} channels, the tower gives {width}; pass the"
+            f" checkpoint that the tower was made from"
+        )
+
+    def read(output: EncoderOutput) -> Tensor:
+        return pool(head, output)
+
+    home = head.probe.device
+    head.to(next(encoder.parameters()).device if device is None else device)
+    try:
+        return over_images(encoder, transform, images, read, batch_size=batch_size, device=device)
+    finally:
+        head.to(home)
+
+
+def pool(head: Any, output: EncoderOutput) -> Tensor:
+    """SigLIP's attention pooling over real patches, float32[M, E]: one learned query, then a residual perceptron.
+
+    Args:
+        head: `vision_model.head` of transformers' SiglipModel or Siglip2Model.
+    """
+    features = output.features.float()
+    hidden = None if output.mask is None else ~output.mask
+    query = head.probe.float().expand(len(features), -1, -1)
+    read, _ = head.attention(query, features, features, key_padding_mask=hidden, need_weights=False)
+    result: Tensor = (read + head.mlp(head.layernorm(read)))[:, 0]
+    return result
