@@ -62,4 +62,4 @@ def door(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Cal
         setattr(sys.modules[room], name, value)
         return value
 
-    return resolve, lambda: sorted(homes)
+    return resolve, lambda: sorted({*vars(sys.modules[room]), *homes})
