@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 from tasktools import Root
 
-from vlm import strictjson
 from vlm.cli import main
-from vlm.data import gold_files
+from vlm.data import gold_files, strictjson
 from vlm.data import rows as files
 from vlm.data.source import Folder, parse_json, read_member
+from vlm.data.strictjson import NotJSON, parse
 from vlm.errors import ConfigError, DataError
 from vlm.eval import tasks
 from vlm.settings import from_dict
-from vlm.strictjson import NotJSON, parse
 from vlm.train.config import ModelConfig, StageConfig
 from vlm.train.stages import make_model
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports from lower layers and from its own, and never in a circle.
 LAYERS = (
-    ("errors", "settings", "files", "children", "threads", "ranks", "strictjson", "registry"),
+    ("errors", "settings", "files", "children", "threads", "ranks", "registry", "version", "words"),
     ("images", "text", "data", "report"),
     ("encoders", "projectors"),
     ("model",),

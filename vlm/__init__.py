@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from vlm import threads
 from vlm.registry import door
+from vlm.version import __version__ as __version__
 
 # Before anything here can load torch, whose libraries read the environment once.
 threads.prepare()
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "VLM": "model.forward",

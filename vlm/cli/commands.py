@@ -96,7 +96,7 @@ class _Version(Action):
     """As `--version` everywhere: one line. Reads the package's version only when it is asked for."""
 
     def __call__(self, *_: Any) -> None:
-        from vlm import __version__
+        from vlm.version import __version__
 
         print(f"vlm {__version__}")
         raise SystemExit(console.OK)
@@ -236,7 +236,7 @@ def run_version(_options: Namespace) -> int:
     import platform
     from importlib import metadata
 
-    from vlm import __version__
+    from vlm.version import __version__
 
     print(f"vlm {__version__}\npython {platform.python_version()}")
     for name in ("torch", "transformers", "lightning", "accelerate", "Pillow"):

@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from vlm import strictjson
+from vlm.data import strictjson
 from vlm.errors import DataError
 from vlm.images.load import shown
 from vlm.text import control, locations

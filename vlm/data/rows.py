@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm import strictjson
+from vlm.data import strictjson
 from vlm.errors import ConfigError, DataError, nearest
 
 MAX_LISTED = 10

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm import strictjson
+from vlm.data import strictjson
 from vlm.errors import ConfigError, DataError
 from vlm.images.load import shown
 

@@ -23,8 +23,8 @@ from vlm.errors import ConfigError, DataError
 from vlm.eval import items
 from vlm.eval.job import ITEMS, RESULTS
 from vlm.eval.metrics import captions, registry, tokenize
-from vlm.report import tables
 from vlm.report.sections import Gallery, GalleryItem, Section, Table, write_report
+from vlm.words import columns, listed
 
 NUM_RESAMPLES = 2000
 _WORK = 1_000_000  # items scored again by all resamples together, for a metric that is no mean over items
@@ -129,10 +129,10 @@ def _check_items(left: Side, right: Side) -> None:
     for one, other in ((left, right), (right, left)):
         alone = [key for key in one.items if key not in other.items]
         if alone:
-            problems.append(f"{len(alone)} items are only in {one.folder}: {items.listed(alone)}")
+            problems.append(f"{len(alone)} items are only in {one.folder}: {listed(alone)}")
     gold = [key for key, item in left.items.items() if key in right.items and _gold(item) != _gold(right.items[key])]
     if gold:
-        problems.append(f"{len(gold)} items have other gold texts: {items.listed(gold)}")
+        problems.append(f"{len(gold)} items have other gold texts: {listed(gold)}")
     if problems:
         raise DataError(f"{left.folder} and {right.folder} are not about the same items: {'; '.join(problems)}")
 
@@ -312,7 +312,7 @@ def table(found: Mapping[str, Any]) -> str:
         interval = "" if ends is None else f"{ends[0]:+.4f} - {ends[1]:+.4f}"
         numbers = (f"{one['a']:.4f}", f"{one['b']:.4f}", f"{one['difference']:+.4f}")
         rows.append((name, *numbers, interval, _p(one["p"]), str(one["better"]), str(one["worse"])))
-    lines = [f"A: {found['a']['folder']}", f"B: {found['b']['folder']}", "", tables.columns(rows), ""]
+    lines = [f"A: {found['a']['folder']}", f"B: {found['b']['folder']}", "", columns(rows), ""]
     lines += [f"{name}: {one['method']}" for name, one in found["metrics"].items()]
     lines += [f"{name}: not compared, {reason}" for name, reason in found["left_out"].items()]
     lines += [f"note: {note}" for note in found["notes"]]

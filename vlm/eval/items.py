@@ -16,8 +16,7 @@ from PIL import Image
 from vlm.data.content import of_items
 from vlm.data.examples import Example
 from vlm.errors import DataError
-
-_LISTED = 10
+from vlm.words import listed
 
 
 def gold_texts(example: Example, reads: Literal["references", "answers"]) -> tuple[str, ...]:
@@ -50,12 +49,6 @@ def choices_of(example: Example) -> tuple[str, ...]:
     if not given:
         raise DataError(f"item {example.id!r} has nothing to choose from; answering by likelihood needs its `choices`")
     return tuple(given)
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many follow."""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def image_name(example: Example) -> str:

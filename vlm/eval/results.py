@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import vlm
 from vlm.data.examples import Example, Problem
 from vlm.errors import DataError
 from vlm.eval import items
 from vlm.eval.metrics import Metric, MetricResult, captions, official, registry
 from vlm.eval.metrics.result import NUM_RESAMPLES
 from vlm.generation.journal import Record
+from vlm.version import __version__
 
 if TYPE_CHECKING:
     from vlm.eval.job import Job
@@ -235,7 +235,7 @@ def one_prompt_per_kind(examples: Sequence[Example], kinds: Mapping[str, str], l
 
 def versions() -> dict[str, str]:
     """Versions of what can change a result."""
-    found = {"vlm": vlm.__version__, "python": platform.python_version()}
+    found = {"vlm": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "Pillow", "numpy"):
         try:
             found[package.lower()] = version(package)

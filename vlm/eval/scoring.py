@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import vlm
 from vlm.data.gold_files import Gold, check_questions, read_gold
 from vlm.data.rows import listed, read_predictions
 from vlm.errors import ConfigError, DataError
 from vlm.eval import metrics as all_metrics
 from vlm.eval.metrics import Metric, MetricResult, registry
 from vlm.report.tables import constant
+from vlm.version import __version__
 
 BREAKDOWNS = (
     *("question_type", "answer_type", "split", "structural", "semantic", "subject", "grade", "kind", "category"),
@@ -85,7 +85,7 @@ def score_files(
         "predictions": _file(predictions, said_format),
         "references": _file(references, gold_format),
         "notes": list(dict.fromkeys(notes)),
-        "version": vlm.__version__,
+        "version": __version__,
     }
 
 

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from vlm.words import columns
+
 _LISTED = 10
-
-
-def columns(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> str:
-    """Rows of cells in columns, the first row as their heading; columns are right-aligned but for those in `left`."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    texts = set(left)
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in texts else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
 
 
 def table(results: Mapping[str, Any]) -> str:

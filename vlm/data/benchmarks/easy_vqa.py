@@ -15,9 +15,9 @@ from pathlib import Path
 from PIL import Image
 
 from vlm.data.source import Item, Source, parse_json, read_member
+from vlm.data.strictjson import MAX_MEMBER_BYTES
 from vlm.errors import DataError, ImageError
 from vlm.images.load import DEFAULT_LIMITS, load_image
-from vlm.strictjson import MAX_MEMBER_BYTES
 
 _COLOURS = frozenset("black blue brown gray green red teal yellow".split())
 
