@@ -50,13 +50,14 @@ def door(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Cal
 
     Args:
         room: the package, its `__name__`.
-        homes: name -> the module that defines it, below the room; "" where the name is a module itself.
+        homes: name -> the module that defines it, below the room, or from `vlm` on in another; "" where the name is a
+            module of the room.
     """
 
     def resolve(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {room!r} has no attribute {name!r}; it has {', '.join(homes)}")
-        home = f"{room}.{homes[name] or name}"
+        home = homes[name] if homes[name].startswith("vlm.") else f"{room}.{homes[name] or name}"
         module = importlib.import_module(home)
         value = getattr(module, name) if homes[name] else module
         setattr(sys.modules[room], name, value)

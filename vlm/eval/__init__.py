@@ -12,6 +12,23 @@ _HOMES = {
     "evaluate_tasks": "suite",
     "Options": "job",
     "score_files": "scoring",
+    "Predictor": "vlm.generation.predictor",
+    "table": "vlm.report.tables",
+    "Curve": "vlm.report.charts",
+    "Dot": "vlm.report.charts",
+    "Scatter": "vlm.report.charts",
+    "Curves": "vlm.report.sections",
+    "Figure": "vlm.report.sections",
+    "Gallery": "vlm.report.sections",
+    "GalleryItem": "vlm.report.sections",
+    "Score": "vlm.report.sections",
+    "Scores": "vlm.report.sections",
+    "Stat": "vlm.report.sections",
+    "Stats": "vlm.report.sections",
+    "Table": "vlm.report.sections",
+    "Text": "vlm.report.sections",
+    "breakdown": "vlm.report.sections",
+    "write_report": "vlm.report.sections",
     "diff": "",
     "metrics": "",
     "tasks": "",
@@ -27,5 +44,22 @@ if TYPE_CHECKING:
     from vlm.eval.job import Options as Options
     from vlm.eval.scoring import score_files as score_files
     from vlm.eval.suite import evaluate_tasks as evaluate_tasks
+    from vlm.generation.predictor import Predictor as Predictor
+    from vlm.report.charts import Curve as Curve
+    from vlm.report.charts import Dot as Dot
+    from vlm.report.charts import Scatter as Scatter
+    from vlm.report.sections import Curves as Curves
+    from vlm.report.sections import Figure as Figure
+    from vlm.report.sections import Gallery as Gallery
+    from vlm.report.sections import GalleryItem as GalleryItem
+    from vlm.report.sections import Score as Score
+    from vlm.report.sections import Scores as Scores
+    from vlm.report.sections import Stat as Stat
+    from vlm.report.sections import Stats as Stats
+    from vlm.report.sections import Table as Table
+    from vlm.report.sections import Text as Text
+    from vlm.report.sections import breakdown as breakdown
+    from vlm.report.sections import write_report as write_report
+    from vlm.report.tables import table as table
 
 __getattr__, __dir__ = door(__name__, _HOMES)
