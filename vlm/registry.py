@@ -52,7 +52,13 @@ def door(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Cal
         room: the package, its `__name__`.
         homes: name -> the module that defines it, below the room, or from `vlm` on in another; "" where the name is a
             module of the room.
+
+    Raises:
+        ImportError: the room was found past the package, through one of the links at the root of the repository: a second
+            copy of all that it holds.
     """
+    if room.partition(".")[0] != "vlm":
+        raise ImportError(f"import vlm.{room}, not {room}: the link of that name only shows where the code is", name=room)
 
     def resolve(name: str) -> Any:
         if name not in homes:
