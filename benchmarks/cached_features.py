@@ -31,7 +31,7 @@ from vlm.build.presets import tiny
 from vlm.encoders import siglip, siglip2_naflex
 from vlm.model.forward import VLM
 from vlm.settings import from_dict
-from vlm.train.encode import Encoding
+from vlm.train.features.encode import Encoding
 from vlm.train.recorder import Recorder
 
 TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

@@ -27,7 +27,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.eval import evaluate, items
 from vlm.generation.predictor import ModelPredictor
 from vlm.train.config import ModelConfig
-from vlm.train.features import Plan
+from vlm.train.features.store import Plan
 from vlm.train.stages import data_digest
 
 Pair = tuple[vlm.VLM, vlm.Processor]

@@ -16,8 +16,8 @@ from vlm.build.presets import tiny
 from vlm.data.examples import read_jsonl
 from vlm.data.order import Key, Mixture, drawn
 from vlm.errors import ConfigError
+from vlm.train.batches import MicroBatches
 from vlm.train.config import DataConfig
-from vlm.train.data import MicroBatches
 
 BUDGETS = [4, 9, 20]
 

@@ -107,7 +107,7 @@ def test_augmentation_takes_each_image(tmp_path: Path) -> None:
         seen.append(image.width)
         return Image.new("RGB", image.size, "red")
 
-    dataset = vlm.train.data.MicroBatches(examples, Mixture((3,), (1.0,), 0), processor, augmentations=[paint])
+    dataset = vlm.train.batches.MicroBatches(examples, Mixture((3,), (1.0,), 0), processor, augmentations=[paint])
     item = dataset[vlm.data.order.Key(0, 0, 0, 3)]
     assert item.error is None and sorted(seen) == [28, 28, 42] and item.images_read == 3
     assert item.batch is not None and item.batch.pixel_values is not None
@@ -119,7 +119,7 @@ def test_an_image_that_fails_is_named(tmp_path: Path) -> None:
     train = data(tmp_path / "data", [2, 0])
     (train.parent / "0-1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     examples, _ = read_jsonl(train)
-    dataset = vlm.train.data.MicroBatches(examples, Mixture((2,), (1.0,), 0), tiny()[1])
+    dataset = vlm.train.batches.MicroBatches(examples, Mixture((2,), (1.0,), 0), tiny()[1])
     item = dataset[vlm.data.order.Key(0, 0, 0, 2)]
     assert {str(failure.image) for failure in item.failures} == {str(train.parent.resolve() / "0-1.png")}
     assert item.batch is not None and item.batch.ids == ["s1", "s1"]

@@ -32,7 +32,7 @@ from vlm.generation import batches
 from vlm.images.load import image_size
 from vlm.settings import from_dict
 from vlm.train import StageConfig
-from vlm.train.data import MicroBatches
+from vlm.train.batches import MicroBatches
 from vlm.train.failures import explain
 
 BUDGET = 70

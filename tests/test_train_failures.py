@@ -19,7 +19,7 @@ import vlm
 import vlm.train
 from vlm.data.examples import read_jsonl
 from vlm.train import checkpoint, failures
-from vlm.train.data import Failure
+from vlm.train.batches import Failure
 from vlm.train.validate import Validator
 
 BAD = [3, 10]

@@ -30,9 +30,10 @@ from vlm.encoders.siglip2_naflex import Encoder as NaFlex
 from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.model.processor import Processor
 from vlm.settings import from_dict
-from vlm.train import RunConfig, features
-from vlm.train.encode import Encoding, ImageBatches
-from vlm.train.features import FeatureBatches, FeatureStore, Plan
+from vlm.train import RunConfig
+from vlm.train.features import store as features
+from vlm.train.features.encode import Encoding, ImageBatches
+from vlm.train.features.store import FeatureBatches, FeatureStore, Plan
 
 ENCODERS: dict[str, Any] = {"siglip": SigLIP, "siglip2_naflex": NaFlex}
 QUESTIONS = 3
@@ -162,7 +163,7 @@ def test_where_the_batches_are_the_same_the_bits_are(
     starts: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One image at a time, when features are made and when the tower runs in training: then rounding is the same."""
-    monkeypatch.setattr("vlm.train.encode.BATCH_PATCHES", 1)
+    monkeypatch.setattr("vlm.train.features.encode.BATCH_PATCHES", 1)
     for encoder, start in starts.items():
         runs = []
         for cache in (False, True):
@@ -188,7 +189,7 @@ def test_a_batch_of_features_is_the_batch_of_pixels(
     mixture = Mixture((len(examples),), (1.0,), 5)
     for budget in (None, 90):
         key = Key(0, 0, 0, 12)
-        plain = vlm.train.data.MicroBatches(examples, mixture, processor, batch_tokens=budget)[key]
+        plain = vlm.train.batches.MicroBatches(examples, mixture, processor, batch_tokens=budget)[key]
         ours = FeatureBatches(examples, mixture, processor, batch_tokens=budget, store=store)[key]
         assert (len(plain.batches) > 1) == (budget is not None)
         assert (ours.images_read, ours.over_budget) == (plain.images_read, plain.over_budget)

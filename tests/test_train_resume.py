@@ -373,7 +373,7 @@ def test_after_another_batch_size_the_examples_go_on_where_they_were() -> None:
 @pytest.fixture(scope="module")
 def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after step 4 of 6 of its first stage, the newest checkpoint being that of step 4."""
-    from vlm.train.modules import StageModule
+    from vlm.train.step import StageModule
 
     out = tmp_path_factory.mktemp("halfway") / "out"
     original = StageModule.training_step

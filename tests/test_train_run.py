@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,8 @@ import vlm.train
 from vlm.build.presets import tiny
 from vlm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vlm.train import checkpoint, metrics
-from vlm.train.data import MicroBatches
-from vlm.train.runner import is_main_process
+from vlm.train.batches import MicroBatches
+from vlm.train.run import is_main_process
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +386,7 @@ def test_a_loading_process_that_dies_is_explained(tmp_path: Path, monkeypatch: p
         assert torch.utils.data.get_worker_info() is not None, "images are loaded in the workers"
         os._exit(9)
 
-    monkeypatch.setattr("vlm.train.data.load_image", die)
+    monkeypatch.setattr("vlm.train.batches.load_image", die)
     with pytest.raises(TrainingError, match="stage align: a data loading process died .* lower workers or cache"):
         vlm.train.run(config(tmp_path / "out", align(), workers=1))
 
@@ -458,3 +460,9 @@ def test_rank_is_read_from_the_launchers_variables(monkeypatch: pytest.MonkeyPat
             assert not is_main_process()
             patch.setenv(name, "0")
             assert is_main_process()
+
+
+def test_run_is_the_function_whoever_has_imported_its_file() -> None:
+    code = "import vlm.train.run, vlm.train.run as again; print(callable(vlm.train.run), callable(again))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"

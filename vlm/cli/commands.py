@@ -126,8 +126,8 @@ def run_train(options: Namespace) -> int:
     """`vlm train`: the final model's directory on stdout."""
     from vlm import settings
     from vlm.train.config import load_config
+    from vlm.train.run import run
     from vlm.train.rundir import trained
-    from vlm.train.runner import run
     from vlm.train.signals import Stopped
 
     if options.accept_changes and not options.resume:

@@ -6,20 +6,22 @@
 Names resolve when they are used, so importing this package does not import torch.
 """
 
-from typing import TYPE_CHECKING
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from vlm.registry import door
 
 _HOMES = {
-    "run": "runner",
+    "run": "run",
     "load_config": "config",
     "RunConfig": "config",
     "ModelConfig": "config",
     "DataConfig": "config",
     "Source": "config",
     "StageConfig": "config",
-    "FrozenEncoderModule": "modules",
-    "FullModule": "modules",
+    "FrozenEncoderModule": "step",
+    "FullModule": "step",
 }
 
 __all__ = list(_HOMES)
@@ -31,8 +33,19 @@ if TYPE_CHECKING:
     from vlm.train.config import Source as Source
     from vlm.train.config import StageConfig as StageConfig
     from vlm.train.config import load_config as load_config
-    from vlm.train.modules import FrozenEncoderModule as FrozenEncoderModule
-    from vlm.train.modules import FullModule as FullModule
-    from vlm.train.runner import run as run
+    from vlm.train.run import run as run
+    from vlm.train.step import FrozenEncoderModule as FrozenEncoderModule
+    from vlm.train.step import FullModule as FullModule
 
 __getattr__, __dir__ = door(__name__, _HOMES)
+
+
+class _Room(ModuleType):
+    """`vlm.train.run` is the function, also once its file has been imported: Python then puts the file's module there,
+    and `vlm.train.run(config)` would depend on who had imported what before."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.run if name == "run" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Room

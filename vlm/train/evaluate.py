@@ -24,10 +24,10 @@ from vlm.generation import answers, batches
 from vlm.generation.predict import answer_all
 from vlm.generation.predictor import Decoding, ModelPredictor
 from vlm.model.processor import Processor
+from vlm.train.batches import Failure
 from vlm.train.config import EvaluateConfig
-from vlm.train.data import Failure
-from vlm.train.modules import StageModule
 from vlm.train.processes import gather, world_size
+from vlm.train.step import StageModule
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 from vlm import ranks
 from vlm.errors import DataError, TrainingError
 from vlm.files import Journal, read_lines
+from vlm.train.batches import LONGEST_WAIT_S, Failure
 from vlm.train.config import StageConfig
-from vlm.train.data import LONGEST_WAIT_S, Failure
 from vlm.train.processes import barrier, gather, world_size
 
 NAME = "failures.jsonl"

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vlm.train.modules import StepReport
+from vlm.train.step import StepReport
 
 log = logging.getLogger(__name__)
 

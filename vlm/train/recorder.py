@@ -9,13 +9,13 @@ import torch
 from vlm.errors import VLMError
 from vlm.measure.cost import peak_memory_bytes
 from vlm.train import checkpoint, metrics, optim, parts
-from vlm.train.data import MicroBatch
+from vlm.train.batches import MicroBatch
 from vlm.train.evaluate import Evaluator
 from vlm.train.failures import EVALUATION, VALIDATION, Failures
 from vlm.train.metrics import MetricsFile
-from vlm.train.modules import StageModule, StepReport
 from vlm.train.processes import barrier, gather
 from vlm.train.progress import Progress, Speed, TensorBoard
+from vlm.train.step import StageModule, StepReport
 from vlm.train.validate import Validator
 
 if TYPE_CHECKING:

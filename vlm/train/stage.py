@@ -20,16 +20,16 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.eval.job import Job
 from vlm.model.processor import Processor
 from vlm.train import checkpoint, parts
+from vlm.train.batches import MicroBatches, loader, loading, with_budget
 from vlm.train.config import RunConfig, StageConfig
-from vlm.train.data import MicroBatches, loader, loading, with_budget
-from vlm.train.encode import Encoding
 from vlm.train.evaluate import Evaluator
 from vlm.train.failures import explain
-from vlm.train.features import FeatureBatches, FeatureStore, Plan
-from vlm.train.modules import FrozenEncoderModule, StageModule, module_class
+from vlm.train.features.encode import Encoding
+from vlm.train.features.store import FeatureBatches, FeatureStore, Plan
 from vlm.train.quiet import quiet_lightning
 from vlm.train.recorder import Recorder
 from vlm.train.signals import Stopped, StopSignal
+from vlm.train.step import FrozenEncoderModule, StageModule, module_class
 from vlm.train.validate import Validator
 
 log = logging.getLogger(__name__)

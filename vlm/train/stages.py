@@ -33,10 +33,11 @@ from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
 from vlm.model.lengths import Room, context_of, refuse, too_long
 from vlm.model.processor import Processor
-from vlm.train import checkpoint, failures, features, metrics, preview
+from vlm.train import checkpoint, failures, metrics, preview
+from vlm.train.batches import check_lengths, targets, with_budget
 from vlm.train.config import DataConfig, ModelConfig, RunConfig, StageConfig
-from vlm.train.data import check_lengths, targets, with_budget
 from vlm.train.evaluate import read_jobs
+from vlm.train.features import store as features
 from vlm.train.processes import barrier, gather, join_process_group, share
 from vlm.train.quiet import quiet_transformers
 from vlm.train.recorder import Recorder

@@ -12,9 +12,9 @@ from vlm.data.examples import Example
 from vlm.data.order import Key, Mixture
 from vlm.errors import DataError, VLMError
 from vlm.model.processor import Processor
-from vlm.train.data import Failure, MicroBatches
-from vlm.train.modules import StageModule
+from vlm.train.batches import Failure, MicroBatches
 from vlm.train.processes import world_size
+from vlm.train.step import StageModule
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from vlm.encoders import EncoderOutput
 from vlm.errors import CheckpointError, ImageError, TrainingError, VLMError
 from vlm.images.load import image_size, load_image
 from vlm.images.transforms import ImageTransform, Pixels
-from vlm.train.data import loader
-from vlm.train.features import FeatureStore, Plan
+from vlm.train.batches import loader
+from vlm.train.features.store import FeatureStore, Plan
 
 log = logging.getLogger(__name__)
 

@@ -32,9 +32,9 @@ from vlm.errors import TrainingError, VLMError
 from vlm.images.transforms import Pixels
 from vlm.model.batch import Batch
 from vlm.train import optim, parts
+from vlm.train.batches import MicroBatch
 from vlm.train.config import StageConfig
-from vlm.train.data import MicroBatch
-from vlm.train.features import FeatureBatch
+from vlm.train.features.store import FeatureBatch
 from vlm.train.schedule import multiplier
 
 log = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ from vlm.errors import ConfigError, ImageError
 from vlm.files import publishing_file
 from vlm.model.batch import Batch
 from vlm.model.processor import Processor
-from vlm.train.data import Chosen, MicroBatches
+from vlm.train.batches import Chosen, MicroBatches
 
 log = logging.getLogger(__name__)
 
