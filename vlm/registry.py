@@ -54,11 +54,12 @@ def door(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Cal
             module of the room.
 
     Raises:
-        ImportError: the room was found past the package, through one of the links at the root of the repository: a second
-            copy of all that it holds.
+        ImportError: the room was found past the package, through one of the links at the root of the repository: a
+            second copy of all that it holds.
     """
     if room.partition(".")[0] != "vlm":
-        raise ImportError(f"import vlm.{room}, not {room}: the link of that name only shows where the code is", name=room)
+        text = f"import vlm.{room}, not {room}: the link of that name only shows where the code is"
+        raise ImportError(text, name=room)
 
     def resolve(name: str) -> Any:
         if name not in homes:
