@@ -11,7 +11,8 @@ from PIL import Image
 
 import vlm
 from vlm.build.presets import tiny
-from vlm.data.examples import read_jsonl, without_control
+from vlm.data.control import without_control
+from vlm.data.reading import read
 from vlm.eval import evaluate
 from vlm.text import control
 
@@ -79,7 +80,7 @@ def write(folder: Path, prefix: str) -> Path:
 
 
 def test_a_file_is_told_once_with_what_removes_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    examples, _ = read_jsonl(write(tmp_path, "<image>caption en\n"))
+    examples, _ = read(write(tmp_path, "<image>caption en\n"))
     with caplog.at_level(logging.INFO):
         kept = without_control(examples, "`--strip-control`", strip=False)
     (record,) = caplog.records

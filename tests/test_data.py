@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from vlm.data.examples import Example, Problem, read_jsonl
+from vlm.data.examples import Example
+from vlm.data.problems import Problem
+from vlm.data.reading import read
 from vlm.errors import DataError
 
 
@@ -45,8 +47,8 @@ def problems(folder: Path, *records: Any, **options: Any) -> list[Problem]:
     """The problems of a file with these records and a good one, which must be all that is left."""
     path = write(folder, *records, {**GOOD, "id": "good"})
     with pytest.raises(DataError) as caught:
-        read_jsonl(path, **options)
-    examples, found = read_jsonl(path, skip_bad=True, **options)
+        read(path, **options)
+    examples, found = read(path, skip_bad=True, **options)
     assert examples[-1].id == "good"
     for problem in found:
         assert str(problem) in str(caught.value)
@@ -64,7 +66,7 @@ def test_every_field_arrives(folder: Path) -> None:
         "answers": ["a", "a"],
     }
     path = write(folder, full, "", {**GOOD, "id": 7, "source": {"deep": [1.5, None, True]}}, "   ", GOOD)
-    examples, found = read_jsonl(path)
+    examples, found = read(path)
     assert found == []
     root = folder.resolve()
     assert examples == [
@@ -87,26 +89,26 @@ def test_every_field_arrives(folder: Path) -> None:
 def test_what_is_required_can_be_chosen(folder: Path) -> None:
     record = {"image": "a.png", "prefix": "p", "suffix": None}
     path = write(folder, record)
-    assert read_jsonl(path, require=())[0][0].suffix is None
+    assert read(path, require=())[0][0].suffix is None
     with pytest.raises(DataError, match=r"data\.jsonl:1: missing-key: 'suffix' is null"):
-        read_jsonl(path)
+        read(path)
     with pytest.raises(
         DataError, match=r"missing-key: 'references' is missing; the line has 'image', 'prefix', 'suffix'"
     ):
-        read_jsonl(path, require=("references",))
+        read(path, require=("references",))
 
 
 def test_only_newlines_separate_records(folder: Path) -> None:
     text = "one\u2028two\u2029three\x85four\x0bfive"
     raw = json.dumps({**GOOD, "suffix": text}, ensure_ascii=False).replace("\\u000b", "\\u000B")
     path = write(folder, raw, raw + "\r")
-    assert [example.suffix for example in read_jsonl(path)[0]] == [text, text]
+    assert [example.suffix for example in read(path)[0]] == [text, text]
 
 
 def test_a_byte_order_mark_and_a_missing_last_newline(folder: Path) -> None:
     path = folder / "data.jsonl"
     path.write_bytes(codecs.BOM_UTF8 + json.dumps(GOOD).encode())
-    assert read_jsonl(path)[0][0].suffix == "a cat"
+    assert read(path)[0][0].suffix == "a cat"
 
 
 LINES: list[tuple[str | bytes, str, str]] = [
@@ -199,7 +201,7 @@ def test_notes_stay_notes(folder: Path) -> None:
         "height": 480,
         "source": {"deep": [1.5, None, True]},
     }
-    (example,) = read_jsonl(write(folder, {**GOOD, **notes}))[0]
+    (example,) = read(write(folder, {**GOOD, **notes}))[0]
     assert example.info == notes
 
 
@@ -208,7 +210,7 @@ def test_several_images_and_none(folder: Path) -> None:
     text = {"prefix": "what is 1 + 1?", "suffix": "2"}
     two = {**text, "images": ["images/b.png", "a.png"]}
     path = write(folder, text, {**text, "images": []}, two, {**text, "images": ["a.png"]}, {**text, "image": "a.png"})
-    found = [example.images for example in read_jsonl(path)[0]]
+    found = [example.images for example in read(path)[0]]
     assert found == [(), (), (root / "images" / "b.png", root / "a.png"), (root / "a.png",), (root / "a.png",)]
 
 
@@ -235,7 +237,7 @@ def test_an_image_is_never_lost(folder: Path, change: dict[str, Any], code: str,
 
 def test_an_empty_suffix_is_an_answer(folder: Path) -> None:
     path = write(folder, {**GOOD, "suffix": ""})
-    assert read_jsonl(path)[0][0].suffix == ""
+    assert read(path)[0][0].suffix == ""
 
 
 def test_a_misspelt_required_key_names_both(folder: Path) -> None:
@@ -300,23 +302,23 @@ def test_the_image_root_is_a_border(tmp_path: Path, image: str, code: str) -> No
 def test_links_and_absolute_paths_inside_the_root_are_fine(folder: Path) -> None:
     (folder / "link.png").symlink_to("images/b.png")
     path = write(folder, {**GOOD, "image": "link.png"}, {**GOOD, "image": str(folder / "a.png")})
-    names = [example.image for example in read_jsonl(path)[0]]
+    names = [example.image for example in read(path)[0]]
     assert names == [folder.resolve() / "images" / "b.png", folder.resolve() / "a.png"]
 
 
 def test_the_image_root_can_be_another_folder(folder: Path) -> None:
     path = write(folder, {**GOOD, "image": "b.png"})
-    assert read_jsonl(path, image_root=folder / "images")[0][0].image == folder.resolve() / "images" / "b.png"
+    assert read(path, image_root=folder / "images")[0][0].image == folder.resolve() / "images" / "b.png"
     with pytest.raises(DataError, match="missing-image"):
-        read_jsonl(path)
+        read(path)
     with pytest.raises(DataError, match="image root .*nowhere: no such folder"):
-        read_jsonl(path, image_root=folder / "nowhere")
+        read(path, image_root=folder / "nowhere")
 
 
 def test_all_problems_are_listed_not_only_the_first(folder: Path) -> None:
     path = write(folder, "{", GOOD, {**GOOD, "image": "none.png"}, {**GOOD, "suffix": 1})
     with pytest.raises(DataError) as caught:
-        read_jsonl(path)
+        read(path)
     head, *rest = str(caught.value).splitlines()
     assert head == f"{path}: 3 of 4 annotations cannot be used:"
     assert [line.split(": ")[:2] for line in rest] == [
@@ -324,7 +326,7 @@ def test_all_problems_are_listed_not_only_the_first(folder: Path) -> None:
         [f"{path}:3", "missing-image"],
         [f"{path}:4", "wrong-type"],
     ]
-    assert [p.line for p in read_jsonl(path, skip_bad=True)[1]] == [1, 3, 4]
+    assert [p.line for p in read(path, skip_bad=True)[1]] == [1, 3, 4]
 
 
 def test_a_long_list_of_problems_is_counted(folder: Path) -> None:
@@ -333,7 +335,7 @@ def test_a_long_list_of_problems_is_counted(folder: Path) -> None:
     lines = [{**GOOD, "id": kind, "prefix": None, kind: 1} for kind in kinds[:1203]]
     path = write(folder, *lines, GOOD)
     with pytest.raises(DataError) as caught:
-        read_jsonl(path)
+        read(path)
     shown = str(caught.value).splitlines()
     assert (len(shown), shown[-1]) == (1002, "... and 203 more")
     assert shown[0].endswith("1203 of 1204 annotations cannot be used:")
@@ -343,7 +345,7 @@ def test_one_mistake_on_many_lines_is_one_line(folder: Path) -> None:
     records = [{"image": "a.png", "prefix": "p", "caption": f"text {i}"} for i in range(1002)]
     path = write(folder, *records[:500], GOOD, *records[500:], {**GOOD, "image": "b.png"}, {**GOOD, "image": "c.png"})
     with pytest.raises(DataError) as caught:
-        read_jsonl(path)
+        read(path)
     assert str(caught.value).splitlines() == [
         f"{path}: 1004 of 1005 annotations cannot be used:",
         f"{path}: 1,002 lines (1-500, 502-1003): missing-key: 'suffix' is missing; the line has 'image', 'prefix',"
@@ -356,7 +358,7 @@ def test_one_mistake_on_many_lines_is_one_line(folder: Path) -> None:
 def test_a_mistake_with_names_in_it_is_counted_too(folder: Path) -> None:
     path = write(folder, *[{**GOOD, "image": f"gone/{i}.png"} for i in range(0, 40)], GOOD)
     with pytest.raises(DataError) as caught:
-        read_jsonl(path)
+        read(path)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{path}: 40 lines (1-40): missing-image: image gone/0.png is not below ")
     assert line.endswith(", and so on (41 annotations in the file)")
@@ -364,7 +366,7 @@ def test_a_mistake_with_names_in_it_is_counted_too(folder: Path) -> None:
 
 def test_nothing_usable_is_refused_even_when_skipping(folder: Path) -> None:
     with pytest.raises(DataError, match="1 of 1 annotations cannot be used:\n.*data.jsonl:1: not-json"):
-        read_jsonl(write(folder, "{"), skip_bad=True)
+        read(write(folder, "{"), skip_bad=True)
 
 
 LLAVA = {"id": "0", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
@@ -420,7 +422,7 @@ def test_a_file_of_another_kind_is_refused(folder: Path, data: bytes, message: s
     path = folder / "data.jsonl"
     path.write_bytes(data)
     with pytest.raises(DataError, match=message):
-        read_jsonl(path, skip_bad=True)
+        read(path, skip_bad=True)
 
 
 def test_llavas_lines_are_named(folder: Path) -> None:
@@ -433,11 +435,11 @@ def test_what_the_advice_makes_of_a_table_is_read(folder: Path) -> None:
     table = folder / "data.csv"
     table.write_text('image,prefix,suffix\na.png,caption en,"a cat, black"\n')
     with pytest.raises(DataError) as caught:
-        read_jsonl(table)
+        read(table)
     command = str(caught.value).split("converts it: ")[1].split(" (then")[0]
     command = command.replace("FILE.jsonl", "made.jsonl").replace("FILE", "data.csv").replace("python", sys.executable)
     subprocess.run(command, shell=True, check=True, cwd=folder)
-    assert read_jsonl(folder / "made.jsonl")[0][0].suffix == "a cat, black"
+    assert read(folder / "made.jsonl")[0][0].suffix == "a cat, black"
 
 
 def test_a_link_out_of_the_root_is_called_one(tmp_path: Path) -> None:
@@ -451,16 +453,16 @@ def test_a_link_out_of_the_root_is_called_one(tmp_path: Path) -> None:
     assert f"a symbolic link leads to {tmp_path.resolve() / 'elsewhere' / 'a.png'}" in problem.message
     assert "image_root" in problem.message
     path = write(root, {**GOOD, "image": "elsewhere/a.png"})
-    assert len(read_jsonl(path, image_root=tmp_path)[0]) == 1
+    assert len(read(path, image_root=tmp_path)[0]) == 1
 
 
 def problems_of(root: Path, record: dict[str, Any]) -> list[Problem]:
     text = {"prefix": "p", "suffix": "s", "id": "good"}
-    return read_jsonl(write(root, record, text), skip_bad=True)[1]
+    return read(write(root, record, text), skip_bad=True)[1]
 
 
 def test_a_path_that_is_no_file_is_refused(folder: Path) -> None:
     os.mkfifo(folder / "fifo")
     for name, message in (("images", "a directory"), ("fifo", "expected a JSONL file"), ("none", "No such file")):
         with pytest.raises(DataError, match=message):
-            read_jsonl(folder / name)
+            read(folder / name)

@@ -22,7 +22,7 @@ from vlm.checkpoints import identity
 from vlm.compare.measure import labelled_digest
 from vlm.compare.runs import SOURCES, check_sources, sources
 from vlm.data import content
-from vlm.data.examples import read_jsonl, read_labelled
+from vlm.data.reading import read, read_labelled
 from vlm.errors import ConfigError, DataError
 from vlm.eval import evaluate, items
 from vlm.generation.predictor import ModelPredictor
@@ -225,7 +225,7 @@ def test_parts_are_told_apart() -> None:
 
 def digests(file: Path, root: Path) -> list[str]:
     """Every digest of data that the project keeps: evaluation, training, probes, feature cache."""
-    examples, _ = read_jsonl(file, image_root=root)
+    examples, _ = read(file, image_root=root)
     plan = Plan(root / "features", examples, image_bytes=64, identity={})
     found = [items.digest(examples), data_digest(examples), labelled_digest(read_labelled(file, root))]
     return [*found, plan.identity(0)["images"]]
@@ -326,7 +326,7 @@ def test_runs_of_a_comparison_are_not_counted_with_other_sources(tmp_path: Path)
     model = ModelConfig(encoder=f"{tmp_path}/tower@28", decoder=f"{tmp_path}/decoder", tokenizer="owner/name")
 
     def now() -> dict[str, str]:
-        return sources(model, data_digest(read_jsonl(data)[0]))
+        return sources(model, data_digest(read(data)[0]))
 
     spec: Any = type("Spec", (), {"folder": tmp_path / "run", "name": "tower+linear seed 0"})()
     spec.folder.mkdir()

@@ -12,7 +12,7 @@ import vlm
 import vlm.train
 from vlm.build.presets import tiny
 from vlm.cli import main
-from vlm.data.examples import read_jsonl
+from vlm.data.reading import read
 from vlm.errors import DataError
 from vlm.eval import evaluate
 from vlm.model.lengths import Room, context_of, over_context, too_long
@@ -44,9 +44,9 @@ def test_the_bound_is_the_models_context(tmp_path: Path) -> None:
     many = len(processor(None, ["7" * 100]).input_ids[0]) - 2
     assert (one, many) == (1, 100)  # a digit is a token
     for digits, fits in ((CONTEXT - fixed - 1, True), (CONTEXT - fixed, False)):
-        examples, _ = read_jsonl(data(tmp_path, {"prefix": "7" * digits, "suffix": "7"}))
+        examples, _ = read(data(tmp_path, {"prefix": "7" * digits, "suffix": "7"}))
         assert (too_long(examples, room, targets) == {}) is fits
-    examples, _ = read_jsonl(data(tmp_path, {"prefix": "7" * (CONTEXT - fixed), "suffix": "7"}))
+    examples, _ = read(data(tmp_path, {"prefix": "7" * (CONTEXT - fixed), "suffix": "7"}))
     (problem,) = too_long(examples, room, targets).values()
     said = f"{CONTEXT + 1} tokens, 4 of them of its images, the model has {CONTEXT} positions (max_position_embeddings)"
     assert str(problem) == f"{tmp_path / 'data.jsonl'}:1: too-long: example '1': {said}; shorten the text"
@@ -116,7 +116,7 @@ def test_evaluation_refuses_before_its_first_answer(tmp_path: Path) -> None:
 
 def test_candidates_count(tmp_path: Path) -> None:
     processor = tiny()[1]
-    examples, _ = read_jsonl(data(tmp_path, {}))
+    examples, _ = read(data(tmp_path, {}))
     room = Room(processor=processor, context=64)
     assert too_long(examples, room, lambda example: ("yes", "no")) == {}
     assert 0 in too_long(examples, room, lambda example: ("yes", "7" * 60))

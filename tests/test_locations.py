@@ -11,7 +11,7 @@ from PIL import Image
 
 import vlm
 from vlm.build.presets import tiny
-from vlm.data.examples import read_jsonl
+from vlm.data.reading import read
 from vlm.errors import ConfigError, DataError
 from vlm.text import control
 from vlm.text.locations import (
@@ -154,8 +154,8 @@ def test_what_is_wrong_with_a_text_is_told(text: str, message: str, tmp_path: Pa
         lines = [good, {**good, key: text}, good]
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.raises(DataError, match=rf"train.jsonl:2: bad-location: '{key}': .*{message}"):
-            read_jsonl(tmp_path / "train.jsonl")
-        examples, skipped = read_jsonl(tmp_path / "train.jsonl", skip_bad=True)
+            read(tmp_path / "train.jsonl")
+        examples, skipped = read(tmp_path / "train.jsonl", skip_bad=True)
         assert [example.line for example in examples] == [1, 3] and skipped[0].code == "bad-location"
 
 

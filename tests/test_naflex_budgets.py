@@ -13,8 +13,8 @@ from traintools import align, config, difference, pictures, stop_after, tune, wo
 
 import vlm
 from vlm.build.presets import tiny
-from vlm.data.examples import read_jsonl
 from vlm.data.order import Key, Mixture, drawn
+from vlm.data.reading import read
 from vlm.errors import ConfigError
 from vlm.train.batches import MicroBatches
 from vlm.train.config import DataConfig
@@ -44,7 +44,7 @@ def test_a_budget_is_a_function_of_seed_and_step() -> None:
 
 
 def test_every_micro_batch_of_a_step_has_its_budget(tmp_path: Path) -> None:
-    examples, _ = read_jsonl(pictures(tmp_path / "data"), require=("suffix",))
+    examples, _ = read(pictures(tmp_path / "data"), require=("suffix",))
     _, processor = tiny("siglip2_naflex")
     data = MicroBatches(examples, Mixture((24,), (1.0,), 5), processor, budgets=BUDGETS)
     seen = set()

@@ -17,8 +17,9 @@ import vlm
 import vlm.train
 from vlm import check
 from vlm.build.presets import tiny
-from vlm.data.examples import Example, read_jsonl
+from vlm.data.examples import Example
 from vlm.data.order import Mixture
+from vlm.data.reading import read
 from vlm.errors import DataError
 from vlm.eval import evaluate, items
 from vlm.generation.likelihood import choose, score_candidates
@@ -99,7 +100,7 @@ def test_cached_features_of_a_mixture_train_alike(encoder: str, tmp_path: Path) 
 def test_augmentation_takes_each_image(tmp_path: Path) -> None:
     """Of an example with two images both are augmented, and one of text alone draws nothing."""
     train = data(tmp_path / "data", [2, 0, 1])
-    examples, _ = read_jsonl(train)
+    examples, _ = read(train)
     _, processor = tiny()
     seen: list[int] = []
 
@@ -118,7 +119,7 @@ def test_augmentation_takes_each_image(tmp_path: Path) -> None:
 def test_an_image_that_fails_is_named(tmp_path: Path) -> None:
     train = data(tmp_path / "data", [2, 0])
     (train.parent / "0-1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    examples, _ = read_jsonl(train)
+    examples, _ = read(train)
     dataset = vlm.train.batches.MicroBatches(examples, Mixture((2,), (1.0,), 0), tiny()[1])
     item = dataset[vlm.data.order.Key(0, 0, 0, 2)]
     assert {str(failure.image) for failure in item.failures} == {str(train.parent.resolve() / "0-1.png")}
@@ -180,6 +181,6 @@ def test_an_empty_candidate_has_the_likelihood_of_eos() -> None:
 
 def test_checks_read_them(tmp_path: Path) -> None:
     model, processor = tiny()
-    examples, _ = read_jsonl(data(tmp_path / "data", [0, 2, 1]))
+    examples, _ = read(data(tmp_path / "data", [0, 2, 1]))
     report = check.run(model, processor, data=[*examples, replace(examples[0], id="x", suffix="")], only=["labels"])
     assert [(result.status, result.measured) for result in report.results] == [("ok", 1)]

@@ -25,8 +25,8 @@ import vlm.generation.engine
 import vlm.train
 from vlm.build.presets import tiny
 from vlm.data.budget import cut, padding
-from vlm.data.examples import read_jsonl
 from vlm.data.order import Key, Mixture, stage_seed
+from vlm.data.reading import read
 from vlm.errors import ConfigError, GenerationError, ImageError
 from vlm.generation import batches
 from vlm.images.load import image_size
@@ -130,7 +130,7 @@ def whole(naflex: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 def test_a_step_is_cut_by_length_and_holds_the_same_examples(naflex: Path) -> None:
     processor = vlm.Processor.from_pretrained(naflex)
-    examples, _ = read_jsonl(mixed())
+    examples, _ = read(mixed())
     mixture = Mixture((24,), (1.0,), 5)
     plain = MicroBatches(examples, mixture, processor)
     budgeted = MicroBatches(examples, mixture, processor, batch_tokens=BUDGET)
@@ -185,7 +185,7 @@ def test_two_processes_with_different_numbers_of_micro_batches(
     run = config(tmp_path / "two", stage(batch_tokens=BUDGET), devices=2, strategy="ddp", **start)
     processor = vlm.Processor.from_pretrained(naflex)
     mixture = Mixture((24,), (1.0,), stage_seed(0, 0))  # the run's own
-    data = MicroBatches(read_jsonl(mixed())[0], mixture, processor, batch_tokens=BUDGET)
+    data = MicroBatches(read(mixed())[0], mixture, processor, batch_tokens=BUDGET)
     counts = [[len(data[Key(step, 0, step * 8 + rank * 4, 4)].batches) for rank in (0, 1)] for step in range(3)]
     assert any(one != two for one, two in counts), counts
     assert run_on_two(run) == [0, 0]
@@ -306,7 +306,7 @@ def test_an_image_that_cannot_be_measured_is_named(tmp_path: Path) -> None:
 
 def test_the_plan_of_an_evaluation_goes_by_length() -> None:
     _, processor = loud("siglip2_naflex", "gemma")
-    examples, _ = read_jsonl(mixed())
+    examples, _ = read(mixed())
     sizes = [batches.image_sizes(example) for example in examples]
     assert sizes == [[Image.open(example.image).size] for example in examples]  # type: ignore[arg-type]
     lengths = processor.lengths(sizes, [example.prefix for example in examples])

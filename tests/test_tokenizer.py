@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from vlm.build.presets import TINY_CORPUS
 from vlm.errors import ConfigError, DataError
 from vlm.text import tokenizer as tokenizers
-from vlm.text.tokenizer import LOC_TOKENS, SEG_TOKENS, TextEncoder, Tokenizer
+from vlm.text.tokenizer import TextEncoder, Tokenizer
+from vlm.text.tokens import LOC_TOKENS, SEG_TOKENS
 
 CONTROL = ["<image>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>"]
 HOSTILE = [

@@ -17,7 +17,7 @@ from traintools import align, config, damaged, difference, pictures, steps_done,
 
 import vlm
 import vlm.train
-from vlm.data.examples import read_jsonl
+from vlm.data.reading import read
 from vlm.train import checkpoint, failures
 from vlm.train.batches import Failure
 from vlm.train.validate import Validator
@@ -61,7 +61,7 @@ def test_a_bad_picture_in_validation_is_listed_and_the_loss_is_over_the_others(
     assert summary(validated)["failed_images_in"] == {"training": 0, "validation": 2, "evaluation": 0}
     # Independently: the loss of the final model on the 22 others, in one batch.
     model, processor = vlm.load(validated / "model")
-    good = [example for i, example in enumerate(read_jsonl(held_out)[0]) if i not in BAD]
+    good = [example for i, example in enumerate(read(held_out)[0]) if i not in BAD]
     batch = processor([e.image for e in good], [e.prefix for e in good], [e.suffix or "" for e in good])
     with torch.no_grad():
         expected = model(**batch).loss.item()
@@ -125,7 +125,7 @@ def test_a_run_killed_while_it_validates_has_its_checkpoint_and_makes_up_for_the
 def test_a_list_goes_on_behind_a_torn_line_and_takes_in_what_killed_processes_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examples, _ = read_jsonl(pictures(tmp_path / "data"))
+    examples, _ = read(pictures(tmp_path / "data"))
 
     def failure(number: int) -> Failure:
         example = examples[number]

@@ -23,8 +23,9 @@ from traintools import COLORS, align, config, difference, steps_done, training, 
 import vlm
 import vlm.train
 from vlm.build.presets import tiny
-from vlm.data.examples import Example, read_jsonl
+from vlm.data.examples import Example
 from vlm.data.order import Key, Mixture
+from vlm.data.reading import read
 from vlm.encoders.siglip import Encoder as SigLIP
 from vlm.encoders.siglip2_naflex import Encoder as NaFlex
 from vlm.errors import ConfigError, DataError, TrainingError
@@ -183,7 +184,7 @@ def test_a_batch_of_features_is_the_batch_of_pixels(
 ) -> None:
     """Text, labels and placeholders are the same tensors, and the features those of the tower."""
     model, processor = vlm.load(starts[encoder])
-    examples, _ = read_jsonl(data)
+    examples, _ = read(data)
     store = encoding(tmp_path, model, processor, examples).run()
     assert store is not None
     mixture = Mixture((len(examples),), (1.0,), 5)
@@ -319,7 +320,7 @@ def test_what_changed_is_encoded_again_and_nothing_else(
 ) -> None:
     data = mixed(tmp_path / "data")
     model, processor = vlm.load(starts["siglip"])
-    examples, _ = read_jsonl(data)
+    examples, _ = read(data)
 
     def times() -> list[int]:
         encoding(tmp_path, model, processor, examples, **changes).run()
@@ -422,7 +423,7 @@ def test_no_room_is_told_before_anything_is_encoded(
 ) -> None:
     """12 images x 4 patches x 32 channels x 4 bytes = 6 144 bytes."""
     model, processor = vlm.load(starts["siglip"])
-    making = encoding(tmp_path, model, processor, read_jsonl(data)[0])
+    making = encoding(tmp_path, model, processor, read(data)[0])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=6143))
     with pytest.raises(TrainingError, match=r"cache_features needs 0 MB in .*features and 0 MB are free; make room"):
@@ -435,7 +436,7 @@ def test_no_room_is_told_before_anything_is_encoded(
 def test_memory_holds_no_features(starts: dict[str, Path], data: Path, tmp_path: Path, small: None) -> None:
     """What the store keeps is a few numbers per image, and a sample reads its own rows only."""
     model, processor = vlm.load(starts["siglip2_naflex"])
-    examples, _ = read_jsonl(data)
+    examples, _ = read(data)
     making = encoding(tmp_path, model, processor, examples)
     store = making.run()
     assert store is not None
@@ -449,7 +450,7 @@ def test_memory_holds_no_features(starts: dict[str, Path], data: Path, tmp_path:
 
 def test_images_of_a_batch_do_not_depend_on_the_process(data: Path, starts: dict[str, Path], tmp_path: Path) -> None:
     model, processor = vlm.load(starts["siglip2_naflex"])
-    examples, _ = read_jsonl(data)
+    examples, _ = read(data)
     stores = []
     for workers in (0, 2):
         making = replace(encoding(tmp_path / str(workers), model, processor, examples), workers=workers)

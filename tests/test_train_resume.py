@@ -225,11 +225,11 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path, monkeypatch
 
 def test_the_preview_says_what_will_happen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """By hand: 24 pictures of 28 pixels in patches of 14 make 4 tokens each; 2 steps of 4 see a third of the data."""
-    from vlm.data.examples import read_jsonl
+    from vlm.data.reading import read
 
     model, processor = vlm.load(world()[0])
     lengths = []
-    for example in read_jsonl(world()[1])[0]:
+    for example in read(world()[1])[0]:
         batch = processor([example.image], [example.prefix], [example.suffix or ""])
         lengths.append(batch.input_ids.shape[1])
     last = tune(train={"decoder": 1e-3}, steps=2, warmup=8, name="last", batch_size=48)

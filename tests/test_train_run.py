@@ -150,10 +150,10 @@ def test_held_out_loss_is_measured_and_changes_nothing(reference: Path, tmp_path
     assert validated == [("align", "4"), ("align", "6"), ("tune", "4"), ("tune", "6")]
     assert_same_run(tmp_path / "out", reference)
     # Independently: the loss of the final model on all 24 examples in one batch.
-    from vlm.data.examples import read_jsonl
+    from vlm.data.reading import read
 
     trained, processor = vlm.load(tmp_path / "out" / "model")
-    examples, _ = read_jsonl(data)
+    examples, _ = read(data)
     batch = processor([e.image for e in examples], [e.prefix for e in examples], [e.suffix or "" for e in examples])
     with torch.no_grad():
         expected = trained(**batch).loss.item()
@@ -417,11 +417,11 @@ def test_out_of_memory_says_what_to_change_and_keeps_the_checkpoint(
 
 def test_augmentation_depends_on_seed_and_position_only(tmp_path: Path) -> None:
     from vlm.data.augment import pipeline
-    from vlm.data.examples import read_jsonl
     from vlm.data.order import Key, Mixture
+    from vlm.data.reading import read
 
     _, processor = vlm.load(world()[0])
-    examples, _ = read_jsonl(world()[1])
+    examples, _ = read(world()[1])
     # A picture with four different corners, so that every flip and turn shows.
     corner = Image.effect_noise((28, 28), 90).convert("RGB")
     examples = [type(e)(**{**vars(e), "image": corner}) for e in examples]

@@ -14,8 +14,8 @@ from traintools import align, config, difference, tune, weights, world
 import vlm
 import vlm.train
 from vlm.build.presets import tiny
-from vlm.data.examples import read_jsonl
 from vlm.data.order import Mixture, stage_seed
+from vlm.data.reading import read
 from vlm.errors import TrainingError
 from vlm.settings import from_dict
 from vlm.train import StageConfig, optim, parts
@@ -56,7 +56,7 @@ def test_three_steps_equal_a_loop_written_in_plain_torch(
 ) -> None:
     """The loop below uses neither Lightning nor vlm.train's optimizer, loss sums or clipping."""
     model, processor = vlm.load(no_dropout)
-    examples, _ = read_jsonl(world()[1])
+    examples, _ = read(world()[1])
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -107,7 +107,7 @@ def test_accumulation_changes_nothing(
 
 def test_each_step_records_which_examples_it_saw(whole: dict[str, Path], no_dropout: Path) -> None:
     """From the plan and the file by hand: 32 bits of the hash of each id and the ids of its suffix and EOS."""
-    examples = read_jsonl(world()[1])[0]
+    examples = read(world()[1])[0]
     tokenizer = vlm.Processor.from_pretrained(no_dropout).tokenizer
     mixture = Mixture((len(examples),), (1.0,), stage_seed(0, 0))
 

@@ -14,7 +14,8 @@ from vlm.check import tower
 from vlm.check.report import Finding, Report, Result, not_applicable
 from vlm.check.subject import Subject, attention_backends, preserved
 from vlm.check.table import CHECKS, Check
-from vlm.data.examples import Example, read_jsonl
+from vlm.data.examples import Example
+from vlm.data.reading import read
 from vlm.errors import ConfigError, VLMError, nearest
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
@@ -48,7 +49,7 @@ def run(
         DataError: the data file cannot be used.
     """
     chosen = choose(only)
-    examples = read_jsonl(data, image_root=image_root)[0] if isinstance(data, str | Path) else data
+    examples = read(data, image_root=image_root)[0] if isinstance(data, str | Path) else data
     subject = Subject(
         model=model,
         processor=processor,

@@ -8,7 +8,7 @@ from vlm.check.report import Finding
 from vlm.check.subject import Subject
 from vlm.errors import DataError
 from vlm.text import control as control_text
-from vlm.text.tokenizer import CONTROL_NAMES
+from vlm.text.tokens import CONTROL_NAMES
 
 FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
 """ASCII to its full-width twins, which some sentencepiece normalisers turn back."""

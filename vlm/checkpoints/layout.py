@@ -23,7 +23,7 @@ from vlm.errors import ConfigError
 from vlm.images.transforms import RESAMPLING, ImageTransform
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
-from vlm.text.tokenizer import LOC_TOKENS, SEG_TOKENS
+from vlm.text.tokens import LOC_TOKENS, SEG_TOKENS
 
 ARCHITECTURE = "PaliGemmaForConditionalGeneration"
 KEEP = (

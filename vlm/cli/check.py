@@ -45,7 +45,7 @@ def run(options: Namespace) -> int:
     from vlm.check.runner import choose
     from vlm.check.stage import read_manifest
     from vlm.checkpoints.directory import load
-    from vlm.data.examples import read_jsonl
+    from vlm.data.reading import read
 
     check_device(options.device)
     console.quiet_transformers()
@@ -54,7 +54,7 @@ def run(options: Namespace) -> int:
     choose(only)
     if options.stage_manifest is not None:
         read_manifest(options.stage_manifest)
-    data = None if options.data is None else read_jsonl(options.data, image_root=options.image_root)[0]
+    data = None if options.data is None else read(options.data, image_root=options.image_root)[0]
     device = unless_auto(options.device) or ("cuda" if torch.cuda.is_available() else "cpu")
     log.info("opening %s", options.model)
     model, processor = load(options.model, dtype=unless_auto(options.dtype), device=device, tokenizer=options.tokenizer)

@@ -14,7 +14,8 @@ from vlm.compare.match import How, Matched
 from vlm.compare.processes import Server, run_all, slots, visible_gpus
 from vlm.compare.runs import Spec, check_sources, claim, make_specs, sources
 from vlm.compare.summary import summarise
-from vlm.data.examples import Example, read_jsonl, read_labelled
+from vlm.data.examples import Example
+from vlm.data.reading import read, read_labelled
 from vlm.encoders import use
 from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.eval import items
@@ -156,7 +157,7 @@ def _write(
 
 def _read_task(config: CompareConfig, name: str) -> list[Example]:
     task = config.tasks[name]
-    examples = read_jsonl(task.data, image_root=task.image_root, require=())[0][: task.limit]
+    examples = read(task.data, image_root=task.image_root, require=())[0][: task.limit]
     items.check(examples)
     return examples
 

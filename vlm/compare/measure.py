@@ -27,7 +27,8 @@ from vlm.compare import fixed
 from vlm.compare.config import ProbeConfig, TaskConfig
 from vlm.compare.runs import MEASUREMENTS, Spec
 from vlm.data.content import of_items
-from vlm.data.examples import Example, Labelled, read_jsonl
+from vlm.data.examples import Example, Labelled
+from vlm.data.reading import read
 from vlm.errors import CheckpointError, DataError, ImageError
 from vlm.eval import results
 from vlm.eval.harness import evaluate
@@ -79,7 +80,7 @@ def measure(spec: Spec) -> None:
 
 def read_task(task: TaskConfig) -> list[Example]:
     """The items of a task. Raises `DataError`."""
-    return read_jsonl(task.data, image_root=task.image_root, require=())[0][: task.limit]
+    return read(task.data, image_root=task.image_root, require=())[0][: task.limit]
 
 
 def costs(model: VLM, processor: Processor, spec: Spec, tasks: dict[str, list[Example]]) -> dict[str, Any]:

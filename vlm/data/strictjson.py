@@ -101,6 +101,12 @@ def _float(text: str) -> float:
     return value
 
 
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for people."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else names[type(value)]
+
+
 # --- files
 
 

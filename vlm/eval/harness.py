@@ -15,7 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm.data.examples import Example, Problem, read_jsonl, without_control
+from vlm.data.control import without_control
+from vlm.data.examples import Example
+from vlm.data.problems import Problem
+from vlm.data.reading import read
 from vlm.errors import ConfigError
 from vlm.eval import items, results
 from vlm.eval.job import Job, Options, fitting, room_of, run
@@ -161,7 +164,7 @@ def _examples(
 ) -> tuple[list[Example], list[Problem]]:
     if isinstance(data, str | Path):
         root = None if image_root is None else Path(image_root)
-        examples, problems = read_jsonl(data, image_root=root, require=(), skip_bad=skip_bad)
+        examples, problems = read(data, image_root=root, require=(), skip_bad=skip_bad)
     else:
         examples, problems = list(data), []
     examples = examples[:limit]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.data.examples import Example, Problem
+from vlm.data.examples import Example
+from vlm.data.problems import Problem
 from vlm.errors import ConfigError, DataError, VLMError
 from vlm.eval import items, results, results_page
 from vlm.eval.metrics import Metric

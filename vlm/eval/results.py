@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm.data.examples import Example, Problem
+from vlm.data.examples import Example
+from vlm.data.problems import Problem
 from vlm.errors import DataError
 from vlm.eval import items
 from vlm.eval.metrics import Metric, MetricResult, captions, official, registry

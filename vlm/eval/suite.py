@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.data.examples import Example, without_control
+from vlm.data.control import without_control
+from vlm.data.examples import Example
 from vlm.eval import items, overview, results
 from vlm.eval.harness import check_limit
 from vlm.eval.job import REPORT, RESULTS, Job, Options, fitting, room_of, run

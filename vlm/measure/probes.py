@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlm.data.examples import Labelled, read_labelled
+from vlm.data.examples import Labelled
+from vlm.data.reading import read_labelled
 from vlm.errors import ConfigError, DataError
 from vlm.siglip.features import ProbeResult, check_ids, features
 from vlm.siglip.zero_shot import why_no_zero_shot, zero_shot

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm.data.examples import Example, Problem, listing
+from vlm.data.examples import Example
+from vlm.data.problems import Problem, listing
 from vlm.errors import DataError, ImageError
 from vlm.images.load import ImageInput, image_size
 from vlm.model.processor import Processor

@@ -10,6 +10,7 @@ _HOMES = {
     "locations": "",
     "prompts": "",
     "tokenizer": "",
+    "tokens": "",
 }
 
 __all__ = list(_HOMES)
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from vlm.text import locations as locations
     from vlm.text import prompts as prompts
     from vlm.text import tokenizer as tokenizer
+    from vlm.text import tokens as tokens
     from vlm.text.prompts import PromptEncoder as PromptEncoder
 
 __getattr__, __dir__ = door(__name__, _HOMES)

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm.text import locations
+from vlm.text.tokens import GEMMA_NAMES
 
 logger = logging.getLogger(__name__)
 
-GEMMA_NAMES = r"image|mask|pad|eos|bos|unk|unused\d+|start_of_\w+|end_of_\w+|\d+mass"
-"""Names of Gemma's control tokens, without their brackets."""
 NEWLINE = "a newline at the end"
 LOCATIONS = "malformed <loc> or <seg> tokens"
 _MARKS = (

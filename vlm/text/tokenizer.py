@@ -13,14 +13,8 @@ from transformers import AddedToken, GemmaTokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
 from vlm.errors import ConfigError, DataError
-from vlm.text.control import GEMMA_NAMES
 from vlm.text.piece_model import Kind, PieceModel, read_piece_model
-
-IMAGE_TOKEN = "<image>"
-LOC_TOKENS = [f"<loc{i:04d}>" for i in range(1024)]
-SEG_TOKENS = [f"<seg{i:03d}>" for i in range(128)]
-CONTROL_NAMES = re.compile(rf"<({GEMMA_NAMES})>|\[.+\]")
-"""Gemma's control tokens by name: not all of them are marked special in its tokenizer files."""
+from vlm.text.tokens import CONTROL_NAMES, IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS
 
 MAX_CHARACTERS = 100_000
 """Longest text that is tokenised; a megabyte would take seconds and no decoder here has such a context."""

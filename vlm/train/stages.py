@@ -25,7 +25,10 @@ from vlm.checkpoints.geometry import planned, with_geometry
 from vlm.checkpoints.preprocessing import own_transform
 from vlm.checkpoints.saving import save
 from vlm.data import content
-from vlm.data.examples import Example, Problem, listing, read_jsonl, without_control
+from vlm.data.control import without_control
+from vlm.data.examples import Example
+from vlm.data.problems import Problem, listing
+from vlm.data.reading import read
 from vlm.encoders import model_types
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.eval.job import Job
@@ -150,7 +153,7 @@ def read_sources(config: RunConfig, skip_bad: bool) -> tuple[list[Example], tupl
     counts, problems, skipped = [], [], 0
     for source in config.data.sources():
         try:
-            own, bad = read_jsonl(source.path, image_root=source.image_root, require=("suffix",), skip_bad=skip_bad)
+            own, bad = read(source.path, image_root=source.image_root, require=("suffix",), skip_bad=skip_bad)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -173,7 +176,7 @@ def _read_val(config: RunConfig, skip_bad: bool) -> tuple[list[Example], int]:
     if config.data.val is None:
         return [], 0
     root = config.data.image_root
-    examples, bad = read_jsonl(config.data.val, image_root=root, require=("suffix",), skip_bad=skip_bad)
+    examples, bad = read(config.data.val, image_root=root, require=("suffix",), skip_bad=skip_bad)
     tell_skipped(bad)
     return _without_control(examples, config), len(bad)
 

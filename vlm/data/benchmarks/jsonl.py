@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vlm.data.examples import read_jsonl
+from vlm.data import reading
 from vlm.data.source import Item, Source
 
 
 def read(source: Source) -> Iterator[Item]:
     images = source.path("images") if source.has("images") else None
-    examples, _ = read_jsonl(source.path("data"), image_root=images, require=())
+    examples, _ = reading.read(source.path("data"), image_root=images, require=())
     for example in examples:
         yield Item(
             id=example.id,
