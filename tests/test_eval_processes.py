@@ -166,7 +166,7 @@ def test_what_killed_processes_left_is_added_once(tmp_path: Path) -> None:
 def test_processes_must_agree_on_the_evaluation() -> None:
     from vlm.errors import ConfigError
     from vlm.eval.job import _check_agreement
-    from vlm.generation.processes import Processes
+    from vlm.ranks import Processes
 
     class Other(Processes):
         def gather(self, value: Any) -> list[Any]:

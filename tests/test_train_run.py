@@ -37,9 +37,9 @@ import vlm
 import vlm.train
 from vlm.build.presets import tiny
 from vlm.errors import CheckpointError, ConfigError, DataError, TrainingError
+from vlm.ranks import is_main
 from vlm.train import checkpoint, metrics
 from vlm.train.batches import MicroBatches
-from vlm.train.run import is_main_process
 
 
 @pytest.fixture(scope="module")
@@ -453,13 +453,13 @@ def test_the_image_cache_changes_nothing_and_keeps_its_budget(reference: Path, t
 
 
 def test_rank_is_read_from_the_launchers_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_main_process()
+    assert is_main()
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "1")
-            assert not is_main_process()
+            assert not is_main()
             patch.setenv(name, "0")
-            assert is_main_process()
+            assert is_main()
 
 
 def test_run_is_the_function_whoever_has_imported_its_file() -> None:

@@ -194,3 +194,27 @@ def ending(code: int) -> str:
     if code >= 0:
         return f"ended with status {code}; what it wrote says why"
     return f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory_bytes(device: Any = "cpu") -> int:
+    """The most memory so far: of torch's allocations on a GPU (since the last reset), else of this whole process since
+    it started, which never goes down.
+
+    Args:
+        device: a torch device, or its name.
+    """
+    if str(device).startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

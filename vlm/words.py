@@ -1,32 +1,43 @@
 """Words for people: lists that stop somewhere, and rows in columns."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 LISTED = 10
 """So many names are told, and how many more there are."""
 
 
-def listed(names: Sequence[str], most: int = LISTED, separator: str = ", ") -> str:
-    """The first names, and how many follow: `a, b and 3 more`."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return separator.join(names[:most]) + more
+def more(count: int, most: int = LISTED) -> str:
+    """`and 3 more` where there are more than are told, else ""."""
+    return f"and {count - most} more" if count > most else ""
+
+
+def listed(names: Sequence[Any], most: int = LISTED, separator: str = ", ", show: Callable[[Any], str] = str) -> str:
+    """The first names, each as `show` writes it, and how many follow: `a, b and 3 more`."""
+    return " ".join(filter(None, (separator.join(map(show, names[:most])), more(len(names), most))))
 
 
 def lines(items: Sequence[str], most: int = LISTED) -> list[str]:
     """The first of these, one a line, and `... and 3 more` where more follow."""
-    return [*items[:most], *([f"... and {len(items) - most} more"] if len(items) > most else [])]
+    rest = more(len(items), most)
+    return [*items[:most], *([f"... {rest}"] if rest else [])]
 
 
 def columns(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> str:
     """Rows of cells in columns, the first row as their heading; columns are right-aligned but for those in `left`."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    texts = set(left)
-    shown = [
+    shown = aligned(rows, left)
+    shown.insert(1, "-" * max(map(len, shown)))
+    return "\n".join(shown)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Iterable[int] | None = None) -> list[str]:
+    """Rows of cells as lines in columns, no heading; right-aligned but for those in `left` (None: all)."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = set(range(len(widths)) if left is None else left)
+    return [
         "  ".join(
             cell.ljust(width) if i in texts else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
-    shown.insert(1, "-" * max(map(len, shown)))
-    return "\n".join(shown)

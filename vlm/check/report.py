@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from vlm.words import aligned
+
 Status = Literal["ok", "FAIL", "n/a"]
 Relation = Literal["<=", ">="]
 
@@ -136,11 +138,9 @@ class Report:
     def table(self) -> str:
         """One line per check: status, name, numbers, detail; then the counts."""
         rows = [(result.status, result.name, result.numbers, result.detail) for result in self.results]
-        widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows]
         counts = [sum(result.status == status for result in self.results) for status in ("ok", "FAIL", "n/a")]
         subject = f"{self.model or 'model'} ({self.dtype}, {self.device}, {self.attention} attention)"
-        return "\n".join([*lines, "", f"{subject}: {counts[0]} ok, {counts[1]} FAIL, {counts[2]} n/a"])
+        return "\n".join([*aligned(rows), "", f"{subject}: {counts[0]} ok, {counts[1]} FAIL, {counts[2]} n/a"])
 
 
 def number(value: float) -> str:

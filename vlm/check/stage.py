@@ -19,6 +19,7 @@ from vlm.checkpoints.names import HEAD, to_live
 from vlm.errors import CheckpointError
 from vlm.train.config import StageConfig
 from vlm.train.parts import frozen_digests
+from vlm.words import listed
 
 HINT = "give the model of a run (OUT/model or OUT/STAGE/model), or --stage-manifest FILE"
 
@@ -44,7 +45,7 @@ def manifest(subject: Subject) -> Finding:
     if record.get("frozen_after", record["frozen_before"]) != record["frozen_before"]:
         problems.append("the manifest itself records that a frozen part changed")
     if moved_frozen:
-        problems.append(f"frozen, but changed: {_some(moved_frozen)}")
+        problems.append(f"frozen, but changed: {listed(moved_frozen, 3)}")
     if unchanged:
         problems.append(f"trained, but bit for bit as before: {', '.join(unchanged)}")
     wrong = len(moved_frozen) + len(unchanged)
@@ -113,15 +114,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _listing_problems(subject: Subject, rows: list[dict[str, Any]]) -> list[str]:
     """Parameters that only the manifest or only the model has, or that have another shape or part."""
-    listed = {row["name"]: (tuple(row["shape"]), row["part"]) for row in rows}
+    noted = {row["name"]: (tuple(row["shape"]), row["part"]) for row in rows}
     owner = {id(p): name for name, part in subject.model.parts().items() for p in part.parameters()}
     own = {name: (tuple(p.shape), owner.get(id(p))) for name, p in subject.model.named_parameters()}
     return [
-        f"{what}: {_some(names)}"
+        f"{what}: {listed(names, 3)}"
         for what, names in (
-            ("not in the manifest", sorted(set(own) - set(listed))),
-            ("in the manifest, not in the model", sorted(set(listed) - set(own))),
-            ("with another shape or part", sorted(n for n in set(own) & set(listed) if own[n] != listed[n])),
+            ("not in the manifest", sorted(set(own) - set(noted))),
+            ("in the manifest, not in the model", sorted(set(noted) - set(own))),
+            (
+                "with another shape or part",
+                sorted(n for n in set(own) & set(noted) if own[n] != noted[n]),
+            ),
         )
         if names
     ]
@@ -172,8 +176,3 @@ def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name in weights.tensors:
         if to_live(name) != HEAD:
             yield to_live(name), weights.read(name)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

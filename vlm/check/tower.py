@@ -14,6 +14,7 @@ from vlm.check.subject import PIXELS, Subject, Tensors, evaluating
 from vlm.encoders import EncoderOutput, check_output, square_grid
 from vlm.errors import ConfigError
 from vlm.images.fused import unpack
+from vlm.words import listed
 
 FEW = 36
 """Up to so many patches all are tried; of more, some groups of neighbours in the corners and inside."""
@@ -225,23 +226,17 @@ def _judged(names: list[str], gradients: Any) -> Finding:
     missing = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
     broken = [n for n, g in zip(names, gradients, strict=True) if g is not None and not bool(g.isfinite().all())]
     zero = [n for n, g in zip(names, gradients, strict=True) if g is not None and not bool(g.any())]
-    problems = (
-        [f"no gradient reaches {_listed(missing)}: detached, computed under no_grad, or not used"] if missing else []
-    )
-    problems += [f"the gradient is NaN or infinite at {_listed(broken)}"] if broken else []
+    unreached = f"no gradient reaches {listed(missing, SHOWN)}: detached, computed under no_grad, or not used"
+    problems = [unreached] if missing else []
+    problems += [f"the gradient is NaN or infinite at {listed(broken, SHOWN)}"] if broken else []
     if "the pixels" in zero:
         problems.append("the gradient at the pixels is 0: nothing of the image reaches the features")
     detail = f"of {len(names) - 1} tensors of the tower and the pixels, those that no gradient reaches"
     zero = [name for name in zero if name != "the pixels"]
     if zero:
-        detail += f"; it is exactly 0 at {_listed(zero)}"
+        detail += f"; it is exactly 0 at {listed(zero, SHOWN)}"
     wrong = {*missing, *broken} | ({"the pixels"} if len(problems) > bool(missing) + bool(broken) else set())
     return Finding(measured=len(wrong), limit=0, detail=detail, problem="; ".join(problems))
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _features(subject: Subject, tensors: Tensors) -> tuple[Tensor, tuple[int, int]]:

@@ -27,6 +27,7 @@ from vlm.checkpoints.shards import widest
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
+from vlm.words import listed
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
 BUFFERS = re.compile(r".*(position_ids|rotary_emb\.inv_freq|embed_tokens\.embed_scale)$")
@@ -186,7 +187,7 @@ def check_fit(source: Source, wanted: Mapping[str, tuple[int, ...]]) -> None:
 
 def shown(names: list[str]) -> str:
     """The first names, and how many follow."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return listed(names, SHOWN)
 
 
 def _take_dtypes(model: VLM, source: Source) -> None:

@@ -96,8 +96,8 @@ def _batch_size(text: str) -> int | Literal["auto"]:
 
 def run_eval(options: Namespace) -> int:
     """`vlm eval`: the table of scores on stdout."""
+    from vlm import ranks
     from vlm.errors import ConfigError
-    from vlm.generation import processes
     from vlm.report import tables
 
     if options.tasks is not None and (options.image_root or options.skip_bad):
@@ -107,7 +107,7 @@ def run_eval(options: Namespace) -> int:
         check_beams(options.num_beams, options.beam_search)
     check_device(options.device)
     console.quiet_transformers()
-    with processes.joined() as group:
+    with ranks.joined() as group:
         results = _on_file(options) if options.tasks is None else _on_tasks(options)
         if group.main:
             print(json.dumps(results, indent=1) if options.json else tables.table(results))

@@ -66,7 +66,8 @@ def run(options: Namespace) -> int:
 def _list(as_json: bool) -> None:
     from vlm.data.gold_files import FORMATS
     from vlm.data.rows import PREDICTION_FORMATS
-    from vlm.eval.scoring import columns, metric_rows
+    from vlm.eval.scoring import metric_rows
+    from vlm.words import aligned
 
     rows = metric_rows()
     formats = {"references": {name: known.about for name, known in FORMATS.items()}, "predictions": PREDICTION_FORMATS}
@@ -77,10 +78,9 @@ def _list(as_json: bool) -> None:
         facts = [f"needs {', '.join(row['needs'])}"] if row["needs"] else []
         facts += [f"uses {', '.join(row['uses'])}"] if row["uses"] else []
         row["line"] = row["rule"] + (f" [{'; '.join(facts)}]" if facts else "")
-    width = max(len(row["name"]) for row in rows)
-    print("\n".join(f"{row['name'].ljust(width)}  {row['line']}" for row in rows))
+    print("\n".join(aligned([(row["name"], row["line"]) for row in rows])))
     for what, known in formats.items():
         print(
             f"\nformats of {what}\n"
-            + "\n".join(columns([(f"  {name}", "", "", "", about) for name, about in known.items()]))
+            + "\n".join(aligned([(f"  {name}", "", "", "", about) for name, about in known.items()]))
         )

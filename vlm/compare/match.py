@@ -26,6 +26,7 @@ from vlm.images.transforms import ImageTransform
 from vlm.settings import from_dict
 from vlm.train.config import ModelConfig
 from vlm.train.stages import make_tower
+from vlm.words import aligned
 
 How = Literal["tokens", "resolution", "none"]
 FUSED = "fused"
@@ -209,8 +210,7 @@ def table(matched: Sequence[Matched], how: How) -> str:
     rows = [("run", "kind", "image", "tokens", "match")]
     for item in matched:
         rows.append((item.arm.name, item.kind, short(item.transform), f"{item.tokens:.4g}", item.note))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(4)), row[4]]).rstrip() for row in rows]
+    lines = aligned(rows)
     rest = [item.arm.name for item in matched if not item.exact]
     if how != "none" and rest:
         lines.append(f"not matched exactly ({how}): {', '.join(rest)}")

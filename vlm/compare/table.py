@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm.compare.answer import answer, names
+from vlm.words import columns
 
 PROBES = {"knn": "k-NN", "linear": "linear", "zero_shot": "zero-shot"}
 
@@ -15,9 +16,9 @@ PROBES = {"knn": "k-NN", "linear": "linear", "zero_shot": "zero-shot"}
 def text(result: dict[str, Any]) -> str:
     """The tables for the terminal: quality, cost, the towers alone, what was fixed, what may be said."""
     arms = [arm for arm in result["arms"] if arm["seeds"]]
-    blocks = [_grid(quality(arms)), _grid(cost(arms))]
+    blocks = [columns(quality(arms)), columns(cost(arms))]
     if any(arm["probes"] for arm in arms):
-        blocks.append("Towers alone, before → after training (% of labelled test images)\n" + _grid(probes(arms)))
+        blocks.append("Towers alone, before → after training (% of labelled test images)\n" + columns(probes(arms)))
     blocks.append(fixed_lines(result))
     if result["pairs"]:
         blocks.append(f"{pairs_note(result)}\n" + "\n".join(pair["says"] for pair in result["pairs"]))
@@ -115,18 +116,6 @@ def number(value: float) -> str:
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
-
-
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
 
 
 def as_csv(runs: Sequence[dict[str, Any]]) -> str:

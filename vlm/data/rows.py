@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm import words
 from vlm.data import strictjson
 from vlm.errors import ConfigError, DataError, nearest
 
@@ -134,8 +135,7 @@ def without_extension(image: str) -> str:
 
 def listed(ids: list[str]) -> str:
     """The first ids, quoted, and how many follow."""
-    more = f" and {len(ids) - MAX_LISTED} more" if len(ids) > MAX_LISTED else ""
-    return ", ".join(map(repr, ids[:MAX_LISTED])) + more
+    return words.listed(ids, MAX_LISTED, show=repr)
 
 
 # --- Bytes to JSON ----------------------------------------------------------------------------------------------------

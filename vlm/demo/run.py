@@ -72,7 +72,7 @@ def main(
         ConfigError: `out` holds a demo with other settings, or there is no such tower.
         Stopped: (a SystemExit) interrupted; running it again goes on.
     """
-    from vlm.measure.cost import peak_memory_bytes
+    from vlm.children import peak_memory_bytes
 
     out, size = Path(out), size or Size()
     choice = start.Choice(encoder, pretrain_encoder, from_scratch or pretrain, size.pretrain_steps)

@@ -24,7 +24,7 @@ from vlm.eval import items
 from vlm.eval.job import ITEMS, RESULTS
 from vlm.eval.metrics import captions, registry, tokenize
 from vlm.report.sections import Gallery, GalleryItem, Section, Table, write_report
-from vlm.words import columns, listed
+from vlm.words import columns, listed, more
 
 NUM_RESAMPLES = 2000
 _WORK = 1_000_000  # items scored again by all resamples together, for a metric that is no mean over items
@@ -320,8 +320,8 @@ def table(found: Mapping[str, Any]) -> str:
     lines.append(f"{len(found['changed'])} of {found['num_items']} items changed{order}")
     for item in found["changed"][:_LISTED]:
         lines.append(f"  {item['id']}: {item['change']} ({item['by']:+.3f}): {item['a']!r} -> {item['b']!r}")
-    if len(found["changed"]) > _LISTED:
-        lines.append(f"  and {len(found['changed']) - _LISTED} more (--json lists all, --html shows them)")
+    if rest := more(len(found["changed"]), _LISTED):
+        lines.append(f"  {rest} (--json lists all, --html shows them)")
     return "\n".join(lines)
 
 

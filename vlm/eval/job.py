@@ -10,18 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm import ranks
 from vlm.data.examples import Example
 from vlm.data.problems import Problem
 from vlm.errors import ConfigError, DataError, VLMError
 from vlm.eval import items, results, results_page
 from vlm.eval.metrics import Metric
 from vlm.files import write_json, write_lines
-from vlm.generation import answers, batch_size, processes
+from vlm.generation import answers, batch_size
 from vlm.generation.batch_size import BatchSize
 from vlm.generation.journal import PredictionStore, Record
 from vlm.generation.predict import predict
 from vlm.generation.predictor import Decoding, ModelPredictor, Predictor
-from vlm.generation.processes import Processes
+from vlm.ranks import Processes
 
 if TYPE_CHECKING:
     from vlm.model.lengths import Room
@@ -101,7 +102,7 @@ def run(
     shown = items.shuffle_images(job.examples, options.seed) if options.shuffle_images else job.examples
     settings = _settings(job, identity or predictor.identity(), options, shown)
     started = time.monotonic()
-    with processes.joined() as group:
+    with ranks.joined() as group:
         _check_agreement(group, settings)
         with PredictionStore(folder, settings, group) as store:
             resumed = len(store.records)

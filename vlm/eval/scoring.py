@@ -23,6 +23,7 @@ from vlm.eval import metrics as all_metrics
 from vlm.eval.metrics import Metric, MetricResult, registry
 from vlm.report.tables import constant
 from vlm.version import __version__
+from vlm.words import aligned
 
 BREAKDOWNS = (
     *("question_type", "answer_type", "split", "structural", "semantic", "subject", "grade", "kind", "category"),
@@ -192,7 +193,7 @@ def table(outcome: Mapping[str, Any]) -> str:
             lines += ["", f"{name}, details", *_pairs(result["details"])]
         for fact, parts in result["by"].items():
             lines += ["", f"{name} by {fact}"]
-            lines += columns([(f"  {value}", f"{p['mean']:.4f}", str(p["num_items"])) for value, p in parts.items()])
+            lines += _rows([(f"  {value}", f"{p['mean']:.4f}", str(p["num_items"])) for value, p in parts.items()])
     rules = [f"{name} (version {result['version']}): {result['rule']}" for name, result in outcome["metrics"].items()]
     counts = f"{outcome['num_items']} items, {outcome['num_empty_predictions']} empty predictions"
     own = [f"{name}: {note}" for name, result in outcome["metrics"].items() for note in result["notes"]]
@@ -202,22 +203,18 @@ def table(outcome: Mapping[str, Any]) -> str:
         for name, result in outcome["metrics"].items()
         if constant(result)
     ]
-    return "\n".join([*columns(rows), *lines, "", counts, *constants, *notes, "", *rules])
+    return "\n".join([*_rows(rows), *lines, "", counts, *constants, *notes, "", *rules])
+
+
+def _rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first and fifth column left, those between right."""
+    return aligned(rows, left=(0, 4))
 
 
 def _pairs(details: Mapping[str, float]) -> list[str]:
     """Counts as whole numbers, all else with four digits."""
     shown = {name: f"{value:.0f}" if name.startswith("num_") else f"{value:.4f}" for name, value in details.items()}
-    return columns([(f"  {name}", value) for name, value in shown.items()])
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines: the first and fifth column left, those between right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.rjust(widths[i]) if 0 < i < 4 else cell.ljust(widths[i]) for i, cell in enumerate(row)).rstrip()
-        for row in rows
-    ]
+    return _rows([(f"  {name}", value) for name, value in shown.items()])
 
 
 def metric_rows() -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm import ranks
 from vlm.data.control import without_control
 from vlm.data.examples import Example
 from vlm.eval import items, overview, results
@@ -16,7 +17,6 @@ from vlm.eval.job import REPORT, RESULTS, Job, Options, fitting, room_of, run
 from vlm.eval.metrics import registry
 from vlm.eval.tasks import Selected, select
 from vlm.files import write_json
-from vlm.generation import processes
 from vlm.generation.predictor import Decoding, Predictor, as_predictor
 from vlm.text import control
 
@@ -68,7 +68,7 @@ def evaluate_tasks(
     jobs = {label: fitting(job, room_of(predictor)) for label, job in jobs.items()}
     identity = predictor.identity()
     folder, settings = Path(out), options or Options()
-    with processes.joined() as group:
+    with ranks.joined() as group:
         found = {}
         for label, job in jobs.items():
             if group.main:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlm.checkpoints.files import SINGLE, Weights
 from vlm.errors import CheckpointError
+from vlm.words import aligned
 
 FILE_NAME = "parity.json"
 
@@ -109,9 +110,7 @@ class ParityReport:
         for row in self.rows:
             relative = "" if row.max_rel is None else f"{row.max_rel:.2g}"
             lines.append((row.name, f"{row.max_abs:.2g}", relative, row.limit, marks[row.ok]))
-        widths = [max(len(line[i]) for line in lines) for i in range(5)]
-        shown = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([*shown, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*aligned(lines), *(f"note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; a difference that is no number (NaN somewhere) is null."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm.errors import ConfigError, DataError, VLMError
 from vlm.files import Journal, read_lines, write_json
-from vlm.generation.processes import ALONE, Processes
+from vlm.ranks import ALONE, Processes
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "predictions.settings.json"

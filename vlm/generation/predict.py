@@ -19,9 +19,9 @@ from vlm.errors import ConfigError, DataError, ImageError
 from vlm.generation import batch_size, batches
 from vlm.generation.batch_size import BatchSize, Limit
 from vlm.generation.journal import PredictionStore, Record
-from vlm.generation.processes import ALONE, Processes
 from vlm.generation.progress import Progress
 from vlm.images.load import load_image
+from vlm.ranks import ALONE, Processes
 
 logger = logging.getLogger(__name__)
 

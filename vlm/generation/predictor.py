@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL import Image
 
-from vlm.generation import processes
+from vlm import ranks
 
 if TYPE_CHECKING:
     from vlm.model.forward import VLM
@@ -168,7 +168,7 @@ def as_predictor(
 
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if chosen == "cuda":
-            chosen = f"cuda:{processes.local_rank() % torch.cuda.device_count()}"
+            chosen = f"cuda:{ranks.local_rank() % torch.cuda.device_count()}"
         opened = load(model, dtype=dtype, device=chosen)
         return ModelPredictor(*_in_geometry(opened, geometry), name=str(model)), str(model)
     if dtype is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vlm.children import peak_memory_bytes
 from vlm.errors import ConfigError, DataError, nearest
 from vlm.images.load import image_size
 
@@ -153,7 +154,7 @@ def inference_speed(
 
     Returns:
         `images_per_second` and `seconds_per_image` of whole answers, `encoder_images_per_second` and
-        `encoder_seconds_per_image` of the vision tower alone, and `peak_memory_bytes` (see `peak_memory_bytes`).
+        `encoder_seconds_per_image` of the vision tower alone, and `peak_memory_bytes` (see `vlm.children`).
 
     Raises:
         ConfigError: a number below 1, or unequal numbers of images and prompts.
@@ -213,22 +214,3 @@ def _median_seconds(run: Callable[[], None], repeats: int, device: torch.device)
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
-
-
-def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """The most memory so far: of torch's allocations on a GPU (since the last reset), else of this whole process since
-    it started, which never goes down."""
-    import sys
-
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

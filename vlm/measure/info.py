@@ -12,6 +12,7 @@ from vlm.encoders import square_tokens
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 from vlm.registry import part
+from vlm.words import aligned
 
 LARGE = 1 << 14
 """Side in pixels of a square image that fills any budget."""
@@ -118,18 +119,13 @@ def table(facts: dict[str, Any]) -> str:
         kind = own["kind"] + (f" ({' + '.join(own['members'])})" if "members" in own else "")
         rows.append((name, kind, f"{own['parameters']:,}", megabytes(own["bytes"])))
     rows.append(("total", "", f"{facts['parameters']:,}", megabytes(facts["bytes"])))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join((row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].rjust(widths[2]), row[3].rjust(widths[3])))
-        for row in rows
-    ]
     square = ""
     if facts["image_tokens_square"] != facts["image_tokens"]:
         square = f", {facts['image_tokens_square']} of a square one"
     cost = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in facts["flops"].items())
     return "\n".join(
         [
-            *(line.rstrip() for line in lines),
+            *aligned(rows, left=(0, 1)),
             "",
             f"image       {facts['image']}",
             f"tokens      {facts['image_tokens']} per image (at most){square}",

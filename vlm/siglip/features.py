@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlm.errors import ConfigError, DataError, ImageError
 from vlm.images.load import load_image
+from vlm.words import lines
 
 if TYPE_CHECKING:
     import torch
@@ -134,9 +135,8 @@ def _load(
         if not problems:
             loaded.append(image)
     if problems:
-        more = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
         head = f"{len(problems)} of {len(images)} images cannot be used; mend them or take their lines out:"
-        raise DataError("\n".join([head, *problems[:_LISTED], *more]))
+        raise DataError("\n".join([head, *lines(problems, _LISTED)]))
     return loaded
 
 

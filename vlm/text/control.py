@@ -14,10 +14,13 @@ from typing import Any
 
 from vlm.text import locations
 from vlm.text.tokens import GEMMA_NAMES
+from vlm.words import more
 
 logger = logging.getLogger(__name__)
 
 NEWLINE = "a newline at the end"
+TOLD = 5
+"""So many spellings are told, and how many more there are."""
 LOCATIONS = "malformed <loc> or <seg> tokens"
 _MARKS = (
     r"(?:<\|im_start\|>|<start_of_turn>)(?:user|assistant|system|model)\b"
@@ -94,8 +97,8 @@ class Count:
         most = sorted(self.found.items(), key=lambda one: (-one[1][0], one[1][1], one[0] == NEWLINE))
         shown = [
             f"{_quoted(spelling)} in {count:,} of {self.texts:,} (first line {line})"
-            for spelling, (count, line) in most[:5]
-        ] + ([f"and {len(most) - 5} more"] if len(most) > 5 else [])
+            for spelling, (count, line) in most[:TOLD]
+        ] + ([more(len(most), TOLD)] if len(most) > TOLD else [])
         if stripped:
             logger.info("%s: removed as control text (%s): %s", where, setting, "; ".join(shown))
             return

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vlm import ranks
 from vlm.errors import DataError, VLMError
 from vlm.eval import results
 from vlm.eval.harness import file_job
@@ -26,7 +27,6 @@ from vlm.generation.predictor import Decoding, ModelPredictor
 from vlm.model.processor import Processor
 from vlm.train.batches import Failure
 from vlm.train.config import EvaluateConfig
-from vlm.train.processes import gather, world_size
 from vlm.train.step import StageModule
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Evaluator:
         predictor = ModelPredictor(module.model, self._processor, name="in training")  # type: ignore[arg-type]
         who = answers.answerer(predictor, job.decoding, job.candidates)
         plan = [[job.examples[i] for i in batch] for batch in batches.plan(job.examples, self._size)]
-        world = world_size()
+        world = ranks.current().world
         own: list[dict[str, Any]] = []
         error: VLMError | None = None
         try:
@@ -106,7 +106,7 @@ class Evaluator:
                 own = answer_all(who, plan[module.global_rank :: world])
         except VLMError as caught:
             error = caught
-        shares = gather((own, error is not None))
+        shares = ranks.current().gather((own, error is not None))
         if any(failed for _, failed in shares):
             raise error or DataError("evaluation failed in another process; its message says why")
         return [record for records, _ in shares for record in records]

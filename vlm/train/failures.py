@@ -9,7 +9,6 @@ from vlm.errors import DataError, TrainingError
 from vlm.files import Journal, read_lines
 from vlm.train.batches import LONGEST_WAIT_S, Failure
 from vlm.train.config import StageConfig
-from vlm.train.processes import barrier, gather, world_size
 
 NAME = "failures.jsonl"
 TRAINING, VALIDATION, EVALUATION = "training", "validation", "evaluation"
@@ -68,10 +67,10 @@ class Failures:
 
     def collect(self) -> None:
         """Called on every rank: rank 0's list takes in those of the others, and those that killed ranks have left."""
-        shares = gather(read_lines(self.path) if ranks.rank() else [])
+        shares = ranks.current().gather(read_lines(self.path) if ranks.rank() else [])
         left = sorted(self.path.parent.glob("failures-rank*.jsonl")) if ranks.rank() == 0 else []
         self._append(record for share in [*shares, *map(read_lines, left)] for record in share)
-        barrier()
+        ranks.current().barrier()
         self.close()
         for path in [*left, *([self.path] if ranks.rank() else [])]:
             path.unlink(missing_ok=True)
@@ -113,7 +112,8 @@ def _smaller(stage: StageConfig) -> str:
     same = "which leaves the result as it is, and go on with --resume; or "
     if stage.batch_tokens is not None:
         return f"lower batch_tokens (now {stage.batch_tokens}), {same}"
-    cuts = [n for n in range(stage.accumulate + 1, stage.batch_size + 1) if stage.batch_size % (n * world_size()) == 0]
+    world = ranks.current().world
+    cuts = [n for n in range(stage.accumulate + 1, stage.batch_size + 1) if stage.batch_size % (n * world) == 0]
     return f"raise `accumulate` (now {stage.accumulate}) to {cuts[0]}, {same}" if cuts else ""
 
 

@@ -15,6 +15,7 @@ from vlm.train.config import RunConfig
 from vlm.train.rundir import begun
 from vlm.train.schedule import warmup_steps
 from vlm.train.stage import Stage, world_size
+from vlm.words import aligned
 
 log = logging.getLogger(__name__)
 
@@ -105,15 +106,10 @@ def overview(stages: Sequence[Stage], model: VLM, processor: Processor) -> str:
         rows.append(
             (config.name, steps, f"{config.batch_size:,}", epochs, f"{tokens:.0f}", _short(seen * tokens), trains)
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, len(widths))), row[-1]])
-        for row in rows
-    ]
     files = f"{len(first.mixture.counts)} files" if len(first.mixture.counts) > 1 else "1 file"
     held_out = f", {len(first.val):,} held out" if first.val else ""
     heading = f"{run.out}: {len(first.examples):,} training examples in {files}{held_out}"
-    return "\n".join([heading, *lines, _when(run, stages)])
+    return "\n".join([heading, *aligned(rows, left=(0, len(header) - 1)), _when(run, stages)])
 
 
 def _when(run: RunConfig, stages: Sequence[Stage]) -> str:

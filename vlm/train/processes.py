@@ -1,14 +1,10 @@
 """Agreement between the processes of a run before Lightning has made its process group."""
 
 import os
-from collections.abc import Sequence
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
-
-T = TypeVar("T")
 
 
 def join_process_group() -> None:
@@ -28,31 +24,6 @@ def join_process_group() -> None:
         rank=environment.global_rank(),
         world_size=environment.world_size(),
     )
-
-
-def barrier() -> None:
-    """Wait for the other processes, if there is a process group."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-
-
-def gather(value: Any) -> list[Any]:
-    """The value of every process, in the order of the ranks; that of this one where there is no process group."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def share(items: Sequence[T]) -> Sequence[T]:
-    """The part of the items that is this process's; the processes have all of them between them, each once."""
-    return items[dist.get_rank() :: world_size()] if world_size() > 1 else items
-
-
-def world_size() -> int:
-    """How many processes take part now."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _launcher() -> ClusterEnvironment | None:

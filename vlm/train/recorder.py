@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
+from vlm import ranks
+from vlm.children import peak_memory_bytes
 from vlm.errors import VLMError
-from vlm.measure.cost import peak_memory_bytes
 from vlm.train import checkpoint, metrics, optim, parts
 from vlm.train.batches import MicroBatch
 from vlm.train.evaluate import Evaluator
 from vlm.train.failures import EVALUATION, VALIDATION, Failures
 from vlm.train.metrics import MetricsFile
-from vlm.train.processes import barrier, gather
 from vlm.train.progress import Progress, Speed, TensorBoard
 from vlm.train.step import StageModule, StepReport
 from vlm.train.validate import Validator
@@ -73,8 +73,8 @@ class Recorder(pl.Callback):
     def end(self, frozen: dict[str, str]) -> None:
         """Called after the last step, when the frozen parts were compared."""
         self._failures.collect()
-        over_budget = set[str]().union(*gather(self._over_budget))
-        peaks = [peak for peak in gather(self._peak_memory()) if peak is not None]
+        over_budget = set[str]().union(*ranks.current().gather(self._over_budget))
+        peaks = [peak for peak in ranks.current().gather(self._peak_memory()) if peak is not None]
         if self.main and over_budget:
             name = self.stage.config.name
             log.warning("stage %s: %d examples were longer than batch_tokens", name, len(over_budget))
@@ -132,7 +132,7 @@ class Recorder(pl.Callback):
         if pl_module.stopped:
             trainer.should_stop = True
             # A process that leaves early is taken for a crash by the launcher, which then kills the one that saves.
-            barrier()
+            ranks.current().barrier()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.close()
@@ -167,7 +167,7 @@ class Recorder(pl.Callback):
 
     def _make_up(self, module: StageModule) -> None:
         """Measure what was due at the checkpoint that the run goes on from, and was not done when it was stopped."""
-        validate, evaluate = gather(self._missing())[0]
+        validate, evaluate = ranks.current().gather(self._missing())[0]
         self._measure(module, self._begin[0], validate, evaluate)
 
     def _missing(self) -> tuple[bool, bool]:

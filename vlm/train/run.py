@@ -1,7 +1,6 @@
 """`run`: a whole training run. This module stays light: what must be refused is refused before torch is imported."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +11,6 @@ from vlm.train.rundir import begun, open_run, trained
 from vlm.train.signals import Stopped, StopSignal
 
 log = logging.getLogger("vlm")
-
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
 
 def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, accept_changes: bool = False) -> Path:
@@ -33,7 +30,7 @@ def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, acce
         VLMError: anything the caller can mend: configuration, data, a directory in use, a non-finite loss, a full disk.
         Stopped: (a SystemExit with code 143 or 130) SIGTERM or SIGINT came; a checkpoint was saved.
     """
-    main = is_main_process()
+    main = ranks.is_main()
     try:
         with (
             StopSignal() as stop,
@@ -49,11 +46,6 @@ def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, acce
         if main:
             log.warning("stopped; %s", saved(config))
         raise
-
-
-def is_main_process() -> bool:
-    """Whether this is rank 0, as torchrun, SLURM or Lightning's launcher tell by environment variables."""
-    return all(os.environ.get(name, "0") == "0" for name in _RANK_VARIABLES)
 
 
 def saved(config: RunConfig) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from vlm import files, settings
+from vlm import files, ranks, settings
 from vlm.build.assembly import new
 from vlm.build.towers import Choice, choose
 from vlm.checkpoints import identity
@@ -41,7 +41,7 @@ from vlm.train.batches import check_lengths, targets, with_budget
 from vlm.train.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from vlm.train.evaluate import read_jobs
 from vlm.train.features import store as features
-from vlm.train.processes import barrier, gather, join_process_group, share
+from vlm.train.processes import join_process_group
 from vlm.train.quiet import quiet_transformers
 from vlm.train.recorder import Recorder
 from vlm.train.rundir import RunDirectory, accepted, read_record
@@ -71,7 +71,7 @@ def run_stages(config: RunConfig, directory: RunDirectory, *, main: bool, skip_b
         with quiet_transformers():
             model, processor = make_model(config.model)
             _publish_model(model, processor, start, {"model": settings.to_dict(config.model)})
-    barrier()
+    ranks.current().barrier()
     kept, left_out = _fitting(_Data(examples, counts, val, jobs), _rooms(config, start), skip_bad)
     if left_out:
         digest = data_digest(kept.examples)
@@ -91,7 +91,7 @@ def run_stages(config: RunConfig, directory: RunDirectory, *, main: bool, skip_b
     final = config.out / "model"
     if main:
         _finish(config, start, final, skipped + left_out, time.monotonic() - began)
-    barrier()
+    ranks.current().barrier()
     return final
 
 
@@ -124,7 +124,7 @@ def _run_stage(
     if main:
         _publish_model(model, processor, target, _provenance(stage))
         features.remove(stage.features, stage.config.name)
-    barrier()
+    ranks.current().barrier()
     return target
 
 
@@ -256,7 +256,7 @@ def data_digest(examples: list[Example]) -> str:
     The processes of a run share the reading; each must call this.
     """
     found: dict[Path, str] = {}
-    for part in gather(content.of_files(share(content.image_files(examples)))):
+    for part in ranks.current().gather(content.of_files(ranks.current().share(content.image_files(examples)))):
         found |= part
     return content.of_items(examples, ("id", "prefix", "suffix"), found)
 

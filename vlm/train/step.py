@@ -36,6 +36,7 @@ from vlm.train.batches import MicroBatch
 from vlm.train.config import StageConfig
 from vlm.train.features.store import FeatureBatch
 from vlm.train.schedule import multiplier
+from vlm.words import listed
 
 log = logging.getLogger(__name__)
 
@@ -307,7 +308,7 @@ class StageModule(pl.LightningModule):
             for name in batch.ids
             if not bool(loss.isfinite()) or "gradient" in what
         ]
-        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        shown = listed(ids, 8)
         lr = ", ".join(f"{part} {rate:g}" for part, rate in rates.items())
         return (
             f"stage {self.stage.name}, step {step + 1}: {what}; samples: {shown or 'of another process'}; "

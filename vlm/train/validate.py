@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from vlm import ranks
 from vlm.data.examples import Example
 from vlm.data.order import Key, Mixture
 from vlm.errors import DataError, VLMError
 from vlm.model.processor import Processor
 from vlm.train.batches import Failure, MicroBatches
-from vlm.train.processes import world_size
 from vlm.train.step import StageModule
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Validator:
         failures: list[Failure] = []
         began = told = time.monotonic()
         module.model.eval()
-        mine = self._keys[module.global_rank :: world_size()]
+        mine = self._keys[module.global_rank :: ranks.current().world]
         for number, key in enumerate(mine):
             item = self._data[key]
             failures += item.failures
@@ -88,7 +88,7 @@ class Validator:
         # Frozen parts stay in eval mode whatever is asked of them.
         module.model.train()
         totals[2:] = torch.tensor([error is not None, len(failures)], dtype=torch.float64)
-        if world_size() > 1:
+        if ranks.current().world > 1:
             dist.all_reduce(totals)
         if error is not None or totals[2] > 0:
             raise error or DataError("validation failed in another process; its message says why")

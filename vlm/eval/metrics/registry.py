@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from vlm.errors import ConfigError, DataError, nearest
 from vlm.eval.metrics.result import Constant, MetricResult, no_intervals
+from vlm.words import listed
 
 Predictions = Mapping[str, str]
 References = Mapping[str, tuple[str, ...]]
@@ -31,7 +32,6 @@ Constants = Callable[[References, Info], list[str]]
 
 _TRIED = 10
 _SAMPLE = 2000
-_LISTED = 10  # ids named in an error; the count of the rest follows
 
 
 @dataclass(frozen=True)
@@ -245,5 +245,4 @@ def only_reference(name: str, key: str, references: References) -> str:
 
 
 def _sample(ids: list[str]) -> str:
-    shown = ", ".join(map(repr, ids[:_LISTED]))
-    return f": {shown}" + (f" and {len(ids) - _LISTED} more" if len(ids) > _LISTED else "")
+    return f": {listed(ids, show=repr)}"

@@ -12,6 +12,7 @@ from vlm import settings
 from vlm.data.source import File
 from vlm.errors import ConfigError, nearest
 from vlm.eval.tasks.task import Split, Task, TaskDecoding, check_scoring
+from vlm.words import columns
 
 _HERE = Path(__file__).parent
 _SPLIT = "data"
@@ -161,6 +162,4 @@ def table() -> str:
         if len(prompt) > _PROMPT_WIDTH:
             prompt = prompt[: _PROMPT_WIDTH - 4] + " ..."
         rows.append((name, split, "-" if count is None else f"{count:,}", ",".join(task.metrics), prompt, task.title))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return columns(rows, left=range(len(rows[0])))
