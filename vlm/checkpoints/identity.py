@@ -7,9 +7,8 @@ part of it: a directory that was moved, or saved again, is the same model.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from vlm.checkpoints.digests import of_module, of_tensors, of_values
 from vlm.checkpoints.files import HUB_FILES, INDEX, read_json
 from vlm.checkpoints.layout import RUNTIME, dtype_name
 from vlm.data import content
@@ -134,27 +134,6 @@ def of_weights(model: nn.Module) -> str:
     return of_tensors(_saved(model))
 
 
-def of_module(module: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers of a part, computed ones too."""
-    return of_tensors([*module.named_parameters(), *module.named_buffers()])
-
-
-def of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order given."""
-    total = hashlib.sha256()
-    for name, tensor in tensors:
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for plain in _plain(tensor.detach()):
-            total.update(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
-def of_values(values: Any) -> str:
-    """sha256 over JSON values; the order of keys does not count."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers by name, brought from where they are offloaded one module at a time."""
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
@@ -165,15 +144,6 @@ def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         module = model.get_submodule(parent)
         with align_module_device(module, torch.device("cpu")):
             yield name, getattr(module, leaf)
-
-
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold the bytes: itself, or what a quantised one is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain(getattr(tensor, name))
 
 
 def _generation_settings(model: VLM) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from vlm.build.towers import sized
-from vlm.checkpoints import identity
+from vlm.checkpoints import digests, identity
 from vlm.checkpoints.directory import load
 from vlm.compare import fixed
 from vlm.compare.config import ProbeConfig, TaskConfig
@@ -212,7 +212,7 @@ def probes(model: VLM, processor: Processor, spec: Spec, config: ProbeConfig, de
     after, reason = _probed(model, processor, spec, config, (train, test), device)
     start, start_processor = load(spec.run.out / "start", device=device)
     tower = identity.of_parts(start, start_processor.image_transform)["encoder"]
-    key = identity.of_values([tower, asdict(config), data, _text_tower(spec)])
+    key = digests.of_values([tower, asdict(config), data, _text_tower(spec)])
     # The same tower begins the runs of all seeds and projectors.
     kept = spec.folder.parents[2] / "probes" / f"{key[:32]}.json"
     if kept.is_file():
@@ -301,7 +301,7 @@ def fixed_facts(spec: Spec) -> dict[str, Any]:
         "seen": fixed.seen_digest(run.out),
         "settings": fixed.shared_settings(run.out),
         "tokenizer": identity.of_tokenizer(processor.tokenizer),
-        "projector_shapes": identity.of_values(shapes),
+        "projector_shapes": digests.of_values(shapes),
         **identity.of_parts(start, processor.image_transform),
     }
 

@@ -229,11 +229,11 @@ class Answers:
         return round(metrics.compute("cider", self.said["captions"], references).value, 4)
 
     def _predict(self, name: str, loaded: dict[Path, Any], model: Path, lines: Sequence[dict[str, Any]]) -> None:
-        from vlm.checkpoints import identity
+        from vlm.checkpoints import digests, identity
 
         images = [self.data / line["image"] for line in lines]
         asked = [lines, [content.of_file(image) for image in images], MAX_NEW_TOKENS, BATCH_SIZE]
-        made_of = {"model": identity.of_checkpoint(model), "asked": identity.of_values(asked)}
+        made_of = {"model": identity.of_checkpoint(model), "asked": digests.of_values(asked)}
         file, note = self.folder / f"{name}.jsonl", self.folder / f"{name}.made_of.json"
         if dataset.answered(file, lines) and dataset.left_over(note) == made_of:
             return

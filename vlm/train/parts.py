@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlm import files
-from vlm.checkpoints import identity
+from vlm.checkpoints import digests
 from vlm.errors import TrainingError, nearest
 from vlm.train.config import PARTS, StageConfig
 
@@ -142,7 +142,7 @@ def write_manifest(path: Path, rows: list[Row], **extra: Any) -> None:
 
 def frozen_digests(model: nn.Module, stage: StageConfig) -> dict[str, str]:
     """The digest of each frozen part."""
-    return {part: identity.of_module(module) for part, module in parts_of(model).items() if part not in stage.train}
+    return {part: digests.of_module(module) for part, module in parts_of(model).items() if part not in stage.train}
 
 
 def trained_tensors(model: nn.Module, stage: StageConfig) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.checkpoints.identity import of_values
+from vlm.checkpoints.digests import of_values
 from vlm.data import content
 from vlm.data.examples import Example
 from vlm.encoders import EncoderOutput
