@@ -20,7 +20,7 @@ from vlm import check
 from vlm.build.presets import tiny, tiny_decoder
 from vlm.check.report import Result
 from vlm.cli import main
-from vlm.encoders import EncoderOutput, check_output
+from vlm.encoders.contract import EncoderOutput, check_output
 from vlm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,7 +258,7 @@ def test_another_image_in_the_batch(fixed: Any) -> None:
 
 def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """A file of one's own that returns a tensor: refused in a line by every command that runs it, told by check."""
-    from vlm.registry import OWN_ENCODERS
+    from vlm.registry import OWN
 
     source = (ROOT / "examples" / "own_encoder.py").read_text(encoding="utf-8")
     source = source.replace("own_encoder", "broken_encoder")
@@ -280,7 +280,7 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
             capsys.readouterr().err.count("error: the broken_encoder:PatchTower tower returned float32[1, 4, 32]") == 1
         )
     finally:
-        OWN_ENCODERS.pop("broken_encoder:PatchTower", None)
+        OWN["vlm.encoders"].pop("broken_encoder:PatchTower", None)
         sys.modules.pop("broken_encoder", None)
 
 

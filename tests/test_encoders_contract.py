@@ -15,9 +15,11 @@ from torch import Tensor
 import vlm
 from vlm.build.presets import tiny
 from vlm.build.towers import choose
-from vlm.encoders import EncoderOutput, choose_layers, feature_width, read_config
+from vlm.encoders._layers import feature_width
+from vlm.encoders.contract import EncoderOutput
 from vlm.errors import ConfigError
 from vlm.images.fused import open_transform
+from vlm.model.parts import choose_layers, read_config
 from vlm.registry import kinds, part
 from vlm.train import parts
 from vlm.train.config import StageConfig

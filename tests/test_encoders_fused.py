@@ -17,11 +17,11 @@ import vlm
 from vlm.build.presets import tiny, tiny_decoder
 from vlm.build.towers import choose, several
 from vlm.cli import main
-from vlm.encoders import read_config
 from vlm.errors import CheckpointError, ConfigError, VLMError
 from vlm.images.fused import FusedTransform, one_view, same_view, unpack
 from vlm.images.transforms import ImageTransform
 from vlm.measure.info import describe, table
+from vlm.model.parts import read_config
 from vlm.registry import part
 
 SIZES = [(70, 30), (25, 80), (40, 40)]

@@ -14,10 +14,12 @@ from encodertools import needs
 
 import vlm
 from vlm.build.presets import tiny, tiny_decoder
-from vlm.encoders import feature_width, read_config, without
+from vlm.encoders._layers import feature_width
+from vlm.encoders._libraries import without
 from vlm.errors import CheckpointError, ConfigError, VLMError
 from vlm.measure.info import describe
 from vlm.model.config import VLMConfig
+from vlm.model.parts import read_config
 from vlm.registry import part
 
 STAGES = {"depths": [1, 1, 1, 1]}

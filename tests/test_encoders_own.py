@@ -79,7 +79,9 @@ def test_one_file_is_all_that_an_encoder_of_the_library_needs(tmp_path: Path) ->
 import sys, vlm.encoders
 vlm.encoders.__path__.append({str(tmp_path)!r})
 import pytest, vlm
-from vlm import check, presets
+import vlm.measure.info
+from vlm import check
+from vlm.build import presets
 model, processor = presets.tiny("patchwork")
 vlm.save(model, processor, {str(tmp_path / "model")!r})
 model, processor = vlm.load({str(tmp_path / "model")!r})

@@ -31,10 +31,11 @@ from transformers import (
 import vlm
 from vlm.build.presets import tiny, tiny_decoder
 from vlm.checkpoints.parts import load_tower
-from vlm.encoders import choose_layers, feature_width, model_types, read_config
+from vlm.encoders._layers import feature_width
 from vlm.errors import CheckpointError, ConfigError
 from vlm.measure.info import describe
 from vlm.model.config import VLMConfig
+from vlm.model.parts import choose_layers, model_types, read_config
 from vlm.registry import kinds, part
 
 SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28}

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vlm
 from vlm.build.presets import tiny
-from vlm.encoders import EncoderOutput
+from vlm.encoders.contract import EncoderOutput
 from vlm.errors import ConfigError, DataError, GenerationError
 from vlm.generation.engine import generate_ids
 from vlm.model.config import VLMConfig

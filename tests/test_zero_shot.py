@@ -15,9 +15,9 @@ from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel,
 
 from vlm.build.presets import tiny
 from vlm.checkpoints.parts import load_tower
-from vlm.encoders import read_config
 from vlm.errors import CheckpointError, DataError
 from vlm.measure.probes import Labelled
+from vlm.model.parts import read_config
 from vlm.registry import part
 from vlm.siglip import text as siglip
 from vlm.siglip.zero_shot import class_embeddings, pooled, text_ids, why_no_zero_shot, zero_shot

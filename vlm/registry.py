@@ -10,39 +10,73 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from vlm.errors import ConfigError, nearest
 
-
-def kinds(package: str) -> list[str]:
-    """Names of the parts in a room such as `vlm.encoders`: one file each, the file name is the kind."""
-    path = importlib.import_module(package).__path__
-    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
+OWN: dict[str, dict[str, Any]] = {"vlm.encoders": {}}
+"""Rooms that take parts of the user's own: name `MODULE:CLASS` -> part, put here by `use` and by nothing else."""
 
 
-OWN_ENCODERS: dict[str, Any] = {}
-"""Encoders of the user's own by `MODULE:CLASS`, put here by `vlm.encoders.use` and by nothing else."""
+def kinds(room: str) -> list[str]:
+    """Names of the parts in a room such as `vlm.encoders`: one file each, the file name is the kind. `contract` says
+    what a file defines, and files that start with `_` are shared by them."""
+    path = importlib.import_module(room).__path__
+    names = sorted(module.name for module in pkgutil.iter_modules(path))
+    return [name for name in names if name != "contract" and not name.startswith("_")]
 
 
-def part(package: str, kind: str) -> Any:
+def part(room: str, kind: str) -> Any:
     """Import the file of a part by its exact kind.
 
     Raises:
         ConfigError: there is no such kind; the message lists the known ones.
     """
-    if package == "vlm.encoders" and kind in OWN_ENCODERS:
-        return OWN_ENCODERS[kind]
-    known = kinds(package)
-    if package == "vlm.encoders" and ":" in kind:
+    own, what = OWN.get(room), room.rsplit(".", 1)[-1].rstrip("s")
+    if own is not None and kind in own:
+        return own[kind]
+    if own is not None and ":" in kind:
         raise ConfigError(
-            f"the encoder {kind!r} is code outside this library, which no configuration can load: if you trust it, call"
-            f" vlm.encoders.use({kind!r}) first, or give `--encoder-class {kind}` on the command line"
+            f"the {what} {kind!r} is code outside this library, which no configuration can load: if you trust it, call"
+            f" {room}.use({kind!r}) first, or give `--{what}-class {kind}` on the command line"
         )
+    known = kinds(room)
     if kind not in known:
-        what = package.rsplit(".", 1)[-1].rstrip("s")
         raise ConfigError(f"unknown {what} {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
-    return importlib.import_module(f"{package}.{kind}")
+    return importlib.import_module(f"{room}.{kind}")
+
+
+def use(room: str, name: str) -> Any:
+    """Make a part of one's own known in this process.
+
+    Only a call imports it: a name in a downloaded configuration never does.
+
+    Args:
+        room: one that takes such parts, such as `vlm.encoders`.
+        name: `MODULE:CLASS`, such as `mylab.towers:MyTower`. The module is a file as the room's `contract` describes
+            it; the class stands for its `Encoder`.
+
+    Returns:
+        The part, with the attributes of its module.
+
+    Raises:
+        ConfigError: it cannot be imported, or lacks a part of the contract.
+    """
+    what = room.rsplit(".", 1)[-1].rstrip("s")
+    module_name, _, class_name = name.partition(":")
+    if not module_name or not class_name:
+        raise ConfigError(f"{what} {name!r}: expected MODULE:CLASS, such as mylab.towers:MyTower")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{what} {name!r} cannot be imported ({error}); install it, or set PYTHONPATH") from error
+    wanted = importlib.import_module(f"{room}.contract").CONTRACT
+    missing = [entry for entry in (*wanted, class_name) if not hasattr(module, entry)]
+    if missing:
+        raise ConfigError(f"{what} {name!r}: {module_name} has no {', '.join(missing)}; see docs/{what}s.md")
+    OWN[room][name] = SimpleNamespace(**{**vars(module), what.capitalize(): getattr(module, class_name)})
+    return OWN[room][name]
 
 
 def door(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

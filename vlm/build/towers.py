@@ -24,11 +24,11 @@ from vlm.checkpoints.geometry import (
 )
 from vlm.checkpoints.preprocessing import checked_image_settings, own_transform, resample_name
 from vlm.checkpoints.tower import OWN_TRANSFORM
-from vlm.encoders import choose_layers, model_types, read_config
 from vlm.errors import ConfigError, nearest
 from vlm.images.fused import FusedTransform, cells_shown, open_transform
 from vlm.images.transforms import ImageTransform
 from vlm.model.config import VLMConfig
+from vlm.model.parts import choose_layers, model_types, read_config
 from vlm.registry import kinds, part
 
 logger = logging.getLogger(__name__)

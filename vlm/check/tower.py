@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import PIXELS, Subject, Tensors, evaluating
-from vlm.encoders import EncoderOutput, check_output, square_grid
+from vlm.encoders.contract import EncoderOutput, check_output, square_grid
 from vlm.errors import ConfigError
 from vlm.images.fused import unpack
 from vlm.words import listed

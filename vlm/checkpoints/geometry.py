@@ -25,12 +25,13 @@ from vlm.checkpoints.configs import NOTES
 from vlm.checkpoints.loader import Source, check_fit, empty, expected_shapes, put
 from vlm.checkpoints.names import PROJECTOR, TOWER
 from vlm.checkpoints.parts import as_tower
-from vlm.encoders import choose_layers, feature_layers, feature_width
+from vlm.encoders._layers import feature_layers, feature_width
 from vlm.errors import ConfigError, nearest
 from vlm.images.fused import FusedTransform, one_view
 from vlm.images.transforms import ImageTransform
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
+from vlm.model.parts import choose_layers
 from vlm.model.processor import Processor
 from vlm.registry import part
 

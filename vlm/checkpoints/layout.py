@@ -18,7 +18,7 @@ from torch import Tensor
 from vlm.checkpoints.configs import WINDOW_IN_USE
 from vlm.checkpoints.names import HEAD, to_hub
 from vlm.checkpoints.shards import write_shards
-from vlm.encoders import RUNNING, stated
+from vlm.encoders.contract import RUNNING, stated
 from vlm.errors import ConfigError
 from vlm.images.transforms import RESAMPLING, ImageTransform
 from vlm.model.forward import VLM

@@ -27,7 +27,7 @@ from vlm.checkpoints.loader import Source
 from vlm.checkpoints.names import TOWER
 from vlm.checkpoints.parts import directory_source, renaming
 from vlm.checkpoints.shards import write_shards
-from vlm.encoders import Published
+from vlm.encoders.contract import Published
 from vlm.errors import ConfigError
 from vlm.images.fused import FusedTransform
 from vlm.images.transforms import ImageTransform

@@ -16,9 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run, options = parse(argv)
             if options.encoder_class:
-                from vlm.encoders import use
+                from vlm.registry import use
 
-                use(options.encoder_class)
+                use("vlm.encoders", options.encoder_class)
             return run(options)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0

@@ -16,12 +16,12 @@ from vlm.compare.runs import Spec, check_sources, claim, make_specs, sources
 from vlm.compare.summary import summarise
 from vlm.data.examples import Example
 from vlm.data.reading import read, read_labelled
-from vlm.encoders import use
 from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.eval import items
 from vlm.eval.metrics import registry
 from vlm.files import Lock, disk_errors, locked, write_json, write_text
 from vlm.measure.probes import check_sets, images_in_both
+from vlm.registry import use
 from vlm.siglip.zero_shot import check_templates
 from vlm.train.stages import data_digest, read_sources
 
@@ -106,7 +106,7 @@ def compare(
     """
     folder = Path(out)
     if encoder_class is not None:
-        use(encoder_class)
+        use("vlm.encoders", encoder_class)
     made = plan(config, encoders=encoders, projectors=projectors, seeds=seeds, how=how)
     log.info("%s", match.table(made.arms, how))
     with _locked(folder):

@@ -28,9 +28,9 @@ def main(phase: str, path: Path) -> int:
         with endings():
             spec = runs.read(path)
             if spec.encoder_class is not None:
-                from vlm.encoders import use
+                from vlm.registry import use
 
-                use(spec.encoder_class)
+                use("vlm.encoders", spec.encoder_class)
             if phase == "train":
                 from vlm import train
 

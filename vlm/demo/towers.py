@@ -27,8 +27,8 @@ from vlm.checkpoints.configs import NOTES
 from vlm.checkpoints.tower import preprocessor_values
 from vlm.demo import captions, scenes
 from vlm.demo.learning import MOST_THINGS, WEIGHTS, Words, fit, pad, save
-from vlm.encoders import read_config
 from vlm.images.transforms import ImageTransform
+from vlm.model.parts import read_config
 from vlm.registry import part
 from vlm.text import tokenizer as tokenizers
 

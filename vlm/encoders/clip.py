@@ -23,18 +23,9 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig as Config
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
-from vlm.encoders import (
-    EncoderOutput,
-    Published,
-    check_square,
-    final_norm,
-    hidden_features,
-    run_blocks,
-    runs,
-    square_output,
-    stated,
-)
-from vlm.encoders import square_tokens as tokens_for
+from vlm.encoders._layers import final_norm, hidden_features, run_blocks, runs
+from vlm.encoders.contract import EncoderOutput, Published, check_square, square_output, stated
+from vlm.encoders.contract import square_tokens as tokens_for
 from vlm.images.transforms import ImageTransform
 
 __all__ = ["Config", "Encoder", "published", "resample", "tiny", "tokens_for", "transform"]

@@ -24,18 +24,9 @@ from transformers import Dinov2Model, Dinov2PreTrainedModel, Dinov2WithRegisters
 from transformers import Dinov2WithRegistersConfig as Config
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer, Dinov2PatchEmbeddings
 
-from vlm.encoders import (
-    EncoderOutput,
-    Published,
-    check_square,
-    final_norm,
-    hidden_features,
-    run_blocks,
-    runs,
-    square_output,
-    stated,
-)
-from vlm.encoders import square_tokens as tokens_for
+from vlm.encoders._layers import final_norm, hidden_features, run_blocks, runs
+from vlm.encoders.contract import EncoderOutput, Published, check_square, square_output, stated
+from vlm.encoders.contract import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
 

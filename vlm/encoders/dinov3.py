@@ -24,17 +24,9 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
     DINOv3ViTRopePositionEmbedding,
 )
 
-from vlm.encoders import (
-    EncoderOutput,
-    Published,
-    check_square,
-    final_norm,
-    hidden_features,
-    run_blocks,
-    square_output,
-    stated,
-)
-from vlm.encoders import square_tokens as tokens_for
+from vlm.encoders._layers import final_norm, hidden_features, run_blocks
+from vlm.encoders.contract import EncoderOutput, Published, check_square, square_output, stated
+from vlm.encoders.contract import square_tokens as tokens_for
 from vlm.images.transforms import ImageTransform
 
 __all__ = ["Config", "Encoder", "published", "read_config", "tiny", "tokens_for", "transform"]

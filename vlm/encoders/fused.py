@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm import encoders
-from vlm.encoders import EncoderOutput, feature_width
-from vlm.encoders import square_tokens as tokens_for
+from vlm.encoders import contract
+from vlm.encoders._layers import feature_width
+from vlm.encoders.contract import EncoderOutput
+from vlm.encoders.contract import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.images.fused import FusedTransform, one_view, unpack
 from vlm.images.transforms import ImageTransform, resize_float
@@ -68,7 +69,7 @@ class Config(PreTrainedConfig):
     def towers(self) -> list[tuple[str, PreTrainedConfig]]:
         """(kind, configuration) of each member."""
         return [
-            (member["encoder"], encoders.read_config(member["encoder"], _with_fixed(member)))
+            (member["encoder"], contract.read_config(part("vlm.encoders", member["encoder"]), _with_fixed(member)))
             for member in self.members or ()
         ]
 
@@ -167,7 +168,7 @@ def _check_members(members: Any) -> None:
             )
         if member["encoder"] == "fused":
             raise ConfigError("a fused tower cannot be a member of another; list its members instead")
-        config = encoders.read_config(member["encoder"], member["config"])
+        config = contract.read_config(part("vlm.encoders", member["encoder"]), member["config"])
         if not hasattr(config, "image_size"):
             raise ConfigError(
                 f"{member['encoder']} gives each image a grid of its own, and the members of a fused tower share one:"
@@ -177,7 +178,10 @@ def _check_members(members: Any) -> None:
 
 def choose_layers(config: Config, layer: int | list[int]) -> Config:
     """The same choice of feature layers for every member."""
-    chosen = [(kind, encoders.choose_layers(kind, member, layer)) for kind, member in config.towers]
+    chosen = [
+        (kind, contract.choose_layers(part("vlm.encoders", kind), kind, member, layer))
+        for kind, member in config.towers
+    ]
     return fuse(chosen, config.grid, config.resample)
 
 
@@ -270,5 +274,8 @@ def small(image_size: int, patch_size: int, width: int, depth: int, heads: int) 
     other = {**same, "patch_size": patch_size + 2, "image_size": rows * (patch_size + 2), "num_register_tokens": 2}
     siglip = {**same, "patch_size": patch_size, "image_size": image_size, "vision_use_head": False}
     return fuse(
-        [(kind, encoders.read_config(kind, values)) for kind, values in (("siglip", siglip), ("dinov3", other))]
+        [
+            (kind, contract.read_config(part("vlm.encoders", kind), values))
+            for kind, values in (("siglip", siglip), ("dinov3", other))
+        ]
     )

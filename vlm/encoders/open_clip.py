@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -31,25 +32,20 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.encoders import (
-    EncoderOutput,
-    Published,
-    check_square,
+from vlm.encoders._layers import feature_layers, join_layers, runs
+from vlm.encoders._libraries import (
+    check_measured,
     check_whole_cells,
-    choose_blocks,
     count_flops,
-    feature_layers,
-    join_layers,
-    measured_output,
     missing_extra,
     plain,
     row_order,
-    runs,
     trunk_features,
     unused_names,
     without,
 )
-from vlm.encoders import square_tokens as tokens_for
+from vlm.encoders.contract import EncoderOutput, Published, check_square, choose_blocks, square_output
+from vlm.encoders.contract import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
 
@@ -252,7 +248,7 @@ def choose_layers(config: Config, layer: int | list[int]) -> PreTrainedConfig:
     """
     if config.layout != "NLC":
         raise ConfigError(f"layer={layer}: an open_clip ConvNet gives its last stage only; leave it out")
-    return choose_blocks("open_clip", config, layer)
+    return choose_blocks(sys.modules[__name__], "open_clip", config, layer)
 
 
 def resample(table: Tensor, config: Config) -> Tensor:
@@ -309,9 +305,9 @@ class Encoder(PreTrainedModel):
         check_square(self.config, pixel_values, "open_clip")
         pixel_values = pixel_values.to(self.dtype)
         if self.config.feature_layers:
-            return measured_output(self.config, self._blocks(pixel_values))
-        features = self.visual(pixel_values)
-        return measured_output(self.config, row_order(features, self.config.layout, self.config.num_prefix_tokens))
+            return square_output(self.config, check_measured(self.config, self._blocks(pixel_values)))
+        features = row_order(self.visual(pixel_values), self.config.layout, self.config.num_prefix_tokens)
+        return square_output(self.config, check_measured(self.config, features))
 
     def _blocks(self, pixel_values: Tensor) -> Tensor:
         """Outputs of the chosen blocks, in their order; the final norm on the last one where it is chosen."""

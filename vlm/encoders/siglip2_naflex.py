@@ -23,8 +23,8 @@ from transformers.models.siglip2.modeling_siglip2 import (
     eager_attention_forward,
 )
 
-from vlm.encoders import EncoderOutput, Published, stated
-from vlm.encoders import square_tokens as tokens_for
+from vlm.encoders.contract import EncoderOutput, Published, stated
+from vlm.encoders.contract import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform, resize_float
 

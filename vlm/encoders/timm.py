@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,24 +29,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.encoders import (
-    EncoderOutput,
-    Published,
-    check_square,
+from vlm.encoders._layers import join_layers, runs
+from vlm.encoders._libraries import (
+    check_measured,
     check_whole_cells,
-    choose_blocks,
     count_flops,
-    join_layers,
-    measured_output,
     missing_extra,
     plain,
     row_order,
-    runs,
     trunk_features,
     unused_names,
     without,
 )
-from vlm.encoders import square_tokens as tokens_for
+from vlm.encoders.contract import EncoderOutput, Published, check_square, choose_blocks, square_output
+from vlm.encoders.contract import square_tokens as tokens_for
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
 
@@ -248,7 +245,7 @@ def choose_layers(config: Config, layer: int | list[int]) -> PreTrainedConfig:
     """
     if config.layout != "NLC":
         raise ConfigError(f"layer={layer}: {config.architecture} gives its last stage only; leave it out")
-    return choose_blocks("timm", config, layer)
+    return choose_blocks(sys.modules[__name__], "timm", config, layer)
 
 
 def resample(table: Tensor, config: Config) -> Tensor:
@@ -295,7 +292,7 @@ class Encoder(PreTrainedModel):
             ConfigError: images of another size.
         """
         check_square(self.config, pixel_values, "timm")
-        return measured_output(self.config, self.features(pixel_values.to(self.dtype)))
+        return square_output(self.config, check_measured(self.config, self.features(pixel_values.to(self.dtype))))
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """float[M, 3, H, W] -> float[M, P, E]."""

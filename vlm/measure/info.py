@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vlm.checkpoints.directory import load
-from vlm.encoders import square_tokens
+from vlm.encoders.contract import square_tokens
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 from vlm.registry import part

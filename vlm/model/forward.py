@@ -28,7 +28,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from vlm import projectors
-from vlm.encoders import EncoderOutput, check_output, feature_width, square_grid
+from vlm.encoders._layers import feature_width
+from vlm.encoders.contract import EncoderOutput, check_output, square_grid
 from vlm.errors import ConfigError, DataError
 from vlm.model import attention as backends
 from vlm.model import dtypes, inputs, loss, masks

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vlm.data.examples import Labelled
-    from vlm.encoders import EncoderOutput
+    from vlm.encoders.contract import EncoderOutput
     from vlm.images.transforms import ImageTransform
 
 _LISTED = 50

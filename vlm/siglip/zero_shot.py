@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vlm.data.examples import Labelled
-    from vlm.encoders import EncoderOutput
+    from vlm.encoders.contract import EncoderOutput
     from vlm.images.transforms import ImageTransform
     from vlm.siglip.text import SigLIP
 

@@ -15,7 +15,7 @@ from vlm.checkpoints import identity
 from vlm.data import augment
 from vlm.data.examples import Example
 from vlm.data.order import Mixture, StepSampler, stage_seed, steps_of
-from vlm.encoders import feature_width
+from vlm.encoders._layers import feature_width
 from vlm.errors import CheckpointError, ConfigError
 from vlm.eval.job import Job
 from vlm.model.processor import Processor

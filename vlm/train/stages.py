@@ -29,12 +29,12 @@ from vlm.data.control import without_control
 from vlm.data.examples import Example
 from vlm.data.problems import Problem, listing
 from vlm.data.reading import read
-from vlm.encoders import model_types
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.eval.job import Job
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
 from vlm.model.lengths import Room, context_of, refuse, too_long
+from vlm.model.parts import model_types
 from vlm.model.processor import Processor
 from vlm.train import checkpoint, failures, metrics, preview
 from vlm.train.batches import check_lengths, targets, with_budget

@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from vlm.data.order import Key
-from vlm.encoders import EncoderOutput
+from vlm.encoders.contract import EncoderOutput
 from vlm.errors import TrainingError, VLMError
 from vlm.images.transforms import Pixels
 from vlm.model.batch import Batch

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm.encoders import EncoderOutput
+from vlm.encoders.contract import EncoderOutput
 from vlm.errors import CheckpointError, ImageError, TrainingError, VLMError
 from vlm.images.load import image_size, load_image
 from vlm.images.transforms import ImageTransform, Pixels

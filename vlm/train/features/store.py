@@ -30,7 +30,7 @@ from torch import Tensor
 from vlm.checkpoints.digests import of_values
 from vlm.data import content
 from vlm.data.examples import Example
-from vlm.encoders import EncoderOutput
+from vlm.encoders.contract import EncoderOutput
 from vlm.errors import ConfigError, ImageError
 from vlm.files import publishing_file
 from vlm.model.batch import Batch
