@@ -19,7 +19,7 @@ from torch import nn
 from traintools import align, config, tune, world
 
 import vlm
-import vlm.check.roundtrip
+import vlm.check.runner
 import vlm.train
 from vlm import check
 from vlm.build.presets import tiny
@@ -162,26 +162,26 @@ def test_a_run_whose_configuration_is_broken_fails_in_words(run: Path) -> None:
 
 def test_a_save_that_rounds_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = loud("siglip", "gemma")
-    save = vlm.check.roundtrip.save
+    save = vlm.check.runner.save
 
     def rounded(net: Any, *args: Any) -> Any:
         return save(copy.deepcopy(net).to(torch.bfloat16).to(torch.float32), *args)
 
-    monkeypatch.setattr(vlm.check.roundtrip, "save", rounded)
+    monkeypatch.setattr(vlm.check.runner, "save", rounded)
     result = check.run(model, processor, only=["round-trip"])["round-trip"]
     assert result.status == "FAIL" and "tensors differ" in result.detail and result.measured
 
 
 def test_a_load_that_forgets_one_tensor_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = loud("siglip", "gemma")
-    load = vlm.check.roundtrip.load
+    load = vlm.check.runner.load
 
     def forgetful(*args: Any, **named: Any) -> Any:
         net, other = load(*args, **named)
         nn.init.ones_(net.model.vision_tower.post_layernorm.weight)
         return net, other
 
-    monkeypatch.setattr(vlm.check.roundtrip, "load", forgetful)
+    monkeypatch.setattr(vlm.check.runner, "load", forgetful)
     result = check.run(model, processor, only=["round-trip"])["round-trip"]
     assert result.status == "FAIL"
     assert "1 of 60 tensors differ: model.vision_tower.post_layernorm.weight" in result.detail
@@ -197,14 +197,14 @@ def test_a_processor_that_comes_back_changed_fails(monkeypatch: pytest.MonkeyPat
     from dataclasses import replace
 
     model, processor = loud("siglip", "gemma")
-    load = vlm.check.roundtrip.load
+    load = vlm.check.runner.load
 
     def other_filter(*args: Any, **named: Any) -> Any:
         net, other = load(*args, **named)
         other.image_transform = replace(other.image_transform, resample="nearest")
         return net, other
 
-    monkeypatch.setattr(vlm.check.roundtrip, "load", other_filter)
+    monkeypatch.setattr(vlm.check.runner, "load", other_filter)
     result = check.run(model, processor, only=["round-trip"])["round-trip"]
     assert result.status == "FAIL" and "the processor came back changed" in result.detail
 
@@ -228,39 +228,34 @@ def test_no_room_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_export_that_is_not_the_model_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.exchange import exporting as export
-
     model, processor = loud("siglip", "gemma")
-    original = export.export
+    original = vlm.check.runner.export
 
     def noisy(net: Any, *args: Any, **named: Any) -> Any:
         changed = copy.deepcopy(net)
         shake(changed, 1e-4)
         return original(changed, *args, **named)
 
-    monkeypatch.setattr(export, "export", noisy)
+    monkeypatch.setattr(vlm.check.runner, "export", noisy)
     result = check.run(model, processor, only=["export"])["export"]
     assert result.status == "FAIL" and "tensors differ" in result.detail
 
 
 def test_an_export_whose_parity_report_is_bad_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.exchange import exporting as export
     from vlm.exchange.parity import ParityReport, Row
 
     model, processor = loud("siglip", "gemma")
     bad = ParityReport("paligemma", "x", "", "float32", rows=[Row("logits", 1.0, 1.0, "0", False)])
-    monkeypatch.setattr(export, "export", lambda *_, **__: bad)
+    monkeypatch.setattr(vlm.check.runner, "export", lambda *_, **__: bad)
     result = check.run(model, processor, only=["export"])["export"]
     assert result.status == "FAIL" and "parity report has a mismatch" in result.detail
 
 
 def test_a_refused_export_is_not_applicable(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.exchange import exporting as export
-
     def refuse(*_: Any, **__: Any) -> Any:
         raise ConfigError("NaFlex")
 
-    monkeypatch.setattr(export, "export", refuse)
+    monkeypatch.setattr(vlm.check.runner, "export", refuse)
     model, processor = loud("siglip", "gemma")
     result = check.run(model, processor, only=["export"])["export"]
     assert result.status == "n/a" and result.detail == "NaFlex"

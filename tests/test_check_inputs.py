@@ -17,8 +17,8 @@ from PIL import Image
 
 import vlm.model.forward
 from vlm import check
+from vlm.check.checks.texts import spellings
 from vlm.check.report import Result
-from vlm.check.texts import spellings
 from vlm.data.examples import Example
 from vlm.model.batch import Batch
 from vlm.model.forward import VLM

@@ -16,7 +16,7 @@ from vlm.registry import door
 
 _HOMES = {
     "run": "runner",
-    "CHECKS": "table",
+    "CHECKS": "runner",
     "Report": "report",
     "Result": "report",
 }
@@ -26,7 +26,7 @@ __all__ = list(_HOMES)
 if TYPE_CHECKING:
     from vlm.check.report import Report as Report
     from vlm.check.report import Result as Result
+    from vlm.check.runner import CHECKS as CHECKS
     from vlm.check.runner import run as run
-    from vlm.check.table import CHECKS as CHECKS
 
 __getattr__, __dir__ = door(__name__, _HOMES)

@@ -10,17 +10,31 @@ from pathlib import Path
 
 import torch
 
-from vlm.check import tower
+from vlm.check.checks import tower
 from vlm.check.report import Finding, Report, Result, not_applicable
-from vlm.check.subject import Subject, attention_backends, preserved
-from vlm.check.table import CHECKS, Check
+from vlm.check.subject import Check, Disk, Subject, attention_backends, preserved
+from vlm.checkpoints.directory import load
+from vlm.checkpoints.saving import save
 from vlm.data.examples import Example
 from vlm.data.reading import read
 from vlm.errors import ConfigError, VLMError, nearest
+from vlm.exchange.exporting import export
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
+from vlm.registry import kinds, part
 
 log = logging.getLogger(__name__)
+
+
+def find() -> tuple[Check, ...]:
+    """The checks of every file of `vlm.check.checks`, in the order of the table."""
+    files = [part("vlm.check.checks", name) for name in kinds("vlm.check.checks")]
+    return tuple(
+        sorted((check for file in files for check in file.CHECKS), key=lambda check: (check.order, check.name))
+    )
+
+
+CHECKS = find()
 
 
 def run(
@@ -57,6 +71,7 @@ def run(
         max_text_length=max_text_length,
         path=None if path is None else Path(path),
         stage_manifest=None if stage_manifest is None else Path(stage_manifest),
+        disk=Disk(save, load, export),
     )
     tower_problem = cache(partial(tower.problem, subject))
     backends = ", ".join(dict.fromkeys(attention_backends(model).values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlm.check.report import Finding
 from vlm.data.examples import Example
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
@@ -40,6 +41,18 @@ Tensors = dict[str, Any]
 """Keyword arguments of the model's forward."""
 
 
+@dataclass(frozen=True)
+class Disk:
+    """How a model goes to the disk and comes back, for the checks of files."""
+
+    save: Callable[..., Any]
+    """`vlm.save`"""
+    load: Callable[..., Any]
+    """`vlm.load`"""
+    export: Callable[..., Any]
+    """`vlm.export`"""
+
+
 @dataclass
 class Subject:
     """A model and what is known about it. `path` is where it came from, `data` what it is trained on."""
@@ -50,6 +63,8 @@ class Subject:
     max_text_length: int | None = None
     path: Path | None = None
     stage_manifest: Path | None = None
+    disk: Disk | None = None
+    """None: nothing can be written."""
 
     @property
     def nothing(self) -> float:
@@ -103,6 +118,21 @@ class Subject:
         with torch.no_grad(), evaluating(self.model):
             tokens, _ = self.model.model.project(self.encoded()["encoded"])
         return not bool(tokens.any())
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a file of `vlm.check.checks` declares."""
+
+    name: str
+    """On the command line."""
+    title: str
+    """What should hold."""
+    function: Callable[[Subject], Finding]
+    order: int = 1000
+    """Its place in the table; among equals the name decides."""
+    runs_tower: bool = True
+    """It runs the vision tower, and so says nothing where that one does not keep its contract."""
 
 
 PIXELS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")

@@ -42,8 +42,8 @@ def run(options: Namespace) -> int:
     import torch
 
     from vlm import check
+    from vlm.check.checks.stage import read_manifest
     from vlm.check.runner import choose
-    from vlm.check.stage import read_manifest
     from vlm.checkpoints.directory import load
     from vlm.data.reading import read
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.check.report import Finding
-from vlm.check.subject import PIXELS, Subject, Tensors, evaluating, picture, text_logits
+from vlm.check.subject import PIXELS, Check, Subject, Tensors, evaluating, picture, text_logits
 from vlm.errors import DataError
 from vlm.images.fused import unpack
 from vlm.images.transforms import ImageTransform
@@ -142,3 +142,9 @@ def _size_problem(subject: Subject) -> str:
 def _span(values: Tensor) -> str:
     low, high = f"{float(values.min()):.3g}", f"{float(values.max()):.3g}"
     return low if low == high else f"[{low}, {high}]"
+
+
+CHECKS = (
+    Check("image-tokens", "placeholders and image tokens are equal in number", tokens, 150),
+    Check("image-range", "pixels arrive in the tower's range and size", pixel_range, 160, runs_tower=False),
+)

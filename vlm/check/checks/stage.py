@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from vlm.check.report import Finding, not_applicable
-from vlm.check.subject import Subject
+from vlm.check.subject import Check, Subject
 from vlm.checkpoints.files import Weights, read_json
 from vlm.checkpoints.names import HEAD, to_live
 from vlm.errors import CheckpointError
@@ -176,3 +176,8 @@ def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name in weights.tensors:
         if to_live(name) != HEAD:
             yield to_live(name), weights.read(name)
+
+
+CHECKS = (
+    Check("stage", "the last stage trained what its manifest says, and nothing else", manifest, 170, runs_tower=False),
+)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import (
+    Check,
     Subject,
     Tensors,
     attention_backends,
@@ -138,3 +139,9 @@ def backends(subject: Subject) -> Finding:
         worst.append(float((one - two)[real].abs().max()) / deviation(one, real))
     detail = "largest difference of a logit between sdpa and eager, in deviations"
     return Finding(measured=largest(worst), limit=subject.rounding, detail=detail)
+
+
+CHECKS = (
+    Check("cache", "decoding with a cache equals decoding without", cache, 100),
+    Check("backends", "sdpa and eager attention agree", backends, 110),
+)

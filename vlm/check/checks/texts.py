@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 from vlm.check.report import Finding
-from vlm.check.subject import Subject
+from vlm.check.subject import Check, Subject
 from vlm.errors import DataError
 from vlm.text import control as control_text
 from vlm.text.tokens import CONTROL_NAMES
@@ -89,3 +89,6 @@ def _says(subject: Subject, ids: list[int], text: str) -> bool:
 def _plain(text: str) -> str:
     """Without what a tokenizer may legally normalise: full width, blanks."""
     return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+CHECKS = (Check("special-text", "special tokens typed by a user stay text", special, 140, runs_tower=False),)

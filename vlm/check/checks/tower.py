@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm.check.report import Finding, not_applicable
-from vlm.check.subject import PIXELS, Subject, Tensors, evaluating
+from vlm.check.subject import PIXELS, Check, Subject, Tensors, evaluating
 from vlm.encoders.contract import EncoderOutput, check_output, square_grid
 from vlm.errors import ConfigError
 from vlm.images.fused import unpack
@@ -253,3 +253,10 @@ def _pixels(tensors: Tensors) -> Tensors:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+CHECKS = (
+    Check("tower", "the vision tower returns what its contract says", contract, 10, runs_tower=False),
+    Check("patch-order", "features are in the order of the patches", order, 20),
+    Check("tower-gradients", "a gradient reaches the pixels and every weight of the tower", gradients, 30),
+)

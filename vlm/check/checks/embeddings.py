@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.check.report import Finding, not_applicable
-from vlm.check.subject import Subject, evaluating, text_logits
+from vlm.check.subject import Check, Subject, evaluating, text_logits
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest relative error of the scale: the dtype's rounding, a few times over."""
@@ -116,3 +116,9 @@ def _seen_by_decoder(subject: Subject) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         hook.remove()
+
+
+CHECKS = (
+    Check("embedding-scale", "text enters the decoder times sqrt(width), image tokens unscaled", scale, 120),
+    Check("tied-weights", "input and output embedding are one tensor", tied, 130, runs_tower=False),
+)

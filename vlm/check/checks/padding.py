@@ -9,6 +9,7 @@ from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import (
     CONTROL,
     PIXELS,
+    Check,
     Subject,
     Tensors,
     deviation,
@@ -121,3 +122,10 @@ def _features(subject: Subject, tensors: Tensors) -> Tensor:
         encoded = subject.model.encode(tensors["pixel_values"], *(tensors.get(name) for name in PIXELS[1:]))
     features = encoded.features.flatten(0, 1) if encoded.mask is None else encoded.features[encoded.mask]
     return features.float()
+
+
+CHECKS = (
+    Check("pad-content", "what lies under the padding is irrelevant", content, 70),
+    Check("pad-side", "padding left and right give the same logits", side, 80),
+    Check("batch-mates", "a sample's logits do not depend on the rest of its batch", mates, 90),
+)

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 
 from vlm.check.report import Finding, not_applicable
-from vlm.check.subject import Subject, attention_backends, moved, text_length, text_logits
-from vlm.checkpoints.directory import load
-from vlm.checkpoints.saving import save
+from vlm.check.subject import Check, Disk, Subject, attention_backends, moved, text_length, text_logits
 from vlm.errors import ConfigError
 from vlm.model.forward import VLM, layer_types
 from vlm.model.processor import Processor
@@ -22,23 +20,21 @@ from vlm.model.processor import Processor
 def saved(subject: Subject) -> Finding:
     """`vlm.save` and `vlm.load`: every tensor, the logits and the processor."""
     missing = _no_room(subject)
-    if missing:
+    if missing or subject.disk is None:
         return not_applicable(missing)
     with _folder() as folder:
-        save(subject.model, subject.processor, folder / "model")
+        subject.disk.save(subject.model, subject.processor, folder / "model")
         return _compare(subject, folder / "model", "vlm.save and vlm.load")
 
 
 def exported(subject: Subject) -> Finding:
     """`vlm export --to paligemma`, its own parity report, and the export opened by `vlm.load`."""
-    from vlm.exchange.exporting import export
-
     missing = _no_room(subject)
-    if missing:
+    if missing or subject.disk is None:
         return not_applicable(missing)
     with _folder() as folder:
         try:
-            report = export(subject.model, subject.processor, folder / "model", to="paligemma")
+            report = subject.disk.export(subject.model, subject.processor, folder / "model", to="paligemma")
         except ConfigError as error:
             return not_applicable(str(error))
         if not report.ok:
@@ -49,7 +45,8 @@ def exported(subject: Subject) -> Finding:
 def _compare(subject: Subject, path: Path, what: str) -> Finding:
     """The model in memory against the one on the disk: tensors that differ, and what the logits differ by."""
     model = subject.model
-    other, processor = _load_like(model, path)
+    assert subject.disk is not None
+    other, processor = _load_like(subject.disk, model, path)
     own, theirs = model.state_dict(), other.state_dict()
     names = sorted(set(own) | set(theirs))
     differ = [name for name in names if name not in own or name not in theirs or not _equal(own[name], theirs[name])]
@@ -80,9 +77,9 @@ def _why(model: VLM, other: VLM) -> str:
     )
 
 
-def _load_like(model: VLM, path: Path) -> tuple[VLM, Processor]:
+def _load_like(disk: Disk, model: VLM, path: Path) -> tuple[VLM, Processor]:
     """Open a directory with the dtype, device and attention backends of `model`."""
-    other, processor = load(path, dtype=model.dtype, device=model.device, force_fp16=model.dtype == torch.float16)
+    other, processor = disk.load(path, dtype=model.dtype, device=model.device, force_fp16=model.dtype == torch.float16)
     backends = attention_backends(model)
     if attention_backends(other) != backends:
         other.set_attn_implementation(backends)
@@ -100,6 +97,8 @@ def _same_processor(one: Processor, two: Processor) -> bool:
 
 def _no_room(subject: Subject) -> str:
     """Why the model cannot be written to the temporary folder, or ""."""
+    if subject.disk is None:
+        return "nothing to write it with was given"
     needed = sum(tensor.numel() * tensor.element_size() for tensor in subject.model.state_dict().values())
     room = shutil.disk_usage(tempfile.gettempdir()).free
     if any(tensor.device.type == "meta" for tensor in subject.model.parameters()):
@@ -116,3 +115,9 @@ def _no_room(subject: Subject) -> str:
 def _folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vlm-check-") as name:
         yield Path(name)
+
+
+CHECKS = (
+    Check("round-trip", "saved and loaded, the model is the same bit for bit", saved, 190),
+    Check("export", "exported to PaliGemma's format and loaded, the model is the same", exported, 200),
+)

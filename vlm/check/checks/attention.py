@@ -15,6 +15,7 @@ from torch import Tensor
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import (
     CONTROL,
+    Check,
     Subject,
     Tensors,
     deviation,
@@ -171,3 +172,10 @@ def _hidden(subject: Subject, tensors: Tensors) -> Tensor:
     finally:
         hook.remove()
     return seen[0].float()
+
+
+CHECKS = (
+    Check("future", "no token sees a later token of the suffix", future, 40),
+    Check("prefix", "image and prefix attend to each other in both directions", prefix, 50),
+    Check("image", "an image moves the logits of its own sample only", image, 60),
+)

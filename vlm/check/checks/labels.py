@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm.check.report import Finding, not_applicable
-from vlm.check.subject import Subject
+from vlm.check.subject import Check, Subject
 from vlm.data.examples import Example
 from vlm.errors import DataError, ImageError
 from vlm.model.batch import Batch
@@ -139,3 +139,6 @@ def _text(tokenizer: object, ids: list[int]) -> str:
         kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     return text
+
+
+CHECKS = (Check("labels", "suffix and EOS are supervised, nothing else", labels, 180, runs_tower=False),)
