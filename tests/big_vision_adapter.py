@@ -22,6 +22,7 @@ from vlm.encoders.siglip2_naflex import resize_position_grid
 from vlm.generation.engine import generate_ids
 from vlm.images.transforms import ImageTransform, naflex_grid, patch_coordinates
 from vlm.model.batch import Batch
+from vlm.model.dual import TwoTowerOutput
 from vlm.model.forward import VLM
 from vlm.model.loss import IGNORE
 from vlm.siglip import text as two_towers
@@ -155,7 +156,7 @@ class TwoTowers:
         gradients = {name: p.grad for name, p in self.model.model.named_parameters() if p.grad is not None}
         return float(loss.detach()), big_vision.encode(gradients, self.shapes, two_towers=True)
 
-    def _forward(self, batch: Arrays) -> two_towers.TwoTowerOutput:
+    def _forward(self, batch: Arrays) -> TwoTowerOutput:
         if self.model.kind == "siglip":
             return self.model(pixels(batch), tensor(batch["text"]))
         return self.model(

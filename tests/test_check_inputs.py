@@ -15,7 +15,7 @@ import torch
 from coretools import loud
 from PIL import Image
 
-import vlm.model.forward
+import vlm.model.merge
 from vlm import check
 from vlm.check.checks.texts import spellings
 from vlm.check.report import Result
@@ -122,7 +122,7 @@ def test_counts_that_are_wrong_for_thin_images_only_fail(monkeypatch: pytest.Mon
 @each_encoder
 def test_a_model_that_takes_any_count_fails(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = pair(encoder)
-    monkeypatch.setattr(vlm.model.forward, "images_per_sample", lambda placeholders, counts: [])
+    monkeypatch.setattr(vlm.model.merge, "images_per_sample", lambda placeholders, counts: [])
     result = one("image-tokens", model, processor)
     assert result.status == "FAIL" and "one placeholder too few without a word" in result.detail
 

@@ -151,7 +151,7 @@ def test_use_does_not_change_a_model() -> None:
 def test_a_projectors_defaults_may_be_written_out_or_not() -> None:
     model, processor = tiny(projector={"kind": "mlp"})
     known = identity.of_config(model.config)
-    model.config.projector_config = {"hidden_size": None, **vlm.projectors.full_settings({"kind": "mlp"})}
+    model.config.projector_config = {"hidden_size": None, **vlm.model.projecting.full_settings({"kind": "mlp"})}
     assert identity.of_config(model.config) == known
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "settings", "files", "children", "threads", "ranks", "registry", "version", "words"),
     ("images", "text", "data", "report"),
-    ("encoders", "projectors"),
+    ("encoders", "projectors", "decoders"),
     ("model",),
     ("checkpoints", "build", "exchange", "generation", "measure", "siglip"),
     ("eval", "train", "check"),
@@ -237,7 +237,7 @@ def test_forbidden_pairs(importer: str, imported: str) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("package", ["vlm.encoders", "vlm.projectors"])
+@pytest.mark.parametrize("package", ["vlm.encoders", "vlm.projectors", "vlm.decoders"])
 def test_siblings_do_not_know_each_other(package: str) -> None:
     files = {name for name in SOURCES if name.startswith(package + ".")}
     kinds = {f"{package}.{kind}" for kind in registry.kinds(package)}

@@ -20,8 +20,8 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from vlm import projectors
 from vlm.errors import ConfigError
+from vlm.model import projecting
 from vlm.projectors import resampler
 from vlm.registry import kinds
 
@@ -42,7 +42,7 @@ weighted = pytest.mark.parametrize("settings", [s for s in SETTINGS if s["kind"]
 
 
 def build(settings: dict[str, Any], loud: bool = True) -> Any:
-    projector = projectors.build(settings, WIDTH, WIDTH if settings["kind"] == "identity" else OUT)
+    projector = projecting.build(settings, WIDTH, WIDTH if settings["kind"] == "identity" else OUT)
     if loud:
         shake(projector)
     return projector.eval()
@@ -139,10 +139,10 @@ def test_number_of_tokens(settings: dict[str, Any]) -> None:
     """Declared = produced = counted without the projector, for all grids up to 9 x 9; longer axes never give fewer."""
     projector = build(settings)
     for grid in itertools.product(range(1, 10), range(1, 10)):
-        count = projectors.num_tokens(settings, grid)
+        count = projecting.num_tokens(settings, grid)
         assert count == projector.num_tokens(grid) == len(alone(projector, noise(math.prod(grid), WIDTH), grid)) >= 1
         for longer in ((grid[0] + 1, grid[1]), (grid[0], grid[1] + 1)):
-            assert projectors.num_tokens(settings, longer) >= count
+            assert projecting.num_tokens(settings, longer) >= count
 
 
 @weighted
@@ -154,7 +154,7 @@ def test_silent_when_fresh(settings: dict[str, Any]) -> None:
         assert all(not tokens.any() for tokens in tokens_of(fresh, *padded(images())))
         shake(fresh)
         assert all(tokens.any() for tokens in tokens_of(fresh, *padded(images())))
-        projectors.init_weights(fresh)
+        projecting.init_weights(fresh)
 
 
 @weighted
@@ -389,10 +389,10 @@ def test_identity_changes_nothing() -> None:
 )
 def test_wrong_settings_are_refused(settings: Any, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        projectors.build(settings, WIDTH, OUT)
+        projecting.build(settings, WIDTH, OUT)
     assert message in str(error.value)
 
 
 def test_a_width_without_places_is_refused() -> None:
     with pytest.raises(ConfigError, match="a multiple of 4"):
-        projectors.build({"kind": "resampler", "heads": 1}, 6, OUT)
+        projecting.build({"kind": "resampler", "heads": 1}, 6, OUT)

@@ -20,10 +20,11 @@ from vlm.checkpoints.parts import load_decoder, load_tower
 from vlm.checkpoints.preprocessing import open_tokenizer
 from vlm.checkpoints.tower import head_of
 from vlm.errors import ConfigError
-from vlm.model.config import VLMConfig, decoder_config
-from vlm.model.forward import DECODERS, VLM
+from vlm.model import decoder as decoders
+from vlm.model.config import VLMConfig
+from vlm.model.forward import VLM
 from vlm.model.processor import Processor
-from vlm.projectors import init_weights
+from vlm.model.projecting import init_weights
 from vlm.registry import part
 from vlm.text.tokenizer import Tokenizer, add_image_tokens, from_sentencepiece, image_token_id
 
@@ -99,9 +100,7 @@ def new(
     if isinstance(decoder, Path):
         seeded(seed, "vocabulary", lambda: load_decoder(inner.language_model, decoder, old_rows))
     else:
-        _load_fresh(
-            inner.language_model, "decoder", lambda: DECODERS[text_config.model_type]._from_config(text_config), seed
-        )
+        _load_fresh(inner.language_model, "decoder", lambda: decoders.build(text_config), seed)
     model.tie_weights()
     return model.eval(), Processor(tokenizer, choice.transform, config.projector_config)
 
@@ -121,7 +120,7 @@ def _text(decoder: Any) -> PreTrainedConfig:
     if isinstance(decoder, Path):
         config = _stored_text(decoder)
     elif isinstance(decoder, PreTrainedConfig | dict):
-        config = copy.deepcopy(decoder_config(decoder))
+        config = copy.deepcopy(decoders.read_config(decoder))
     else:
         raise ConfigError("decoder is missing: give a Gemma checkpoint or a text configuration")
     config.dtype = None
@@ -138,7 +137,7 @@ def _stored_text(folder: Path) -> PreTrainedConfig:
     values = values.get("text_config", values)
     check_numbers(values, f"{where}: text_config")
     settings = {key: value for key, value in values.items() if key not in NOTES}
-    config: PreTrainedConfig = guarded(lambda: decoder_config(settings), where)
+    config: PreTrainedConfig = guarded(lambda: decoders.read_config(settings), where)
     return config
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.build.assembly import new
-from vlm.errors import ConfigError, nearest
+from vlm.model.decoder import small
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 from vlm.registry import part
@@ -24,16 +23,6 @@ TINY_CORPUS = [
     "no",
     "0123456789",
 ]
-_DECODER: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "vocab_size": 4,  # the control tokens; grows to the tokenizer's
-}
 
 
 def tiny_decoder(kind: str, **settings: Any) -> PreTrainedConfig:
@@ -43,16 +32,7 @@ def tiny_decoder(kind: str, **settings: Any) -> PreTrainedConfig:
     Raises:
         ConfigError: unknown kind.
     """
-    if kind == "gemma":
-        return GemmaConfig(**{**_DECODER, **settings})
-    if kind == "gemma2":
-        return Gemma2Config(**{**_DECODER, "query_pre_attn_scalar": 8, "sliding_window": 8, **settings})
-    if kind == "gemma3_text":
-        types = ["sliding_attention", "full_attention"]
-        extra = {"query_pre_attn_scalar": 8, "sliding_window": 8, "layer_types": types}
-        return Gemma3TextConfig(**{**_DECODER, **extra, **settings})
-    known = ("gemma", "gemma2", "gemma3_text")
-    raise ConfigError(f"unknown decoder {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
+    return small(kind, **settings)
 
 
 def tiny(

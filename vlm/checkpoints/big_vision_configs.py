@@ -16,7 +16,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.checkpoints.configs import guarded
 from vlm.errors import CheckpointError, ConfigError, nearest
-from vlm.model.config import VLMConfig, decoder_config
+from vlm.model import decoder
+from vlm.model.config import VLMConfig
 from vlm.registry import part
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -113,8 +114,8 @@ def _gemma_config(shapes: Shapes, vocab: int, llm: Mapping[str, Any], origin: st
     if not second:
         if any(caps) or settings.get("query_pre_attn_norm", "rsqrt_head_dim") != "rsqrt_head_dim":
             raise CheckpointError(f"{origin}: soft-caps or a query scale without Gemma 2's norms; no decoder has that")
-        return decoder_config(values)
-    return decoder_config(
+        return decoder.read_config(values)
+    return decoder.read_config(
         {
             **values,
             "attn_logit_softcapping": 50.0 if caps[0] is None else caps[0] or None,

@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from vlm.errors import CheckpointError, ConfigError, VLMError
-from vlm.model.config import VLMConfig, decoder_config
+from vlm.model import decoder
+from vlm.model.config import VLMConfig
 from vlm.registry import part
 
 # Far above any published model; a wrong number must not ask for terabytes or build layers for hours.
@@ -216,9 +217,10 @@ def _paligemma(values: dict[str, Any], text: dict[str, Any], vision: dict[str, A
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if key in values:
             text.setdefault(key, values[key])
-    text_config = decoder_config(text)
-    if text_config.model_type == "gemma2" and values.get(WINDOW_IN_USE) is not True:
-        text_config.layer_types = ["full_attention"] * text_config.num_hidden_layers
+    text_config = decoder.read_config(text)
+    spec = decoder.spec(text_config)
+    if not spec.window_in_paligemma and values.get(WINDOW_IN_USE) is not True:
+        spec.drop_window(text_config, None)
     return VLMConfig(
         encoder="siglip",
         vision_config=part("vlm.encoders", "siglip").Config(**{**vision, "vision_use_head": False}),

@@ -18,12 +18,13 @@ from vlm.checkpoints.tower import read_head
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.generation.engine import check_dtype
 from vlm.images.transforms import ImageTransform
+from vlm.model import decoder
 from vlm.model.attention import check_name
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
 from vlm.model.processor import CONFIG_NAME as PROCESSOR_CONFIG
 from vlm.model.processor import Processor
-from vlm.projectors import full_settings
+from vlm.model.projecting import full_settings
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -157,7 +158,7 @@ def _expected(kind: Any) -> str:
     known = " or ".join(map(repr, READERS))
     if kind in ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model"):
         return f"{known}; this is a vision tower, build a model on it: vlm new --encoder"
-    if str(kind).startswith("gemma"):
+    if kind in decoder.checkpoint_types():
         return f"{known}; this is a decoder, build a model on it: vlm new --decoder"
     return known
 
@@ -194,17 +195,16 @@ READERS = {VLMConfig.model_type: _own, "paligemma": _paligemma}
 
 def note_sliding_window(config: VLMConfig, processor: Processor) -> None:
     """Say so where following the original (no sliding window in PaliGemma 2) changes results."""
-    window = getattr(config.text_config, "sliding_window", None)
-    windowed = "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ())
-    if config.text_config.model_type != "gemma2" or window is None or windowed:
+    facts = decoder.facts(config.text_config)
+    if decoder.spec(config.text_config).window_in_paligemma or facts.window is None or facts.windowed:
         return
     tokens = processor.image_transform.max_patches
-    if tokens + LONGEST_TEXT > window:
+    if tokens + LONGEST_TEXT > facts.window:
         logger.info(
             "%d image tokens: all layers see the whole sequence, as in the original PaliGemma 2; transformers would"
             " hide what is more than %d tokens back in every other layer",
             tokens,
-            window,
+            facts.window,
         )
 
 

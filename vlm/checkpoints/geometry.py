@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm import projectors
 from vlm.checkpoints.configs import NOTES
 from vlm.checkpoints.loader import Source, check_fit, empty, expected_shapes, put
 from vlm.checkpoints.names import PROJECTOR, TOWER
@@ -29,6 +28,7 @@ from vlm.encoders._layers import feature_layers, feature_width
 from vlm.errors import ConfigError, nearest
 from vlm.images.fused import FusedTransform, one_view
 from vlm.images.transforms import ImageTransform
+from vlm.model import projecting
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
 from vlm.model.parts import choose_layers
@@ -122,7 +122,7 @@ def planned(
     after = change_tower(before, image_size=image_size, image=image, layer=layer, encoder_kind=encoder_kind)
     wanted = config.projector_config if projector is None else projector
     wanted = {"kind": wanted} if isinstance(wanted, str) else dict(wanted)
-    same = projectors.full_settings(wanted) == projectors.full_settings(config.projector_config)
+    same = projecting.full_settings(wanted) == projecting.full_settings(config.projector_config)
     width, old = feature_width(after.config), feature_width(config.vision_config)
     if same and width != old:
         raise ConfigError(
@@ -381,7 +381,7 @@ def _check_context(config: VLMConfig, transform: ImageTransform) -> None:
     """Refuse images that alone fill the decoder's context."""
     most = getattr(config.text_config, "max_position_embeddings", None)
     grid = transform.grid(0, 0) if transform.mode != "naflex" else (1, transform.max_patches)
-    tokens = projectors.num_tokens(config.projector_config, grid)
+    tokens = projecting.num_tokens(config.projector_config, grid)
     if most is not None and tokens + 3 > most:  # BOS, newline, EOS
         raise ConfigError(
             f"an image would be {tokens:,} tokens, and the decoder has {most:,} positions for image and text; choose a"
@@ -439,7 +439,7 @@ def new_projector(config: VLMConfig, seed: int) -> dict[str, Tensor]:
     width, decoder = feature_width(config.vision_config), config.text_config.hidden_size
 
     def draw() -> None:
-        weights.update(projectors.build(config.projector_config, width, decoder).state_dict())
+        weights.update(projecting.build(config.projector_config, width, decoder).state_dict())
 
     seeded(seed, "projector", draw)
     return weights

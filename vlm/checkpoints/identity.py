@@ -20,7 +20,7 @@ from vlm.checkpoints.digests import of_module, of_tensors, of_values
 from vlm.checkpoints.files import HUB_FILES, INDEX, read_json
 from vlm.checkpoints.layout import RUNTIME, dtype_name
 from vlm.data import content
-from vlm.projectors import full_settings
+from vlm.model.projecting import full_settings
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig

@@ -21,6 +21,7 @@ from vlm.checkpoints.shards import write_shards
 from vlm.encoders.contract import RUNNING, stated
 from vlm.errors import ConfigError
 from vlm.images.transforms import RESAMPLING, ImageTransform
+from vlm.model import decoder, projecting
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 from vlm.text.tokens import LOC_TOKENS, SEG_TOKENS
@@ -41,8 +42,6 @@ def check(model: VLM, processor: Processor) -> None:
         ConfigError: what, why, and the nearest thing that works.
     """
     config, transform = model.config, processor.image_transform
-    projector = config.projector_config["kind"]
-    decoder = config.text_config.model_type
     reason = None
     if config.encoder == "siglip2_naflex":
         reason = "its NaFlex tower reads images of any aspect ratio, PaliGemma's reads one square size"
@@ -50,10 +49,10 @@ def check(model: VLM, processor: Processor) -> None:
         reason = f"its vision tower is {config.encoder!r}, PaliGemma's is SigLIP at a fixed resolution"
     elif getattr(config.vision_config, "feature_layers", None):
         reason = "its features are other layers of the tower than the last, PaliGemma's are the last with its norm"
-    elif projector != "linear":
-        reason = f"its projector is {projector!r}, PaliGemma's is one linear layer on each patch"
-    elif decoder not in ("gemma", "gemma2"):
-        reason = f"its decoder is {decoder!r}, PaliGemma has Gemma 1 and Gemma 2"
+    elif not projecting.named(config.projector_config["kind"]).in_paligemma:
+        reason = f"its projector is {config.projector_config['kind']!r}, PaliGemma's is one linear layer on each patch"
+    elif not decoder.spec(config.text_config).in_paligemma:
+        reason = f"its decoder is {config.text_config.model_type!r}, PaliGemma has Gemma 1 and Gemma 2"
     elif transform.mode != "squash":
         reason = f"its images are prepared by {transform.mode!r}, PaliGemma's image processor resizes to a square"
     if reason is not None:
@@ -69,7 +68,7 @@ def check(model: VLM, processor: Processor) -> None:
 
 def _check_tokenizer(model: VLM, processor: Processor) -> None:
     vocabulary = processor.tokenizer.get_vocab()
-    if "\n" not in vocabulary:
+    if decoder.spec(model.config.text_config).separator not in vocabulary:
         raise ConfigError(
             "the tokenizer has no piece for a newline, which ends every PaliGemma prompt (vLLM looks it up by name);"
             " use a Gemma tokenizer, or vlm.text.tokenizer.build"
@@ -114,7 +113,7 @@ def config_values(model: VLM, dtype: torch.dtype) -> dict[str, Any]:
     # PaliGemmaConfig would set these three; a reader that is not transformers would not.
     text |= {"use_bidirectional_attention": True, "num_image_tokens": num_image_tokens(vision)}
     vision["projection_dim"] = text["hidden_size"]
-    windowed = "sliding_attention" in text.get("layer_types", ())
+    windowed = decoder.facts(config.text_config).windowed
     return {
         **({WINDOW_IN_USE: True} if windowed else {}),
         "architectures": [ARCHITECTURE],

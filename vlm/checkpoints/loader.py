@@ -25,6 +25,7 @@ from vlm.checkpoints.files import FLOATS
 from vlm.checkpoints.names import HEAD, to_live
 from vlm.checkpoints.shards import widest
 from vlm.errors import CheckpointError, ConfigError
+from vlm.model import decoder
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
 from vlm.words import listed
@@ -294,7 +295,7 @@ def check_embedding_scale(model: VLM) -> None:
         column = int(weight[row].abs().argmax())
         index = torch.tensor([[row]], device=weight.device)
         scale = float(layer(index)[0, 0, column].float() / weight[row, column].float())
-    wanted = model.config.text_config.hidden_size**0.5
+    wanted = decoder.facts(model.config.text_config).embedding_scale
     if abs(scale / wanted - 1) > 0.02:  # bfloat16 has 8 bits
         import transformers
 

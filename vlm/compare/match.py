@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from vlm import projectors
 from vlm.build.towers import sized
 from vlm.compare.config import Arm
 from vlm.errors import ImageError
 from vlm.images.load import image_size
 from vlm.images.transforms import ImageTransform
+from vlm.model.projecting import counter
 from vlm.settings import from_dict
 from vlm.train.config import ModelConfig
 from vlm.train.stages import make_tower
@@ -79,7 +79,7 @@ class _Tower:
 
     def __init__(self, arm: Arm, sizes: Mapping[tuple[int, int], int]) -> None:
         self.arm, self.sizes = arm, sizes
-        self.count = projectors.counter(arm.projector_settings)
+        self.count = counter(arm.projector_settings)
         self.kind, _, self.transform = self._make(arm)
         self.tokens = self._mean(self.transform)
 

@@ -11,6 +11,8 @@ import yaml
 
 from vlm.checkpoints.tower import parts, preprocessor_values
 from vlm.exchange.parity import ParityReport
+from vlm.model.decoder import facts as decoder_facts
+from vlm.model.decoder import spec as decoder_spec
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 
@@ -150,7 +152,7 @@ def _what(model: VLM, processor: Processor, report: ParityReport) -> str:
     if report.to == "tower":
         return f"The vision tower of a vision-language model: {tower}, {numbers:,} parameters. {images} {written}\n"
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    decoder = f"a {_DECODER_NAMES[text.model_type]} decoder ({text.num_hidden_layers} layers, width {text.hidden_size})"
+    decoder = f"a {decoder_spec(text).title} decoder ({text.num_hidden_layers} layers, width {text.hidden_size})"
     return (
         f"A vision-language model in PaliGemma's architecture and layout: {tower}, a linear projector and {decoder},"
         f" {numbers:,} parameters. {images} {written}\n\n"
@@ -160,7 +162,6 @@ def _what(model: VLM, processor: Processor, report: ParityReport) -> str:
 
 _TOWER_NAMES = {"siglip": "SigLIP", "siglip2_naflex": "SigLIP 2 NaFlex", "clip": "CLIP"}
 _TOWER_NAMES |= {"dinov2": "DINOv2", "dinov3": "DINOv3", "timm": "timm", "open_clip": "open_clip"}
-_DECODER_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2"}
 
 
 def _training(provenance: dict[str, Any]) -> str:
@@ -182,7 +183,7 @@ def _use(model: VLM, processor: Processor, report: ParityReport, title: str) -> 
     if report.to == "tower":
         return _tower_use(model, processor, title)
     attention = ""
-    if model.config.text_config.model_type == "gemma2":
+    if decoder_facts(model.config.text_config).attention_softcap is not None:
         attention = 'On transformers 5.17 pass `attn_implementation="eager"`: its sdpa drops the attention soft-cap.\n'
     return PALIGEMMA_USE.format(path=title, tokens=processor.image_transform.max_patches, attention=attention)
 

@@ -28,8 +28,8 @@ from vlm.exchange.parity import LIMITS, ParityReport, compare, compare_files
 from vlm.files import publishing, rust_disk_errors
 from vlm.generation.engine import check_dtype
 from vlm.images.transforms import ImageTransform
-from vlm.model.attention import attention_softcap
-from vlm.model.forward import VLM, final_softcap
+from vlm.model import decoder
+from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 
 log = logging.getLogger(__name__)
@@ -315,12 +315,13 @@ def _notes(report: ParityReport, model: VLM, parts: list[tuple[str, Any, Any]], 
         report.notes += tower.notes([one for _, one, _ in parts])
     if report.to != "paligemma" or parity != "full":
         return
-    cap = final_softcap(model.config)
+    facts = decoder.facts(model.config.text_config)
+    cap = facts.final_softcap
     if cap is not None:
         in_use = getattr(model.config, "softcap_in_generation", True)
         written = "" if in_use else "; this model generates without it, so it is written as null"
         report.notes.append(f"`logits` and `loss` are without the final soft-cap of {cap:g} on both sides{written}")
-    if attention_softcap(model.config) is not None:
+    if facts.attention_softcap is not None:
         report.notes.append("attention ran eagerly on both sides: sdpa has no soft-cap")
 
 

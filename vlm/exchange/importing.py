@@ -27,8 +27,9 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.exchange import probes
 from vlm.exchange.exporting import Parity, published
 from vlm.exchange.parity import EQUAL, LIMITS, ParityReport, Row, compare
+from vlm.model import decoder
 from vlm.model.config import VLMConfig
-from vlm.model.forward import layer_types
+from vlm.model.dual import SigLIP
 from vlm.model.processor import Processor
 from vlm.siglip import text as siglip
 
@@ -138,7 +139,7 @@ def _compare_with_transformers(report: ParityReport, source: Path, folder: Path,
         part: getattr(ours_model.config, part)._attn_implementation for part in ("vision_config", "text_config")
     }
     ours = {**probes.paligemma_inputs(processor), **probes.run_paligemma(ours_model, processor)}
-    windowed = "sliding_attention" in layer_types(ours_model.config)
+    windowed = decoder.facts(ours_model.config.text_config).windowed
     del ours_model
     log.info("parity: running the source, opened by transformers")
     theirs_model = probes.opened(source, attention)
@@ -157,17 +158,9 @@ def _compare_with_transformers(report: ParityReport, source: Path, folder: Path,
 def _without_window(model: Any, report: ParityReport) -> None:
     """transformers' PaliGemma 2 without its sliding window, as the original and this library run it."""
     text = model.config.text_config
-    if "sliding_attention" not in (getattr(text, "layer_types", None) or []):
+    if not decoder.facts(text).windowed:
         return
-    text.layer_types = ["full_attention"] * text.num_hidden_layers
-    for layer in model.model.language_model.layers:
-        for module in (layer, layer.self_attn):
-            if hasattr(module, "attention_type"):
-                module.attention_type = "full_attention"
-            if hasattr(module, "layer_type"):
-                module.layer_type = "full_attention"
-        layer.self_attn.sliding_window = None
-        layer.self_attn.is_sliding = False
+    decoder.spec(text).drop_window(text, model.model.language_model)
     report.notes.append(
         "transformers ran without Gemma 2's sliding window, which the original PaliGemma 2 does not have"
     )
@@ -209,7 +202,7 @@ def _from_npz(
     return report
 
 
-def _write_towers(towers: siglip.SigLIP, folder: Path, max_shard_size: str) -> dict[str, Tensor]:
+def _write_towers(towers: SigLIP, folder: Path, max_shard_size: str) -> dict[str, Tensor]:
     """A transformers SigLIP directory with the image numbers of the original."""
     towers.model.save_pretrained(folder, max_shard_size=max_shard_size)
     vision = towers.config.vision_config

@@ -32,7 +32,8 @@ from vlm.checkpoints.files import read_json
 from vlm.checkpoints.loader import Placement, Source, expected_shapes, load_model
 from vlm.errors import CheckpointError, ConfigError
 from vlm.images.transforms import ImageTransform
-from vlm.model.forward import VLM, final_softcap
+from vlm.model import decoder
+from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 
 NEW_TOKENS = 16
@@ -189,7 +190,8 @@ def run_paligemma(source: VLM, processor: Processor, dtype: torch.dtype = torch.
             _add(out, "tower features", encoded.features)
             _add(out, "projected features", model.model.project(encoded)[0])
             inputs: Any = {**batch, "use_cache": False, "logits_to_keep": labels.shape[1] - encoded.features.shape[1]}
-            if final_softcap(config) is not None and getattr(config, "softcap_in_generation", True):
+            capped = decoder.facts(config.text_config).final_softcap is not None
+            if capped and config.softcap_in_generation:
                 _add(out, "logits with soft-cap", model(**inputs).logits)
             with without_softcap(config.text_config):
                 _add(out, "logits", model(**inputs).logits)
@@ -216,11 +218,11 @@ def run_written_paligemma(model: Any, processor: Processor) -> Outputs:
             # As its forward does, but for the text only: with an image of 4096 tokens, logits of all take gigabytes.
             loss = model.loss_function(logits, labels[:, -logits.shape[1] :], model.config.text_config.vocab_size)
             _add(out, "loss", loss[None])
-            if final_softcap(model.config) is not None:
+            if decoder.facts(model.config.text_config).final_softcap is not None:
                 _add(out, "logits with soft-cap", model(**inputs).logits)
             _add(out, "greedy tokens", _greedy(model, question, processor))
-    capped = out.get("logits with soft-cap", [])
-    if capped and all(torch.equal(a, b) for a, b in zip(capped, out["logits"], strict=True)):
+    with_cap = out.get("logits with soft-cap", [])
+    if with_cap and all(torch.equal(a, b) for a, b in zip(with_cap, out["logits"], strict=True)):
         del out["logits with soft-cap"]  # transformers 5.17 leaves it out of PaliGemma
     return out
 

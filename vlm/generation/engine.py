@@ -14,6 +14,7 @@ from vlm.data.budget import cut
 from vlm.errors import DataError, GenerationError, ImageError, nearest
 from vlm.generation.beam import beam_search as big_vision_beams
 from vlm.images.load import image_size, is_image
+from vlm.model import decoder
 from vlm.model.batch import Batch
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
@@ -51,7 +52,7 @@ def check_dtype(config: VLMConfig, dtype: torch.dtype, *, force: bool = False) -
     Raises:
         GenerationError: the dtype is float16 and `force` is False.
     """
-    if dtype == torch.float16 and not force:
+    if dtype == torch.float16 and decoder.spec(config.text_config).overflows_float16 and not force:
         raise GenerationError(
             f"float16 overflows in {config.text_config.model_type} decoders (activations above 65504) and gives"
             f" empty or NaN output;"

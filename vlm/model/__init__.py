@@ -27,5 +27,5 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__ = door(__name__, _HOMES)
 
-# After `import vlm.model` transformers' Auto classes open our models: the registration is at the end of that file.
-import vlm.model.forward  # noqa: E402, F401
+# After `import vlm.model` transformers' Auto classes open our models.
+import vlm.model.registration  # noqa: E402, F401

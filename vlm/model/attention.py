@@ -10,31 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import AttentionInterface
+from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.errors import ConfigError, nearest
-from vlm.model.config import VLMConfig
+from vlm.model import decoder as decoders
 
 BACKENDS = ("sdpa", "eager")
 PARTS = ("", "vision_config", "text_config")
 """What a map of backends may name; "" is the model's own, which nothing runs on."""
 
 
-def attention_softcap(config: VLMConfig) -> float | None:
-    """Soft-cap of the decoder's attention scores (Gemma 2), or None."""
-    return getattr(config.text_config, "attn_logit_softcapping", None)
-
-
-def supported(config: VLMConfig) -> tuple[str, ...]:
-    """Backends of the decoder."""
-    return BACKENDS if attention_softcap(config) is None else ("eager",)
-
-
-def check_name(asked: Any, config: VLMConfig | None = None) -> None:
+def check_name(asked: Any, text_config: PreTrainedConfig | None = None) -> None:
     """Refuse what no model runs on. None is no choice.
 
     Args:
         asked: a name for all parts, or a map as `VLM.set_attn_implementation` takes it.
-        config: of the model, where it is known: the message lists what that one runs on.
+        text_config: the decoder's, where it is known: the message lists what that one runs on.
 
     Raises:
         ConfigError: lists what there is.
@@ -47,31 +38,33 @@ def check_name(asked: Any, config: VLMConfig | None = None) -> None:
                 f"{nearest(str(unknown[0]), PARTS[1:])}"
             )
         for backend in asked.values():
-            check_name(backend, config)
+            check_name(backend, text_config)
     elif asked is not None and asked not in BACKENDS and not _own(asked):
-        known = BACKENDS if config is None else supported(config)
+        known = BACKENDS if text_config is None else decoders.facts(text_config).backends
         raise ConfigError(
             f"attention backend {asked!r} is not supported{nearest(str(asked), known)}: it must read the prefix-LM"
             f" mask; supported: {', '.join(known)}"
         )
 
 
-def check(config: VLMConfig, asked: Any) -> None:
+def check(text_config: PreTrainedConfig, asked: Any) -> None:
     """Refuse a backend that a model does not run on. None is no choice.
 
     Args:
+        text_config: the decoder's.
         asked: a name for all parts, or a map as `VLM.set_attn_implementation` takes it.
 
     Raises:
         ConfigError: lists what there is.
     """
     decoder = asked.get("text_config", asked.get("")) if isinstance(asked, Mapping) else asked
-    if decoder is not None and attention_softcap(config) is not None and decoder != "eager":
+    spec, facts = decoders.spec(text_config), decoders.facts(text_config)
+    if decoder is not None and facts.attention_softcap is not None and decoder not in facts.backends:
         raise ConfigError(
-            f"{decoder!r} attention would drop the decoder's soft-cap of {attention_softcap(config)} (Gemma 2);"
-            f" supported: {', '.join(supported(config))}"
+            f"{decoder!r} attention would drop the decoder's soft-cap of {facts.attention_softcap} ({spec.title});"
+            f" supported: {', '.join(facts.backends)}"
         )
-    check_name(asked, config)
+    check_name(asked, text_config)
 
 
 def check_weights(backend: str) -> None:
@@ -87,11 +80,11 @@ def check_weights(backend: str) -> None:
         )
 
 
-def unsupported(config: VLMConfig, asked: Any, why: str) -> ConfigError:
+def unsupported(text_config: PreTrainedConfig, asked: Any, why: str) -> ConfigError:
     """What to say where transformers refuses a backend that is among ours."""
     return ConfigError(
         f"attention backend {asked!r} is not supported by a part of this model: {why};"
-        f" supported: {', '.join(supported(config))}"
+        f" supported: {', '.join(decoders.facts(text_config).backends)}"
     )
 
 

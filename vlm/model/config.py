@@ -8,40 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.errors import ConfigError
+from vlm.model import decoder, projecting
 from vlm.registry import part
-
-DECODER_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "gemma": GemmaConfig,
-    "gemma2": Gemma2Config,
-    "gemma3_text": Gemma3TextConfig,
-}
-"""Decoder configurations by transformers' `model_type`."""
-
-
-def decoder_config(values: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
-    """A Gemma 1, 2 or 3 text configuration from its dictionary (with `model_type`).
-
-    Raises:
-        ConfigError: the `model_type` is missing or is not a decoder that this library knows.
-    """
-    if isinstance(values, PreTrainedConfig):
-        if type(values) not in DECODER_CONFIGS.values():
-            raise ConfigError(
-                f"decoder configuration is a {type(values).__name__}, expected one of"
-                f" {', '.join(config.__name__ for config in DECODER_CONFIGS.values())}"
-            )
-        return values
-    values = dict(values)
-    kind = values.pop("model_type", None)
-    if kind not in DECODER_CONFIGS:
-        raise ConfigError(
-            f"decoder model_type is {kind!r}, expected one of {', '.join(DECODER_CONFIGS)}; write it into text_config"
-        )
-    return DECODER_CONFIGS[kind](**values)
 
 
 class VLMConfig(PreTrainedConfig):
@@ -76,7 +47,7 @@ class VLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # transformers builds every configuration class once without arguments (to diff against defaults).
-        self.text_config = decoder_config(self.text_config or {"model_type": "gemma"})
+        self.text_config = decoder.read_config(self.text_config or {"model_type": "gemma"})
         vision_class = part("vlm.encoders", self.encoder).Config
         if not isinstance(self.vision_config, PreTrainedConfig):
             values = dict(self.vision_config or {})
@@ -92,7 +63,7 @@ class VLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
-        part("vlm.projectors", str(self.projector_config.get("kind")))
+        projecting.named(str(self.projector_config.get("kind")))
         vocab = self.text_config.vocab_size
         if self.image_token_id is not None and not 0 <= self.image_token_id < vocab:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a forward refuses: arguments that nothing would read, alone or beside the others.
+"""What a forward is given, and what it refuses: arguments that nothing would read, alone or beside the others.
 
 A model that ignores what it is given answers another question than the one that was asked, in silence.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from vlm.model.loss import Reduction
 
 DECODER_OPTIONS = ("output_attentions", "output_hidden_states", "return_dict")
 """Further arguments of a forward: those that transformers' decoders read."""
+NAFLEX = ("pixel_attention_mask", "spatial_shapes")
+PIXELS = ("pixel_values", *NAFLEX)
+"""Arguments that are about pictures."""
 TENSORS = (
     "input_ids",
     "attention_mask",
@@ -23,12 +27,65 @@ TENSORS = (
     "position_ids",
     "labels",
     "sequence_ids",
-    "pixel_values",
-    "pixel_attention_mask",
-    "spatial_shapes",
+    *PIXELS,
     "inputs_embeds",
 )
 """Arguments of a forward whose names a mistyped one is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """One batch on its way through the model. The tensors are those of `vlm.Batch`; `VLM.forward` says what the others
+    are. `cache` is the decoder's, under whichever of its two names it came."""
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | dict[str, Tensor] | None = None
+    token_type_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    labels: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    pixel_values: Tensor | None = None
+    pixel_attention_mask: Tensor | None = None
+    spatial_shapes: Tensor | None = None
+    cache: Any = None
+    inputs_embeds: Tensor | None = None
+    use_cache: bool | None = None
+    encoded: Any = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Name -> value, as a forward takes them."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def pixels(self) -> dict[str, Tensor]:
+        """`pixel_values` and what NaFlex adds to it, as far as they are there."""
+        named = {name: getattr(self, name) for name in PIXELS}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a forward shall return beside hidden states; `VLM.forward` says what the settings are."""
+
+    reduction: Reduction = "token"
+    num_items: Tensor | int | None = None
+    skip_logits: bool | None = None
+    logits_to_keep: int | Tensor | None = None
+
+    def logits(self, training: bool) -> bool:
+        """Whether logits are made.
+
+        Args:
+            training: there are labels, and the step is one of training.
+        """
+        if self.skip_logits is None:
+            return not training or self.logits_to_keep is not None
+        return not self.skip_logits
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        """The positions whose logits are wanted: the last n (None and 0: all), or an index."""
+        if isinstance(self.logits_to_keep, Tensor):
+            return hidden[:, self.logits_to_keep]
+        return hidden[:, -self.logits_to_keep :] if self.logits_to_keep else hidden
 
 
 def check_names(given: Mapping[str, Any]) -> None:
@@ -45,27 +102,23 @@ def check_names(given: Mapping[str, Any]) -> None:
         )
 
 
-def check_sources(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, encoded: Any, pixels: Mapping[str, Tensor | None]
-) -> None:
+def check_sources(given: Inputs) -> None:
     """Refuse two sources of one thing, and parts of an image without the image.
-
-    Args:
-        encoded: tower features, or None. pixels: `pixel_values` and what NaFlex adds to it.
 
     Raises:
         DataError: names the arguments.
     """
-    if (input_ids is None) == (inputs_embeds is None):
+    embedded = given.inputs_embeds is not None
+    if (given.input_ids is None) != embedded:
         raise DataError("pass exactly one of input_ids and inputs_embeds")
-    images = [name for name, value in pixels.items() if value is not None]
-    if inputs_embeds is not None and (images or encoded is not None):
+    images = list(given.pixels())
+    if embedded and (images or given.encoded is not None):
         shown = ", ".join(images or ["encoded"])
         raise DataError(
             f"inputs_embeds beside {shown}: embeddings have no placeholders, so the pictures would be ignored; pass"
             f" input_ids instead, or put the image tokens into the embeddings (model.model.embed) and leave {shown} out"
         )
-    if encoded is not None and images:
+    if given.encoded is not None and images:
         raise DataError(f"encoded beside {', '.join(images)}: both are the pictures; pass one of the two")
     if images and "pixel_values" not in images:
         raise DataError(f"{', '.join(images)} without pixel_values; pass the processor's whole batch: model(**batch)")
@@ -109,46 +162,48 @@ def only_cache(cache: Any, past_key_values: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
-def check_labels(labels: Tensor | None, token_type_ids: Tensor | None, inputs_embeds: Tensor) -> None:
+def check_labels(given: Inputs, embeds: Tensor) -> None:
     """Refuse labels that cannot be used.
+
+    Args:
+        embeds: float[B, S, D], the tokens' embeddings.
 
     Raises:
         DataError: no token_type_ids, or another shape than the tokens'.
     """
+    labels = given.labels
     if labels is None:
         return
-    if token_type_ids is None:
+    if given.token_type_ids is None:
         raise DataError(
             "labels without token_type_ids: the prefix-LM mask cannot be known and the targets would leak;"
             " pass the processor's whole batch: model(**batch)"
         )
-    if labels.shape != inputs_embeds.shape[:2]:
+    if labels.shape != embeds.shape[:2]:
         raise DataError(
-            f"labels have shape {tuple(labels.shape)}, the tokens {tuple(inputs_embeds.shape[:2])}; each token has its"
+            f"labels have shape {tuple(labels.shape)}, the tokens {tuple(embeds.shape[:2])}; each token has its"
             f" label, -100 where nothing is supervised (they are shifted inside the model)"
         )
 
 
-def check_loss_settings(
-    labels: Tensor | None, reduction: str, num_items: Any, skip_logits: bool | None, logits_to_keep: Any
-) -> None:
+def check_wanted(wanted: Wanted, labels: Tensor | None) -> None:
     """Refuse settings of the loss that nothing would read, or that contradict each other.
 
     Raises:
         ConfigError: which, and why.
     """
-    known = get_args(Reduction)
+    known, reduction = get_args(Reduction), wanted.reduction
     if reduction not in known:
         raise ConfigError(
             f"unknown loss reduction {reduction!r}{nearest(str(reduction), known)}; known: {', '.join(known)}"
         )
     if labels is None and reduction != "token":
         raise ConfigError(f"reduction={reduction!r} without labels: it is of the loss, which needs labels")
-    if labels is None and skip_logits:
+    if labels is None and wanted.skip_logits:
         raise ConfigError("skip_logits=True without labels: there would be neither a loss nor logits")
-    if skip_logits and logits_to_keep is not None:
+    if wanted.skip_logits and wanted.logits_to_keep is not None:
         raise ConfigError("skip_logits=True beside logits_to_keep: leave one of the two out")
-    if num_items is not None and reduction != "token":
+    if wanted.num_items is not None and reduction != "token":
         raise ConfigError(
             f"num_items_in_batch beside reduction={reduction!r}: it counts tokens, this reduction counts examples;"
             f" divide loss_sum by the sum of loss_weight over the micro-batches instead"

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from vlm import projectors
 from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
 from vlm.files import disk_errors, publishing, rust_disk_errors
 from vlm.images.fused import open_transform
@@ -26,6 +25,7 @@ from vlm.images.transforms import ImageTransform, Pixels
 from vlm.model.batch import Batch
 from vlm.model.loss import IGNORE
 from vlm.model.masks import position_ids
+from vlm.model.projecting import counter
 from vlm.text import control
 from vlm.text.prompts import EncodedText, PromptEncoder
 from vlm.text.tokenizer import Tokenizer, image_token_id
@@ -67,7 +67,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_transform = image_transform
         self.projector = DEFAULT_PROJECTOR if projector is None else projector
-        self._num_tokens = projectors.counter(self.projector)
+        self._num_tokens = counter(self.projector)
         self.image_token_id = image_token_id(tokenizer)
         self._encode = PromptEncoder(tokenizer)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
-from vlm.projectors import Grid
+from vlm.projectors.contract import Grid, Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +55,6 @@ class Projector(nn.Module):
     def forward(self, features: Tensor, mask: Tensor | None, grid: Tensor) -> tuple[Tensor, Tensor | None]:
         """float[M, P, E], bool[M, P] or None, int64[M, 2] -> (the features, the mask)."""
         return features, mask
+
+
+SPEC = Spec(config=Config, build=Projector, num_tokens=num_tokens)

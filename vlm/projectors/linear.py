@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from vlm.projectors import Grid
+from vlm.projectors.contract import Grid, Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +49,6 @@ class Projector(nn.Module):
     def forward(self, features: Tensor, mask: Tensor | None, grid: Tensor) -> tuple[Tensor, Tensor | None]:
         """float[M, P, E], bool[M, P] or None, int64[M, 2] -> (float[M, P, D], the mask)."""
         return self.linear(features), mask
+
+
+SPEC = Spec(config=Config, build=Projector, num_tokens=num_tokens, in_paligemma=True)

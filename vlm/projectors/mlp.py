@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from vlm.errors import ConfigError, nearest
-from vlm.projectors import Grid, at_least
+from vlm.projectors.contract import Grid, Spec, at_least
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
@@ -85,3 +85,6 @@ class Projector(nn.Module):
         for index, layer in enumerate(self.layers):
             features = layer(features if index == 0 else activation(features))
         return features, mask
+
+
+SPEC = Spec(config=Config, build=Projector, num_tokens=num_tokens)

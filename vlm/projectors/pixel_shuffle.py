@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from vlm.projectors import Grid, at_least, on_grids
+from vlm.projectors.contract import Grid, Spec, at_least, on_grids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +72,6 @@ class Projector(nn.Module):
         patches = nn.functional.pad(patches, (0, 0, 0, -columns % factor, 0, -rows % factor))
         blocks = patches.unflatten(2, (-1, factor)).unflatten(1, (-1, factor))  # [m, r, factor, c, factor, E]
         return blocks.transpose(2, 3).flatten(3)
+
+
+SPEC = Spec(config=Config, build=Projector, num_tokens=num_tokens)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from vlm.errors import ConfigError
-from vlm.projectors import Grid, at_least, on_grids
+from vlm.projectors.contract import Grid, Spec, at_least, on_grids
 
 DEFAULT_FACTOR = 2
 
@@ -94,3 +94,6 @@ class Projector(nn.Module):
         else:
             pooled = nn.functional.avg_pool2d(image, self.config.factor or DEFAULT_FACTOR, ceil_mode=True)
         return pooled.permute(0, 2, 3, 1)
+
+
+SPEC = Spec(config=Config, build=Projector, num_tokens=num_tokens)

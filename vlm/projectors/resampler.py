@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from vlm.errors import ConfigError
-from vlm.projectors import Grid, at_least
+from vlm.projectors.contract import Grid, Spec, at_least
 
 PLACES = 16
 """Length of an image's side in the unit of the sine-cosine embedding."""
@@ -164,3 +164,6 @@ class Projector(nn.Module):
         for block in self.blocks:
             queries = block(queries, keys, values, visible)
         return self.linear(self.out_norm(queries)), None
+
+
+SPEC = Spec(config=Config, build=Projector, num_tokens=num_tokens)

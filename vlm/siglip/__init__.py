@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vlm.registry import door
 
 _HOMES = {
-    "SigLIP": "text",
+    "SigLIP": "vlm.model.dual",
     "canonicalize": "text",
     "load": "text",
     "from_big_vision": "text",
@@ -15,8 +15,8 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
+    from vlm.model.dual import SigLIP as SigLIP
     from vlm.siglip import zero_shot as zero_shot
-    from vlm.siglip.text import SigLIP as SigLIP
     from vlm.siglip.text import canonicalize as canonicalize
     from vlm.siglip.text import from_big_vision as from_big_vision
     from vlm.siglip.text import load as load

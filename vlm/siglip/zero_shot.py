@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vlm.data.examples import Labelled
     from vlm.encoders.contract import EncoderOutput
     from vlm.images.transforms import ImageTransform
-    from vlm.siglip.text import SigLIP
+    from vlm.model.dual import SigLIP
 
 log = logging.getLogger(__name__)
 TOWERS = ("siglip", "siglip2_naflex")

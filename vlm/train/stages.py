@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from vlm import files, ranks, settings
 from vlm.build.assembly import new
@@ -31,6 +32,7 @@ from vlm.data.problems import Problem, listing
 from vlm.data.reading import read
 from vlm.errors import CheckpointError, ConfigError, DataError
 from vlm.eval.job import Job
+from vlm.model import decoder as decoders
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
 from vlm.model.lengths import Room, context_of, refuse, too_long
@@ -79,7 +81,7 @@ def run_stages(config: RunConfig, directory: RunDirectory, *, main: bool, skip_b
             make_stage(config, i, kept.examples, kept.counts, kept.val, digest, kept.jobs)
             for i in range(len(config.stages))
         ]
-    decoder = VLMConfig.from_pretrained(start).text_config.model_type
+    decoder = VLMConfig.from_pretrained(start).text_config
     for stage in stages:
         _check_precision(stage, decoder)
     finished: list[str] = []
@@ -384,10 +386,11 @@ def _provenance(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _check_precision(stage: Stage, decoder: str) -> None:
-    if stage.precision == "fp16" and decoder.startswith("gemma") and not stage.run.force_fp16:
+def _check_precision(stage: Stage, decoder: PreTrainedConfig) -> None:
+    if stage.precision == "fp16" and decoders.spec(decoder).overflows_float16 and not stage.run.force_fp16:
         raise ConfigError(
-            f"stage {stage.config.name}: precision fp16 overflows in {decoder}; use bf16, or set force_fp16: true"
+            f"stage {stage.config.name}: precision fp16 overflows in {decoder.model_type}; use bf16, or set"
+            f" force_fp16: true"
         )
     if stage.precision == "fp16" and (stage.run.accelerator == "cpu" or not torch.cuda.is_available()):
         raise ConfigError(f"stage {stage.config.name}: precision fp16 needs a GPU; use bf16 or fp32")

@@ -22,8 +22,8 @@ from vlm.check.subject import (
     text_length,
     text_logits,
 )
-from vlm.model.attention import attention_softcap
-from vlm.model.forward import CACHE
+from vlm.model import decoder
+from vlm.model.outputs import CACHE
 
 STEPS = 10
 """Tokens decoded one by one."""
@@ -118,7 +118,7 @@ def _extended(tensors: Tensors, tokens: Tensor) -> Tensors:
 def backends(subject: Subject) -> Finding:
     """The logits of a padded batch with sdpa against eager attention, in tower and decoder."""
     model = subject.model
-    cap = attention_softcap(model.config)
+    cap = decoder.facts(model.config.text_config).attention_softcap
     if cap is not None:
         return not_applicable(
             f"the decoder caps attention scores at {cap:g} (Gemma 2), which sdpa cannot do: eager is the only backend"

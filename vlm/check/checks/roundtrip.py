@@ -12,8 +12,10 @@ import torch
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import Check, Disk, Subject, attention_backends, moved, text_length, text_logits
+from vlm.decoders.contract import Facts
 from vlm.errors import ConfigError
-from vlm.model.forward import VLM, layer_types
+from vlm.model import decoder
+from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 
 
@@ -64,17 +66,20 @@ def _compare(subject: Subject, path: Path, what: str) -> Finding:
 
 def _why(model: VLM, other: VLM) -> str:
     """What can make equal weights give other logits."""
-    own, theirs = (layer_types(net.config) for net in (model, other))
-    if own.keys() != theirs.keys():
-        window = getattr(model.config.text_config, "sliding_window", None)
+    own, theirs = (decoder.facts(net.config.text_config) for net in (model, other))
+    if own.windowed != theirs.windowed:
         return (
-            f"the weights are equal, but the decoder's layers are {' and '.join(own)} here (window {window}),"
-            f" {' and '.join(theirs)} after loading: PaliGemma 2 is opened without a window, as Google's code has it"
+            f"the weights are equal, but the decoder's layers are {_kinds(own)} here (window {own.window}),"
+            f" {_kinds(theirs)} after loading: PaliGemma 2 is opened without a window, as Google's code has it"
         )
     return (
         "the weights are equal: something that is not saved differs, such as rotary frequencies that model.to(dtype)"
         " has rounded (open the model with vlm.load(path, dtype=...) instead)"
     )
+
+
+def _kinds(facts: Facts) -> str:
+    return " and ".join(dict.fromkeys(facts.layer_types))
 
 
 def _load_like(disk: Disk, model: VLM, path: Path) -> tuple[VLM, Processor]:
