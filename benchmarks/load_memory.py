@@ -45,9 +45,11 @@ def write(folder: Path, layers: int, dtype: str) -> int:
     from safetensors.torch import save_file
 
     from vlm.build.presets import tiny
-    from vlm.checkpoints.loader import empty, expected_shapes
+    from vlm.checkpoints.loader import empty
     from vlm.checkpoints.names import to_hub
+    from vlm.checkpoints.source import expected_shapes
     from vlm.exchange.exporting import export
+    from vlm.model.forward import VLM
 
     model, processor = tiny("siglip", "gemma")
     export(model, processor, folder, to="paligemma")  # configuration, tokenizer and processor of a small one
@@ -61,7 +63,7 @@ def write(folder: Path, layers: int, dtype: str) -> int:
     for name, value in {**sizes, "num_attention_heads": 8, "num_key_value_heads": 1}.items():
         setattr(config.text_config, name, value)
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in expected_shapes(empty(config)).items():
+    for name, shape in expected_shapes(empty(VLM, config)).items():
         group = name.split(".layers.")[1].split(".")[0] if "language_model.layers" in name else "rest"
         groups.setdefault(group, {})[to_hub(name)] = shape
     index, total = {}, 0

@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import vlm
 from vlm.build.presets import tiny, tiny_decoder
-from vlm.encoders import EncoderOutput, check_square, square_output, square_tokens, use
+from vlm.encoders import check_square, square_output, square_tokens, use
+from vlm.encoders.contract import EncoderOutput
 from vlm.images.transforms import ImageTransform
 
 NAME = "own_encoder:PatchTower"

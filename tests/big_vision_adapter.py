@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig
 
-from vlm.checkpoints import big_vision
+from vlm.checkpoints import big_vision, big_vision_model
 from vlm.encoders.siglip import resample_position_table
 from vlm.encoders.siglip2_naflex import resize_position_grid
 from vlm.generation.engine import generate_ids
@@ -44,7 +44,7 @@ class PaliGemma:
 
     def __init__(self, params: Arrays, config: Config) -> None:
         llm = {**config["llm"], **config.get("llm_kw", {})}
-        self.model: VLM = big_vision.paligemma_model(params, config["image_token"], llm=llm)
+        self.model: VLM = big_vision_model.paligemma_model(params, config["image_token"], llm=llm)
         self.shapes = {name: array.shape for name, array in params.items()}
 
     def image_features(self, batch: Arrays) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 
 import vlm
 from vlm.build.presets import TINY_CORPUS
-from vlm.checkpoints import big_vision
+from vlm.checkpoints import big_vision, big_vision_model
 from vlm.checkpoints.big_vision_configs import paligemma_config
 from vlm.errors import CheckpointError
 from vlm.siglip import text as siglip
@@ -201,7 +201,7 @@ def test_placeholder_rows_are_the_mean_and_the_rest_is_untouched(sentencepiece_f
     case = part(golden("paligemma"), "params/")
     tokenizer = tokenizers.from_sentencepiece(sentencepiece_file)
     tokenizers.add_image_tokens(tokenizer)
-    model, processor = big_vision.paligemma(case, tokenizer)
+    model, processor = big_vision_model.paligemma(case, tokenizer)
     table: Any = model.get_input_embeddings().weight
     stored = case["llm/embedder/input_embedding"]
     assert table.shape[0] % 64 == 0 and table.shape[0] > processor.image_token_id >= len(stored)
@@ -216,7 +216,7 @@ def test_einsum_axes_against_numpy() -> None:
     x = rng.standard_normal((5, width)).astype(np.float32)
     for groups in (kv, heads):
         arrays = gemma2_arrays(rng, width, heads, groups, dim, mlp)
-        model = big_vision.paligemma_model(arrays, 49)
+        model = big_vision_model.paligemma_model(arrays, 49)
         layer: Any = model.model.language_model.layers[1]
         prefix = "llm/layers/1/"
         if groups == heads:
@@ -403,17 +403,17 @@ def test_arrays_that_do_not_fit_are_refused(change: Callable[[Arrays], Any], mes
     arrays = {k: v.copy() for k, v in part(golden("paligemma"), "params/").items()}
     change(arrays)
     with pytest.raises(CheckpointError, match=message):
-        big_vision.paligemma_model(arrays, 999)
+        big_vision_model.paligemma_model(arrays, 999)
 
 
 def test_settings_that_contradict_the_arrays_are_refused() -> None:
     arrays = part(golden("paligemma"), "params/")
     with pytest.raises(CheckpointError, match="llm.width is 64, the arrays have 48"):
-        big_vision.paligemma_model(arrays, 999, llm={"width": 64})
+        big_vision_model.paligemma_model(arrays, 999, llm={"width": 64})
     with pytest.raises(CheckpointError, match="without Gemma 2's norms"):
-        big_vision.paligemma_model(arrays, 999, llm={"attn_logits_softcap": 50.0})
+        big_vision_model.paligemma_model(arrays, 999, llm={"attn_logits_softcap": 50.0})
     with pytest.raises(CheckpointError, match="query_pre_attn_norm is 'rsqrt'"):
-        big_vision.paligemma_model(arrays, 999, llm={"query_pre_attn_norm": "rsqrt"})
+        big_vision_model.paligemma_model(arrays, 999, llm={"query_pre_attn_norm": "rsqrt"})
 
 
 def test_files_that_are_no_archive_are_refused(tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ def test_a_window_lost_on_the_way_is_a_failure(monkeypatch: pytest.MonkeyPatch) 
     """A published PaliGemma 2 is opened without a sliding window; a model that uses one of 8 tokens keeps it."""
     model, processor = loud("siglip", "gemma2")
     assert check.run(model, processor, only=["export"])["export"].status == "ok"
-    monkeypatch.setattr("vlm.checkpoints.layout.WINDOW_IN_USE", "ignored")
+    monkeypatch.setattr("vlm.exchange.paligemma.WINDOW_IN_USE", "ignored")
     result = check.run(model, processor, only=["export"])["export"]
     assert result.status == "FAIL" and "without a window" in result.detail
 

@@ -27,13 +27,14 @@ from transformers import (
 
 import vlm
 from vlm.build.presets import tiny, tiny_decoder
-from vlm.checkpoints.layout import config_values
 from vlm.checkpoints.loader import empty
 from vlm.checkpoints.shards import parse_size, write_shards
 from vlm.cli import main
 from vlm.errors import CheckpointError, ConfigError, GenerationError
 from vlm.exchange import card
-from vlm.exchange.exporting import FORMATS, export
+from vlm.exchange.exporting import export
+from vlm.exchange.formats import FORMATS
+from vlm.exchange.paligemma import config_values
 
 LINEAR = ("weight", "bias")
 TOWER_LAYER = [
@@ -152,7 +153,7 @@ def test_transformers_builds_the_published_sizes_from_what_is_written(text: Any,
         text_config=text,
         image_token_id=257_000,
     )
-    written = config_values(empty(config), torch.bfloat16)
+    written = config_values(empty(vlm.VLM, config), torch.bfloat16)
     with torch.device("meta"):
         built = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(written))
     assert sum(parameter.numel() for parameter in built.parameters()) == parameters

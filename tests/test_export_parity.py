@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 import vlm
 from vlm.build.presets import tiny
-from vlm.checkpoints import layout, shards
+from vlm.checkpoints import shards
 from vlm.errors import CheckpointError
-from vlm.exchange import probes
+from vlm.exchange import hub_files, paligemma, probes
 from vlm.exchange.exporting import export
 from vlm.exchange.parity import LIMITS, Limit, ParityReport, compare
 from vlm.model.forward import VLM
@@ -186,18 +187,20 @@ def changed_writer(change: Callable[[dict[str, torch.Tensor]], object]) -> Calla
     return apply
 
 
-def changed_values(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[pytest.MonkeyPatch], None]:
-    """A function of `layout` that makes settings, after something was done to them."""
+def changed_values(
+    name: str, change: Callable[[dict[str, Any]], object], home: ModuleType = paligemma
+) -> Callable[[pytest.MonkeyPatch], None]:
+    """A function that makes settings, after something was done to them."""
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> None:
-        real = getattr(layout, name)
+        real = getattr(home, name)
 
         def make(*args: Any) -> dict[str, Any]:
             values: dict[str, Any] = real(*args)
             change(values)
             return values
 
-        monkeypatch.setattr(layout, name, make)
+        monkeypatch.setattr(home, name, make)
 
     return apply
 
@@ -206,14 +209,14 @@ def swapped_names(first: str, second: str) -> Callable[[pytest.MonkeyPatch], Non
     """A wrong table of names: the files are read back as they were written, only a model shows it."""
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> None:
-        real = layout.to_hub
+        real = paligemma.to_hub
         names = {first: second, second: first}
 
         def to_hub(name: str) -> str:
             old = next((part for part in names if part in name), None)
             return real(name) if old is None else real(name.replace(old, names[old]))
 
-        monkeypatch.setattr(layout, "to_hub", to_hub)
+        monkeypatch.setattr(paligemma, "to_hub", to_hub)
 
     return apply
 
@@ -225,7 +228,7 @@ def changed_part(part: str, **values: Any) -> Callable[[pytest.MonkeyPatch], Non
 
 def changed_image(**values: Any) -> Callable[[pytest.MonkeyPatch], None]:
     """Other numbers in the image processor's settings."""
-    return changed_values("common_image_values", lambda settings: settings.update(values))
+    return changed_values("common_image_values", lambda settings: settings.update(values), hub_files)
 
 
 def next_number(tensor: torch.Tensor) -> torch.Tensor:

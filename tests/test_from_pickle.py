@@ -82,7 +82,7 @@ def test_shards_views_and_wrappers(tmp_path: Path) -> None:
     where = {key: name for name, tensors in shards.items() for key in tensors}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
     pickled.convert_pickle(folder, tmp_path / "out")
-    from vlm.checkpoints.files import Weights
+    from vlm.checkpoints.weights import Weights
 
     weights = Weights(tmp_path / "out")
     wanted = {key: value for tensors in shards.values() for key, value in tensors.items()}

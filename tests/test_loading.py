@@ -228,7 +228,7 @@ def test_published_configurations_are_completed_as_published(written: Path) -> N
     }
     config = paligemma_config(values, "config.json")
     assert (
-        sum(p.numel() for p in empty(config).parameters()) == 2_923_335_408 + 64 * 2048
+        sum(p.numel() for p in empty(VLM, config).parameters()) == 2_923_335_408 + 64 * 2048
     )  # 64 rows more than published
     del values["vision_config"]
     assert paligemma_config(values, "config.json").vision_config.intermediate_size == 4304
@@ -323,7 +323,7 @@ def test_nonfinite_weights_open_when_asked_for(copied: Path) -> None:
 
 
 def test_nothing_is_read_before_the_headers_fit(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.checkpoints.files import Weights
+    from vlm.checkpoints.weights import Weights
 
     def refuse(self: Weights, name: str) -> Tensor:
         raise AssertionError(f"{name} was read")

@@ -4,32 +4,23 @@ checkpoint."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.build.towers import Choice, choose, config_file, located
-from vlm.checkpoints.configs import NOTES, check_numbers, guarded, own_config, paligemma_config
-from vlm.checkpoints.files import locate
-from vlm.checkpoints.geometry import seeded
-from vlm.checkpoints.parts import load_decoder, load_tower
+from vlm.build.assembled import assemble
+from vlm.build.towers import choose, config_file, located
+from vlm.checkpoints.checks import NOTES, check_numbers, guarded
+from vlm.checkpoints.configs import own_config, paligemma_config
+from vlm.checkpoints.locate import locate
 from vlm.checkpoints.preprocessing import open_tokenizer
-from vlm.checkpoints.tower import head_of
 from vlm.errors import ConfigError
 from vlm.model import decoder as decoders
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
-from vlm.model.projecting import init_weights
-from vlm.registry import part
-from vlm.text.tokenizer import Tokenizer, add_image_tokens, from_sentencepiece, image_token_id
-
-VOCABULARY_MULTIPLE = 64
-"""The vocabulary is padded to a multiple of this, as in PaliGemma's Hugging Face checkpoints."""
+from vlm.text.tokenizer import Tokenizer, from_sentencepiece
 
 
 def new(
@@ -64,7 +55,7 @@ def new(
         image: settings of the image transform to change, such as `{"max_num_patches": 64}` or `{"resample":
             "bicubic"}`.
         layer: of the tower, whose output is the features: -1 the last with the final norm, -2 the one before it without
-            a norm, or a list, concatenated along the channels (`vlm.encoders.choose_layers`).
+            a norm, or a list, concatenated along the channels (`vlm.model.parts.choose_layers`).
         fuse: of several towers whose grids differ: `{"grid": [rows, columns], "resample": "bilinear"}`.
         seed: of the new weights. Each part has its own stream, so swapping one part leaves the others' weights as they
             were.
@@ -80,29 +71,8 @@ def new(
     choice = choose(encoder, encoder_kind=encoder_kind, image_size=image_size, image=image, layer=layer, fuse=fuse)
     text_config = _text(decoder)
     tokenizer = _tokenizer(tokenizer, decoder)
-    old_rows = text_config.vocab_size
-    add_image_tokens(tokenizer)
-    text_config.vocab_size = _rows_for(tokenizer, old_rows)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(text_config, name, getattr(tokenizer, name))
-    config = VLMConfig(
-        encoder=choice.kind,
-        vision_config=choice.config,
-        projector_config={"kind": projector} if isinstance(projector, str) else projector,
-        text_config=text_config,
-        image_token_id=image_token_id(tokenizer),
-    )
-    with torch.random.fork_rng():  # the weights drawn here are all replaced below, each part from its own stream
-        model = VLM(config)
-    inner = model.model
-    model.tower_head = _fill_towers(inner.vision_tower, choice, seed)
-    seeded(seed, "projector", lambda: init_weights(inner.multi_modal_projector))
-    if isinstance(decoder, Path):
-        seeded(seed, "vocabulary", lambda: load_decoder(inner.language_model, decoder, old_rows))
-    else:
-        _load_fresh(inner.language_model, "decoder", lambda: decoders.build(text_config), seed)
-    model.tie_weights()
-    return model.eval(), Processor(tokenizer, choice.transform, config.projector_config)
+    stored = decoder if isinstance(decoder, Path) else None
+    return assemble(choice, projector, text_config, tokenizer, decoder=stored, seed=seed)
 
 
 def stored_rows(decoder: str | Path | PreTrainedConfig | dict[str, Any]) -> int:
@@ -110,21 +80,12 @@ def stored_rows(decoder: str | Path | PreTrainedConfig | dict[str, Any]) -> int:
     return int(_text(located(decoder)).vocab_size)
 
 
-def _rows_for(tokenizer: Tokenizer, rows: int) -> int:
-    """The decoder's vocabulary: as it is where it holds every token (padding and unused rows stay), else larger."""
-    needed = max(tokenizer.get_vocab().values()) + 1
-    return rows if needed <= rows else -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
 def _text(decoder: Any) -> PreTrainedConfig:
     if isinstance(decoder, Path):
-        config = _stored_text(decoder)
-    elif isinstance(decoder, PreTrainedConfig | dict):
-        config = copy.deepcopy(decoders.read_config(decoder))
-    else:
-        raise ConfigError("decoder is missing: give a Gemma checkpoint or a text configuration")
-    config.dtype = None
-    return config
+        return _stored_text(decoder)
+    if isinstance(decoder, PreTrainedConfig | dict):
+        return copy.deepcopy(decoders.read_config(decoder))
+    raise ConfigError("decoder is missing: give a Gemma checkpoint or a text configuration")
 
 
 def _stored_text(folder: Path) -> PreTrainedConfig:
@@ -149,30 +110,3 @@ def _tokenizer(tokenizer: Any, decoder: Any) -> Tokenizer:
     if not isinstance(tokenizer, str | Path):
         return copy.deepcopy(tokenizer)
     return from_sentencepiece(tokenizer) if Path(tokenizer).is_file() else open_tokenizer(locate(tokenizer))
-
-
-def _fill_towers(tower: Any, choice: Choice, seed: int) -> dict[str, Tensor]:
-    """The weights of each tower: its checkpoint's, or new ones from a stream of its own. Returns what the checkpoints
-    have beside the towers, for an export (`vlm.checkpoints.tower`)."""
-    head: dict[str, Tensor] = {}
-    alone = len(choice.members) == 1
-    towers = [tower] if alone else list(tower.members)
-    for number, (module, member) in enumerate(zip(towers, choice.members, strict=True)):
-        kind = part("vlm.encoders", member.kind)
-        if isinstance(member.source, Path):
-            load_tower(module, member.source, resize_positions=member.resized)
-            prefix = "" if alone else f"members.{number}."
-            transform = choice.transform if alone else choice.transform.members[number]  # type: ignore[attr-defined]
-            beside = head_of(module, kind, transform, member.source)
-            head |= {prefix + name: tensor for name, tensor in beside.items()}
-            continue
-        name = "encoder" if alone else f"encoder {number}"
-        build, config = kind.Encoder._from_config, member.config
-        _load_fresh(module, name, lambda: build(config), seed)  # noqa: B023
-    return head
-
-
-def _load_fresh(module: nn.Module, name: str, build: Callable[[], nn.Module], seed: int) -> None:
-    weights: dict[str, Tensor] = {}
-    seeded(seed, name, lambda: weights.update(build().state_dict()))
-    module.load_state_dict(weights)

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.build.assembly import new
+from vlm.build.assembled import assemble
+from vlm.build.towers import choose
 from vlm.model.decoder import small
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
@@ -55,4 +56,5 @@ def tiny(
     if not hasattr(vision, "image_size"):
         image = {"max_num_patches": 16, **(image or {})}
     tokenizer = tokenizers.build(TINY_CORPUS * 20, vocab_size=400)
-    return new(vision, projector, tiny_decoder(decoder, **decoder_settings), tokenizer, image=image, seed=seed)
+    text_config = tiny_decoder(decoder, **decoder_settings)
+    return assemble(choose(vision, image=image), projector, text_config, tokenizer, seed=seed)

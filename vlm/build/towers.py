@@ -5,67 +5,28 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from vlm.build.choice import Choice, Member
+from vlm.build.recorded import image_transform, recorded_settings
 from vlm.checkpoints import big_vision, big_vision_configs
-from vlm.checkpoints.configs import NOTES, check_numbers, guarded, own_config, paligemma_config
-from vlm.checkpoints.files import locate, read_json
-from vlm.checkpoints.geometry import (
-    Tower,
-    change_tower,
-    change_transform,
-    check_settings,
-    known_settings,
-    read_as,
-    recorded,
-    set_image_size,
-)
-from vlm.checkpoints.preprocessing import checked_image_settings, own_transform, resample_name
-from vlm.checkpoints.tower import OWN_TRANSFORM
+from vlm.checkpoints.checks import NOTES, check_numbers, guarded
+from vlm.checkpoints.configs import own_config, paligemma_config
+from vlm.checkpoints.files import read_json
+from vlm.checkpoints.geometry_plan import Tower, change_tower, read_as, set_image_size
+from vlm.checkpoints.image_settings import known_settings
+from vlm.checkpoints.locate import locate
+from vlm.checkpoints.preprocessing import own_transform
 from vlm.errors import ConfigError, nearest
-from vlm.images.fused import FusedTransform, cells_shown, open_transform
+from vlm.images.fused import FusedTransform, cells_shown
 from vlm.images.transforms import ImageTransform
 from vlm.model.config import VLMConfig
 from vlm.model.parts import choose_layers, model_types, read_config
 from vlm.registry import kinds, part
 
 logger = logging.getLogger(__name__)
-
-
-class Member(NamedTuple):
-    """One tower of a new model, alone or fused with others.
-
-    Attributes:
-        source: a checkpoint's folder or `.npz`, or a configuration (new weights).
-        kind: the encoder's kind.
-        config: its configuration.
-        resized: another image size than the checkpoint's was asked for.
-        transform: its image transform, where the source is a model of this library.
-    """
-
-    source: Any
-    kind: str
-    config: PreTrainedConfig
-    resized: bool
-    transform: ImageTransform | None = None
-
-
-class Choice(NamedTuple):
-    """The encoder of a new model.
-
-    Attributes:
-        kind: the encoder's kind, `fused` for several towers.
-        config: its configuration.
-        members: where the weights of each tower come from; one unless it is fused.
-        transform: its image transform.
-    """
-
-    kind: str
-    config: PreTrainedConfig
-    members: list[Member]
-    transform: ImageTransform
 
 
 def choose(
@@ -90,7 +51,7 @@ def choose(
         if fuse:
             raise ConfigError(f"fuse={fuse} is for several towers, and there is one; give A+B, or leave it out")
         member = _member(*sources[0], encoder_kind, image_size, layer)
-        transform = _transform(member, image or {})
+        transform = image_transform(member, image or {})
         return Choice(member.kind, member.config, [member], transform)
     if encoder_kind is not None:
         raise ConfigError(f"encoder_kind={encoder_kind!r} reads one tower as another kind, and there are several")
@@ -101,7 +62,7 @@ def choose(
         if key not in known:
             raise ConfigError(f"unknown fuse setting {key!r}{nearest(key, known)}; known: {', '.join(known)}")
     config = module.fuse([(member.kind, member.config) for member in members], **(fuse or {}))
-    notes = [_recorded(member, image or {}) for member in members]
+    notes = [recorded_settings(member, image or {}) for member in members]
     transform = module.transform(config, recorded=notes, **known_settings(image or {}))
     _say_resampled(config, transform)
     return Choice("fused", config, members, transform)
@@ -273,79 +234,3 @@ def config_file(folder: Path) -> dict[str, Any]:
             f"{folder}: no config.json; give a checkpoint directory or a hub id such as google/siglip-base-patch16-224"
         )
     return read_json(folder / "config.json")
-
-
-def _transform(member: Member, settings: dict[str, Any]) -> ImageTransform:
-    kind, config = member.kind, member.config
-    if member.transform is not None:
-        return change_transform(member.transform, kind, config, settings)
-    check_settings(settings, config)
-    transform: ImageTransform = part("vlm.encoders", kind).transform(
-        config, **{**_recorded(member, settings), **settings}
-    )
-    return transform
-
-
-def _recorded(member: Member, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the checkpoint records and the settings leave open."""
-    module, config = part("vlm.encoders", member.kind), member.config
-    if member.transform is not None:
-        return recorded(member.transform, config)
-    own = written_transform(member.source, module)
-    if own is not None and (own.mode == "naflex") == (not hasattr(config, "image_size")):
-        return recorded(own, config)
-    if not isinstance(member.source, Path) or hasattr(module, "recognise"):
-        return {}  # new weights, or a configuration that holds the transform
-    found = recorded_transform(member.source, getattr(config, "image_size", None))
-    if not hasattr(config, "image_size"):
-        # NaFlex resizes in float with its own filter; a FixRes checkpoint's resize does not apply.
-        return {key: value for key, value in found.items() if key not in ("resample", "rounding", *_SQUARE)}
-    if "mode" in settings:
-        return {key: value for key, value in found.items() if key not in _SQUARE}
-    return found
-
-
-def written_transform(source: Any, module: Any) -> ImageTransform | None:
-    """The image transform of a tower that `vlm export --to tower` wrote: all that other formats cannot say."""
-    names = (getattr(module, "CONFIG_FILE", "config.json"), "preprocessor_config.json")
-    for file in [source / name for name in names] if isinstance(source, Path) and source.is_dir() else ():
-        values = read_json(file).get(OWN_TRANSFORM) if file.is_file() else None
-        if values is not None:
-            return guarded(lambda: open_transform(values), f"{file}: {OWN_TRANSFORM}")  # noqa: B023
-    return None
-
-
-_SQUARE = ("mode", "resize_shortest")
-"""How an image becomes a square."""
-
-
-def recorded_transform(path: Path, image_size: int | None = None) -> dict[str, Any]:
-    """Normalisation, filter and way to a square that a tower's checkpoint records (empty when it records none). A
-    big_vision `.npz` means big_vision's own resize, which rounds down.
-
-    Args:
-        image_size: the tower's; a recorded centre crop keeps its proportion at another size.
-    """
-    if path.suffix == ".npz":
-        return {"resample": "bilinear", "rounding": "down"}
-    values = checked_image_settings(path, crop=True) or {}
-    result: dict[str, Any] = {}
-    if "resample" in values:
-        result["resample"] = resample_name(values["resample"], path)
-    for key, name in (("image_mean", "mean"), ("image_std", "std")):
-        if key in values:
-            result[name] = values[key]
-    if "max_num_patches" in values:
-        result["max_num_patches"] = values["max_num_patches"]
-    return {**result, **(_recorded_square(values, image_size) if image_size else {})}
-
-
-def _recorded_square(values: dict[str, Any], image_size: int) -> dict[str, Any]:
-    size, crop = values.get("size"), values.get("crop_size")
-    side = crop.get("height") if isinstance(crop, dict) else crop
-    shortest = size.get("shortest_edge") if isinstance(size, dict) else size
-    if values.get("do_center_crop") and isinstance(side, int) and isinstance(shortest, int) and side > 0:
-        return {"mode": "crop", "resize_shortest": max(image_size, round(image_size * shortest / side))}
-    if isinstance(size, dict) and "height" in size and not values.get("do_center_crop"):
-        return {"mode": "squash"}
-    return {}

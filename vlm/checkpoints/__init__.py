@@ -8,7 +8,6 @@ _HOMES = {
     "load": "directory",
     "save": "saving",
 }
-
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:

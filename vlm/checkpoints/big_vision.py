@@ -18,15 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.checkpoints.big_vision_configs import Shapes, paligemma_config
-from vlm.checkpoints.big_vision_names import Rule, rules, to_array
+from vlm.checkpoints.big_vision_names import Rule, Shapes, rules, to_array
 from vlm.checkpoints.files import check_regular
-from vlm.checkpoints.loader import Placement, Source, load_model
+from vlm.checkpoints.source import Source
 from vlm.errors import CheckpointError
-from vlm.images.transforms import ImageTransform
-from vlm.model.forward import VLM
-from vlm.model.processor import Processor
-from vlm.text.tokenizer import Tokenizer, image_token_id
 
 Arrays = Mapping[str, np.ndarray]
 DTYPE_NAMES = {"V2": "BF16", "float32": "F32", "float16": "F16"}
@@ -105,94 +100,6 @@ def headers(arrays: Arrays, origin: str) -> tuple[dict[str, tuple[int, ...]], di
     else:
         found = {name: (tuple(a.shape), _dtype_name(a.dtype, name, origin)) for name, a in arrays.items()}
     return {name: shape for name, (shape, _) in found.items()}, {name: dtype for name, (_, dtype) in found.items()}
-
-
-# --- PaliGemma --------------------------------------------------------------------------------------------------------
-
-
-def paligemma(
-    arrays: Arrays,
-    tokenizer: Tokenizer,
-    *,
-    origin: str = "big_vision parameters",
-    llm: Mapping[str, Any] | None = None,
-    image_size: int | None = None,
-    placement: Placement | None = None,
-    allow_nonfinite: bool = False,
-) -> tuple[VLM, Processor]:
-    """A PaliGemma from big_vision's arrays.
-
-    Args:
-        arrays: big_vision name (without `params/`) -> array.
-        tokenizer: the tokenizer that belongs to it, with an `<image>` token.
-        origin: where the arrays come from, for messages.
-        llm, image_size: as `paligemma_config`.
-
-    Returns:
-        (model, processor). Images are resized as in big_vision: bilinear with antialias, cut to 8 bit.
-
-    Raises:
-        CheckpointError: arrays that are missing, unexpected, mis-shaped or not finite.
-    """
-    model = paligemma_model(
-        arrays,
-        image_token_id(tokenizer),
-        origin=origin,
-        llm=llm,
-        image_size=image_size,
-        placement=placement,
-        allow_nonfinite=allow_nonfinite,
-    )
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(model.config.text_config, name, getattr(tokenizer, name))
-    vision = model.config.vision_config
-    return model, Processor(tokenizer, original_transform(vision.image_size, vision.patch_size))
-
-
-def original_transform(image_size: int, patch_size: int) -> ImageTransform:
-    """Resizing as big_vision's transfers do: bilinear with antialias, cut to 8 bit, values in [-1, 1]."""
-    return ImageTransform(
-        mode="squash", image_size=image_size, patch_size=patch_size, resample="bilinear", rounding="down"
-    )
-
-
-def paligemma_model(
-    arrays: Arrays,
-    image_token: int,
-    *,
-    origin: str = "big_vision parameters",
-    llm: Mapping[str, Any] | None = None,
-    image_size: int | None = None,
-    placement: Placement | None = None,
-    allow_nonfinite: bool = False,
-) -> VLM:
-    """The model alone; `image_token` is the id of the `<image>` placeholder. Arguments as `paligemma`."""
-    shapes, dtypes = headers(arrays, origin)
-    config = paligemma_config(shapes, image_token, origin=origin, llm=llm, image_size=image_size)
-    source = array_source(arrays, shapes, dtypes, rules(shapes, two_towers=False, origin=origin), origin)
-    source = _with_placeholder_rows(source, config.text_config.vocab_size)
-    return load_model(config, source, placement, allow_nonfinite=allow_nonfinite)
-
-
-def _with_placeholder_rows(source: Source, vocab: int) -> Source:
-    """Rows for `<image>` and up to a multiple of 64, which the original does not have: the mean embedding, as in
-    transformers' conversion (there with a little noise). No image or text token ever reads them."""
-    name = "model.language_model.embed_tokens.weight"
-    rows, width = source.shapes[name]
-    if rows >= vocab:
-        return source
-
-    def read(wanted: str) -> Tensor:
-        tensor = source.read(wanted)
-        if wanted != name:
-            return tensor
-        mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
-        return torch.cat([tensor, mean.expand(vocab - rows, -1)])
-
-    return Source(source.origin, {**source.shapes, name: (vocab, width)}, source.dtypes, read)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def array_source(

@@ -14,14 +14,13 @@ from typing import Any, cast
 from transformers import SiglipTextConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.checkpoints.configs import guarded
+from vlm.checkpoints.big_vision_names import Shapes
+from vlm.checkpoints.checks import guarded
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.model import decoder
 from vlm.model.config import VLMConfig
 from vlm.registry import part
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""big_vision name (without `params/`) -> shape."""
 VOCABULARY_MULTIPLE = 64
 EMBEDDING = "llm/embedder/input_embedding"
 LLM_SETTINGS = {

@@ -20,9 +20,10 @@ from torch import Tensor
 from vlm.checkpoints.names import DECODER, PROJECTOR, TOWER
 from vlm.errors import CheckpointError
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""big_vision name (without `params/`) -> shape."""
 Groups = tuple[tuple[int, ...], ...]
 """For each axis of the parameter the axes of the array that it merges."""
-
 VECTOR: Groups = ((0,),)
 TABLE: Groups = ((0,), (1,))
 MATRIX: Groups = ((1,), (0,))  # [in, out] -> [out, in]
@@ -33,7 +34,6 @@ EINSUM_IN: Groups = ((0, 2), (1,))  # [heads, width, head_dim] -> [heads * head_
 CONVOLUTION: Groups = ((3,), (2,), (0,), (1,))  # [row, column, channel, out] -> [out, channel, row, column]
 POSITIONS: Groups = ((0, 1), (2,))  # [1, n, width] or [a, a, width] -> [n, width]
 PROBE: Groups = ((0,), (1,), (2,))
-
 _ATTENTION = "MultiHeadDotProductAttention_0"
 _NORM_AND_MLP = {
     "MlpBlock_0/Dense_0/kernel": (("mlp.fc1.weight",), MATRIX),
@@ -57,7 +57,6 @@ BLOCK = {
     f"{_ATTENTION}/out/bias": (("self_attn.out_proj.bias",), VECTOR),
 }
 """A block of a vision or text transformer, under `layers.N.`."""
-
 # transformers keeps query, key and value of the pooling head in one matrix; `#0`, `#1`, `#2` are its thirds.
 POOLING = {
     **_NORM_AND_MLP,
@@ -73,9 +72,7 @@ POOLING = {
     f"{_ATTENTION}/out/bias": (("attention.out_proj.bias",), VECTOR),
 }
 """The MAP head, under `head.`."""
-
 TRANSFORMER_ENDS = {"encoder_norm/scale": "weight", "encoder_norm/bias": "bias"}
-
 _GEMMA = {
     "attn/q_einsum/w": (("self_attn.q_proj.weight",), EINSUM_IN),
     "attn/kv_einsum/w": (("self_attn.k_proj.weight", "self_attn.v_proj.weight"), EINSUM_IN),
@@ -131,7 +128,7 @@ class Rule:
         return torch.stack(pieces).reshape(shape)
 
 
-def rules(shapes: Mapping[str, tuple[int, ...]], *, two_towers: bool, origin: str) -> dict[str, Rule]:
+def rules(shapes: Shapes, *, two_towers: bool, origin: str) -> dict[str, Rule]:
     """A rule for every array of a checkpoint.
 
     Args:

@@ -9,25 +9,27 @@ from typing import Any
 
 import torch
 
-from vlm.checkpoints import big_vision, configs, manifest
-from vlm.checkpoints.files import Weights, check_regular, locate, read_json
-from vlm.checkpoints.loader import Placement, live_source, load_model
+from vlm.checkpoints import big_vision, big_vision_model, configs, in_stage, manifest
+from vlm.checkpoints.files import check_regular, read_json
+from vlm.checkpoints.geometry import with_geometry
+from vlm.checkpoints.loader import load_model
+from vlm.checkpoints.locate import locate
 from vlm.checkpoints.names import HEAD
-from vlm.checkpoints.preprocessing import from_sentencepiece, open_tokenizer, own_transform, paligemma_transform
-from vlm.checkpoints.tower import read_head
-from vlm.errors import CheckpointError, ConfigError, nearest
-from vlm.generation.engine import check_dtype
-from vlm.images.transforms import ImageTransform
+from vlm.checkpoints.pairs import check_pair
+from vlm.checkpoints.placement import Placement
+from vlm.checkpoints.preprocessing import from_sentencepiece
+from vlm.checkpoints.readers import READERS
+from vlm.checkpoints.source import live_source
+from vlm.checkpoints.tower_head import read_head
+from vlm.checkpoints.weights import Weights
+from vlm.errors import CheckpointError, ConfigError
 from vlm.model import decoder
 from vlm.model.attention import check_name
-from vlm.model.config import VLMConfig
+from vlm.model.dtypes import check_dtype, named
 from vlm.model.forward import VLM
-from vlm.model.processor import CONFIG_NAME as PROCESSOR_CONFIG
 from vlm.model.processor import Processor
-from vlm.model.projecting import full_settings
 
 logger = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPECTED_GENERATION_SETTINGS = {
     "_from_model_config",
     "bos_token_id",
@@ -43,8 +45,6 @@ EXPECTED_GENERATION_SETTINGS = {
     "suppress_tokens",
 }
 """What published files hold, and what this library decides itself."""
-LONGEST_TEXT = 1024
-"""Text tokens beside an image that a model is expected to see; decides whether a sliding window would matter."""
 
 
 def load(
@@ -94,15 +94,16 @@ def load(
     if device is not None and device_map is not None:
         raise ConfigError("device and device_map are both given; use one")
     check_name(attn_implementation)
-    from vlm.checkpoints import in_stage
-
     if in_stage.is_checkpoint(path):
         settings: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
         settings |= {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
         settings |= {"force_fp16": force_fp16, "allow_nonfinite": allow_nonfinite, "verify": verify}
-        return in_stage.load(path, lambda start: load(start, **settings), verify, allow_nonfinite)
+        start, geometry = in_stage.began_with(path, verify)
+        model, processor = with_geometry(*load(start, **settings), **geometry)
+        in_stage.fill(model, path, start, allow_nonfinite)
+        return model, processor
     placement = Placement(
-        dtype=_dtype(dtype),
+        dtype=None if dtype is None else named(dtype),
         device=torch.device(device or "cpu"),
         device_map=device_map,
         max_memory=max_memory,
@@ -143,6 +144,7 @@ def _open_folder(
     check_pair(str(path), config, processor)
     # Last, because it cannot say what is wrong inside a file.
     model = load_model(
+        VLM,
         config,
         source,
         placement,
@@ -163,51 +165,6 @@ def _expected(kind: Any) -> str:
     return known
 
 
-def _own(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
-    config = configs.own_config(values, str(folder / "config.json"))
-    transform, stored = own_transform(folder), read_json(folder / PROCESSOR_CONFIG)
-    # A file from before the processor knew its projector means the model's.
-    return config, _processor(folder, transform, stored.get("projector", config.projector_config))
-
-
-def _paligemma(folder: Path, values: dict[str, Any]) -> tuple[VLMConfig, Processor]:
-    config = configs.paligemma_config(values, str(folder / "config.json"))
-    processor = _processor(folder, paligemma_transform(folder, config.vision_config))
-    if config.image_token_id is None:
-        config.image_token_id = processor.image_token_id
-    note_sliding_window(config, processor)
-    return config, processor
-
-
-def _processor(
-    folder: Path, transform: ImageTransform | dict[str, Any], projector: dict[str, Any] | None = None
-) -> Processor:
-    tokenizer = open_tokenizer(folder)
-    try:
-        return Processor(tokenizer, transform, projector)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-
-
-READERS = {VLMConfig.model_type: _own, "paligemma": _paligemma}
-"""How a directory is read, by the `model_type` of its configuration."""
-
-
-def note_sliding_window(config: VLMConfig, processor: Processor) -> None:
-    """Say so where following the original (no sliding window in PaliGemma 2) changes results."""
-    facts = decoder.facts(config.text_config)
-    if decoder.spec(config.text_config).window_in_paligemma or facts.window is None or facts.windowed:
-        return
-    tokens = processor.image_transform.max_patches
-    if tokens + LONGEST_TEXT > facts.window:
-        logger.info(
-            "%d image tokens: all layers see the whole sequence, as in the original PaliGemma 2; transformers would"
-            " hide what is more than %d tokens back in every other layer",
-            tokens,
-            facts.window,
-        )
-
-
 def _open_big_vision(
     path: str | Path, tokenizer: str | Path | None, placement: Placement, allow_nonfinite: bool
 ) -> tuple[VLM, Processor]:
@@ -218,7 +175,7 @@ def _open_big_vision(
             f" tokenizer.model --out DIR`, or give the sentencepiece model: tokenizer='tokenizer.model'"
         )
     with big_vision.open_npz(path) as arrays:
-        return big_vision.paligemma(
+        return big_vision_model.paligemma(
             arrays,
             from_sentencepiece(tokenizer),
             origin=str(path),
@@ -235,69 +192,3 @@ def _note_generation_settings(folder: Path) -> None:
     ignored = sorted(set(read_json(folder / "generation_config.json")) - EXPECTED_GENERATION_SETTINGS)
     if ignored:
         logger.info("%s: generation_config.json sets %s; not used, give settings yourself", folder, ", ".join(ignored))
-
-
-def check_pair(path: str, config: VLMConfig, processor: Processor) -> None:
-    """Model and processor must agree on the placeholder, the vocabulary, the image size and the projector.
-
-    Raises:
-        CheckpointError: names the number that differs.
-    """
-    tokenizer = processor.tokenizer
-    if processor.image_token_id != config.image_token_id:
-        raise CheckpointError(
-            f"{path}: <image> is id {processor.image_token_id} in the tokenizer, image_token_id"
-            f" {config.image_token_id} in config.json; use the"
-            " tokenizer that belongs to the model"
-        )
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= config.text_config.vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has id {highest}, the embedding only {config.text_config.vocab_size} rows; use"
-            f" the tokenizer that belongs to the model"
-        )
-    transform = processor.image_transform
-    _check_sizes(path, config.vision_config, transform)
-    _check_members(path, config.vision_config, transform)
-    if (transform.mode == "naflex") != (config.encoder == "siglip2_naflex"):
-        raise CheckpointError(f"{path}: image mode {transform.mode!r} does not fit encoder {config.encoder!r}")
-    if full_settings(processor.projector) != full_settings(config.projector_config):
-        raise CheckpointError(
-            f"{path}: the model's projector is {config.projector_config}, the processor counts image tokens for"
-            f" {processor.projector}; make it with Processor(tokenizer, image_transform, model.config.projector_config)"
-        )
-
-
-def _check_sizes(path: str, vision: Any, transform: ImageTransform) -> None:
-    for name in ("patch_size", "image_size"):
-        wanted, got = getattr(vision, name, None), getattr(transform, name)
-        if wanted is not None and got is not None and wanted != got:
-            raise CheckpointError(
-                f"{path}: the tower has {name} {wanted}, the processor's image_transform {got}; they must be equal"
-            )
-
-
-def _check_members(path: str, vision: Any, transform: ImageTransform) -> None:
-    """A fused tower's members, one by one, and the grid of the features."""
-    towers = [config for _, config in getattr(vision, "towers", ())]
-    members = getattr(transform, "members", ())
-    if len(towers) != len(members):
-        raise CheckpointError(
-            f"{path}: the tower has {len(towers)} fused members, the processor's image_transform {len(members)}; they"
-            f" must be equal"
-        )
-    for tower, member in zip(towers, members, strict=True):
-        _check_sizes(path, tower, member)
-    if towers and tuple(vision.grid) != transform.grid(0, 0):
-        raise CheckpointError(
-            f"{path}: the tower has the grid {tuple(vision.grid)}, the processor's image_transform"
-            f" {transform.grid(0, 0)}; they must be equal"
-        )
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
-    return DTYPES[dtype]

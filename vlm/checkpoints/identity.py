@@ -17,9 +17,11 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from vlm.checkpoints.digests import of_module, of_tensors, of_values
-from vlm.checkpoints.files import HUB_FILES, INDEX, read_json
-from vlm.checkpoints.layout import RUNTIME, dtype_name
+from vlm.checkpoints.files import INDEX, read_json
+from vlm.checkpoints.locate import HUB_FILES
 from vlm.data import content
+from vlm.encoders.contract import RUNNING
+from vlm.model.dtypes import dtype_name
 from vlm.model.projecting import full_settings
 
 if TYPE_CHECKING:
@@ -89,12 +91,12 @@ def of_config(config: PreTrainedConfig) -> str:
 
 
 def canonical(value: Any) -> Any:
-    """A configuration's values without paths, versions, dtypes and other notes (`layout.RUNTIME`), at any depth.
+    """A configuration's values without paths, versions, dtypes and other notes (`layout.RUNNING`), at any depth.
 
     What is None is left out: newer versions of transformers add fields that are off.
     """
     if isinstance(value, Mapping):
-        kept = {str(key): canonical(item) for key, item in value.items() if str(key) not in RUNTIME}
+        kept = {str(key): canonical(item) for key, item in value.items() if str(key) not in RUNNING}
         return {key: kept[key] for key in sorted(kept) if kept[key] is not None}
     if isinstance(value, list | tuple):
         return [canonical(item) for item in value]
@@ -151,6 +153,6 @@ def _generation_settings(model: VLM) -> dict[str, Any]:
     own = getattr(model, "generation_config", None)
     if own is None:
         return {}
-    ignored = (*GIVEN_BY_THE_PROCESSOR, *RUNTIME, "_from_model_config", "use_cache", "max_length")
+    ignored = (*GIVEN_BY_THE_PROCESSOR, *RUNNING, "_from_model_config", "use_cache", "max_length")
     settings: dict[str, Any] = canonical(own.to_diff_dict())
     return {key: value for key, value in settings.items() if key not in ignored}

@@ -6,22 +6,19 @@ before, or the run's `start`, in the geometry of the stage (`vlm.checkpoints.geo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from vlm.checkpoints import manifest
-from vlm.checkpoints.files import SINGLE, Weights
-from vlm.checkpoints.geometry import SETTINGS, with_geometry
-from vlm.checkpoints.loader import finite
+from vlm.checkpoints.files import SINGLE
+from vlm.checkpoints.geometry_plan import SETTINGS
+from vlm.checkpoints.source import finite
+from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError
-from vlm.model.forward import VLM
-from vlm.model.processor import Processor
-
-Opened = tuple[VLM, Processor]
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -30,24 +27,30 @@ def is_checkpoint(path: str | Path) -> bool:
     return (folder / "state.json").is_file() and (folder / SINGLE).is_file() and not (folder / "config.json").exists()
 
 
-def load(
-    path: str | Path, open_start: Callable[[Path], Opened], verify: manifest.Verify, allow_nonfinite: bool
-) -> Opened:
-    """The model as it was at this step.
+def began_with(path: str | Path, verify: manifest.Verify) -> tuple[Path, dict[str, Any]]:
+    """The directory of the model that a checkpoint's stage began with, and the geometry that the stage gave it.
 
     Args:
-        open_start: opens the directory of the model that the stage began with.
         verify: how much to compare with the checkpoint's manifest.
 
     Raises:
-        CheckpointError: it does not lie in its run, the run has lost the model that the stage began with, or its
-            tensors are not the model's.
+        CheckpointError: it does not lie in its run, or the run has lost the model that the stage began with.
     """
     folder = Path(path).absolute()
-    stage, run = folder.parent.parent, folder.parent.parent.parent
     manifest.check(folder, verify)
-    start, settings = _began_with(folder, stage.name, run)
-    model, processor = with_geometry(*open_start(start), **settings)
+    return _began_with(folder, folder.parent.parent.name, folder.parent.parent.parent)
+
+
+def fill(model: nn.Module, path: str | Path, start: Path, allow_nonfinite: bool) -> None:
+    """Give a model the tensors of a checkpoint, those that the stage trains.
+
+    Args:
+        model: what the stage began with, opened from `start`, in the geometry of the stage.
+
+    Raises:
+        CheckpointError: the tensors are not the model's, or not finite.
+    """
+    folder = Path(path).absolute()
     own = {**dict(model.named_parameters()), **model.state_dict()}
     weights = Weights(folder)
     odd = [name for name, info in weights.tensors.items() if name not in own or tuple(own[name].shape) != info.shape]
@@ -59,7 +62,6 @@ def load(
     with torch.no_grad():
         for name in weights.tensors:
             own[name].copy_(finite(weights.read(name), name, str(path), allow_nonfinite))
-    return model, processor
 
 
 def _began_with(folder: Path, stage: str, run: Path) -> tuple[Path, dict[str, Any]]:

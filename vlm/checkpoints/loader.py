@@ -7,110 +7,45 @@ model and one tensor.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
-from accelerate.utils import get_balanced_memory, offload_weight, save_offload_index
+from accelerate import dispatch_model, init_empty_weights
+from accelerate.utils import offload_weight, save_offload_index
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from vlm.checkpoints.configs import guarded
-from vlm.checkpoints.files import FLOATS
-from vlm.checkpoints.names import HEAD, to_live
+from vlm.checkpoints.checks import guarded
+from vlm.checkpoints.names import EMBEDDING, HEAD
+from vlm.checkpoints.placement import Placement, device_map, device_of
 from vlm.checkpoints.shards import widest
+from vlm.checkpoints.source import FLOATS, Source, check_fit, expected_shapes, finite, put
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model import decoder
-from vlm.model.config import VLMConfig
-from vlm.model.forward import VLM
-from vlm.words import listed
 
-EMBEDDING = "model.language_model.embed_tokens.weight"
-BUFFERS = re.compile(r".*(position_ids|rotary_emb\.inv_freq|embed_tokens\.embed_scale)$")
-"""Constants that older versions of transformers stored with the weights; the model computes them itself."""
-SHOWN = 8
+M = TypeVar("M", bound=PreTrainedModel)
 READ_PAST_MODULES = ["MultiheadAttention", "Attention", "EvaAttention", "BeitAttention"]
 """Classes of torch, open_clip and timm that read matrices of modules inside them without calling these: offloaded, they
 are brought in whole."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Tensors to load: what is known of each before it is read, and how to read it.
-
-    Attributes:
-        origin: the path, for messages.
-        shapes: live name -> shape.
-        dtypes: live name -> the file's dtype name, such as `BF16`.
-        read: live name -> the tensor in its stored dtype, in memory that nobody else holds.
-    """
-
-    origin: str
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
-    read: Callable[[str], Tensor]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a model goes.
-
-    Attributes:
-        dtype: of all parameters; None keeps each tensor's own.
-        device: a single device.
-        device_map: `auto`, or part name -> device (`cpu`, `disk`, a GPU number), as accelerate understands it.
-        offload_folder: where `disk` parts are written.
-        max_memory: device -> bytes or `"10GB"`, for `auto`.
-    """
-
-    dtype: torch.dtype | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    device_map: str | Mapping[str, Any] | None = None
-    offload_folder: str | Path | None = None
-    max_memory: Mapping[Any, Any] | None = None
-
-
-def live_source(origin: str, stored: Mapping[str, Any], read: Callable[[str], Tensor]) -> Source:
-    """A source whose tensors get their live names; stored constants are left out.
-
-    Args:
-        stored: name in the file -> object with `shape` and `dtype`.
-
-    Raises:
-        CheckpointError: two tensors are the same parameter under two names.
-    """
-    names: dict[str, str] = {}
-    for name in stored:
-        if BUFFERS.fullmatch(name):
-            continue
-        live = to_live(name)
-        if live in names:
-            raise CheckpointError(f"{origin}: {name} and {names[live]} are the same parameter; delete one of the two")
-        names[live] = name
-    return Source(
-        origin,
-        {live: tuple(stored[name].shape) for live, name in names.items()},
-        {live: stored[name].dtype for live, name in names.items()},
-        lambda live: read(names[live]),
-    )
-
-
 def load_model(
-    config: VLMConfig,
+    kind: type[M],
+    config: PreTrainedConfig,
     source: Source,
     placement: Placement | None = None,
     *,
     allow_nonfinite: bool = False,
     before_reading: Callable[[], None] = lambda: None,
-) -> VLM:
+) -> M:
     """Build the model of a configuration and fill it from a source; in eval mode, tied, embedding scale probed.
 
     Args:
+        kind: the model's class, `VLM`; its parameters have the names of `vlm.checkpoints.names`.
         before_reading: called when names, shapes and dtypes are known to fit and no weight is read yet.
 
     Raises:
@@ -118,12 +53,12 @@ def load_model(
             embedding that is not the tied one.
     """
     placement = placement or Placement()
-    model: VLM = guarded(lambda: empty(config), f"{source.origin}: config.json")
+    model: M = guarded(lambda: empty(kind, config), f"{source.origin}: config.json")
     check_fit(source, expected_shapes(model))
     before_reading()
     if placement.dtype is None:
         _take_dtypes(model, source)
-    devices = _device_map(model, placement)
+    devices = device_map(model, placement)
     _fill(model, source, placement, devices, allow_nonfinite)
     model.tie_weights()
     check_tied(model, source.origin)
@@ -146,52 +81,16 @@ def load_model(
     return model.eval()
 
 
-def empty(config: VLMConfig) -> VLM:
-    """The model of a configuration with parameters that take no memory; buffers are real."""
+def empty(kind: type[M], config: PreTrainedConfig) -> M:
+    """The model of a configuration with parameters that take no memory; buffers are real, because nothing fills them
+    later: they are computed when a module is built."""
     with init_empty_weights(include_buffers=False):
-        model = VLM(config)
+        model = kind(config)
     model.tie_weights()
     return model
 
 
-def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what a checkpoint has to hold: every parameter and saved buffer, tied ones once."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if isinstance(model, VLM):
-        shapes.pop(HEAD, None)
-    return shapes
-
-
-def check_fit(source: Source, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare names, shapes and dtypes, before anything is read.
-
-    Raises:
-        CheckpointError: with the lists of missing, unexpected, mis-shaped and wrong-dtype tensors.
-    """
-    got = set(source.shapes) - ({HEAD} if HEAD not in wanted else set())
-    problems = {
-        "missing": sorted(set(wanted) - got),
-        "unexpected": sorted(got - set(wanted)),
-        "mis-shaped": [
-            f"{name} {source.shapes[name]} for {shape}"
-            for name, shape in sorted(wanted.items())
-            if name in got and source.shapes[name] != shape
-        ],
-        "not float32, bfloat16 or float16": [
-            f"{name} {dtype}" for name, dtype in sorted(source.dtypes.items()) if dtype not in FLOATS
-        ],
-    }
-    found = [f"{len(names)} {what}: {shown(names)}" for what, names in problems.items() if names]
-    if found:
-        raise CheckpointError(f"{source.origin}: the weights do not fit the configuration: {'; '.join(found)}")
-
-
-def shown(names: list[str]) -> str:
-    """The first names, and how many follow."""
-    return listed(names, SHOWN)
-
-
-def _take_dtypes(model: VLM, source: Source) -> None:
+def _take_dtypes(model: PreTrainedModel, source: Source) -> None:
     """Give the parameters, which have no memory yet, the dtypes of the file: what they take is planned by it."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         dtype = FLOATS.get(source.dtypes.get(name, ""))
@@ -201,7 +100,7 @@ def _take_dtypes(model: VLM, source: Source) -> None:
 
 
 def _fill(
-    model: VLM, source: Source, placement: Placement, devices: dict[str, Any] | None, allow_nonfinite: bool
+    model: PreTrainedModel, source: Source, placement: Placement, devices: dict[str, Any] | None, allow_nonfinite: bool
 ) -> None:
     offloaded: dict[str, Any] = {}
     buffers = {name for name, _ in model.named_buffers()}  # accelerate keeps them in memory: running means of norms
@@ -209,7 +108,7 @@ def _fill(
         if name == HEAD:
             continue
         tensor = _converted(finite(source.read(name), name, source.origin, allow_nonfinite), placement)
-        device = placement.device if devices is None else _device_of(name, devices)
+        device = placement.device if devices is None else device_of(name, devices)
         if device == "disk" and name in buffers:
             device = "cpu"
         if device == "disk":
@@ -229,9 +128,9 @@ def _converted(tensor: Tensor, placement: Placement) -> Tensor:
     return tensor if placement.dtype is None else tensor.to(placement.dtype)
 
 
-def _check_stored_head(model: VLM, source: Source, placement: Placement) -> None:
+def _check_stored_head(model: nn.Module, source: Source, placement: Placement) -> None:
     """A checkpoint may hold the output embedding too; it must be the input embedding."""
-    embedding = model.model.language_model.embed_tokens.weight
+    embedding: Tensor = model.get_parameter(EMBEDDING)
     if embedding.is_meta:  # offloaded
         embedding = _converted(source.read(EMBEDDING), placement)
     if not torch.equal(source.read(HEAD).to(embedding), embedding):
@@ -241,35 +140,9 @@ def _check_stored_head(model: VLM, source: Source, placement: Placement) -> None
         )
 
 
-def put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make a tensor the parameter (or buffer) of this name, without a copy."""
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    if leaf in module._parameters:
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
-    else:
-        setattr(module, leaf, tensor)
-
-
-def finite(tensor: Tensor, name: str, origin: str, allow: bool) -> Tensor:
-    """The tensor, if it holds no NaN and no infinity.
-
-    Raises:
-        CheckpointError: names the tensor.
-    """
-    if not allow and tensor.numel():
-        lowest, highest = tensor.aminmax()  # NaN is passed on; no mask of the tensor's size is made
-        if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
-            raise CheckpointError(
-                f"{origin}: tensor {name} holds NaN or infinity; the file is damaged or the training had diverged; take"
-                f" an earlier checkpoint, or open it with --allow-nonfinite (allow_nonfinite=True)"
-            )
-    return tensor
-
-
-def check_tied(model: VLM, origin: str) -> None:
+def check_tied(model: nn.Module, origin: str) -> None:
     """Raise `CheckpointError` unless output and input embedding are one tensor."""
-    if model.lm_head.weight is not model.model.language_model.embed_tokens.weight:
+    if model.get_parameter(HEAD) is not model.get_parameter(EMBEDDING):
         raise CheckpointError(
             f"{origin}: the output embedding is not tied to the input embedding, as Gemma's is; set"
             " tie_word_embeddings to true in config.json and in its text_config"
@@ -277,7 +150,7 @@ def check_tied(model: VLM, origin: str) -> None:
 
 
 @torch.no_grad()
-def check_embedding_scale(model: VLM) -> None:
+def check_embedding_scale(model: PreTrainedModel) -> None:
     """Probe that the installed transformers multiplies embeddings by sqrt(D) inside the embedding layer.
 
     Versions before 5.4 multiplied in the decoder instead, image tokens included; running on such a version would be
@@ -309,96 +182,3 @@ def progress(names: Mapping[str, Any], title: str) -> Iterator[str]:
     """The names, with a progress bar on stderr where transformers would show one."""
     bar = transformers_logging.tqdm(list(names), desc=title, unit="tensor", leave=False, delay=2)
     yield from bar
-
-
-# --- several devices --------------------------------------------------------------------------------------------------
-
-
-def _device_map(model: VLM, placement: Placement) -> dict[str, Any] | None:
-    """Part name -> device for `placement.device_map`; None when all goes to one device."""
-    asked = placement.device_map
-    if asked is None:
-        return None
-    if isinstance(asked, str):
-        if asked != "auto":
-            raise ConfigError(f"device_map is {asked!r}, expected 'auto' or a map from part names to devices")
-        if not torch.cuda.is_available() and placement.max_memory is None:
-            return None  # everything fits nowhere else
-        blocks = list(model._no_split_modules or [])
-        memory: Any = get_balanced_memory(
-            model, dict(placement.max_memory) if placement.max_memory else None, blocks, placement.dtype
-        )
-        devices = dict(infer_auto_device_map(model, memory, blocks, dtype=placement.dtype))
-    else:
-        devices = dict(asked)
-    if "disk" in devices.values():
-        if placement.offload_folder is None:
-            raise ConfigError("parts of the model go to disk, but there is no folder for them; pass offload_folder=")
-        Path(placement.offload_folder).mkdir(parents=True, exist_ok=True)
-    for name in expected_shapes(model):
-        _device_of(name, devices)
-    _place_head(devices, asked)
-    return _without_overlap(model, devices)
-
-
-def _without_overlap(model: VLM, devices: dict[str, Any]) -> dict[str, Any]:
-    """The same map with names of which none lies inside another: accelerate would move the whole of the outer one."""
-    if not any(_inside(one, other) for one in devices for other in devices):
-        return devices
-    parted: dict[str, Any] = {}
-
-    def place(name: str, module: nn.Module) -> None:
-        own = [f"{name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
-        if not any(_inside(key, name) for key in devices):
-            parted[name] = _device_of(name, devices)
-            return
-        for leaf in own:
-            parted[leaf] = _device_of(leaf, devices)
-        for child, inner in module.named_children():
-            place(f"{name}.{child}".lstrip("."), inner)
-
-    place("", model)
-    return parted
-
-
-def _inside(name: str, outer: str) -> bool:
-    return name != outer and (not outer or name.startswith(outer + "."))
-
-
-def _place_head(devices: dict[str, Any], asked: str | Mapping[str, Any]) -> None:
-    """The output embedding is the input embedding: one tensor, on one device.
-
-    Raises:
-        ConfigError: a map that puts them on two.
-    """
-    module, table = HEAD.rpartition(".")[0], _device_of(EMBEDDING, devices)
-    try:
-        head = _device_of(HEAD, devices)
-    except ConfigError:  # a map need not name what it has placed already
-        devices[module] = table
-        return
-    if _canonical(head) == _canonical(table):
-        return
-    if not isinstance(asked, str):
-        raise ConfigError(
-            f"device_map puts {module} on {head!r} and {EMBEDDING.rpartition('.')[0]} on {table!r}; they are one"
-            f" tensor (Gemma's output embedding is its input embedding): give both the same device"
-        )
-    devices.pop(HEAD, None)
-    devices[module] = table
-
-
-def _canonical(device: Any) -> str:
-    if isinstance(device, str) and device == "disk":
-        return device
-    place = torch.device(device)
-    return str(torch.device(place.type, place.index or 0)) if place.type != "cpu" else "cpu"
-
-
-def _device_of(name: str, devices: Mapping[str, Any]) -> Any:
-    prefix = name
-    while prefix not in devices:
-        if not prefix:
-            raise ConfigError(f"device_map has no device for {name}; add it or one of its parents ('' is the whole)")
-        prefix = prefix.rpartition(".")[0]
-    return devices[prefix]

@@ -15,7 +15,8 @@ transformers 5 writes a freshly built model with `vision_tower.*`, and any model
 from __future__ import annotations
 
 DECODER, PROJECTOR, TOWER = "model.language_model.", "model.multi_modal_projector.", "model.vision_tower."
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", DECODER + "embed_tokens.weight"
+"""The output embedding and the input embedding: one tensor, as in every Gemma."""
 _HUB = {DECODER: "language_model.model.", PROJECTOR: "multi_modal_projector.", TOWER: "vision_tower.vision_model."}
 # Tried in order: the first prefix that fits gives the live one.
 _READ = (

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from vlm.checkpoints import big_vision
 from vlm.checkpoints.big_vision_names import rules
-from vlm.checkpoints.files import SINGLE, Weights, locate
-from vlm.checkpoints.loader import Source, check_fit, expected_shapes, finite, live_source
+from vlm.checkpoints.files import SINGLE
+from vlm.checkpoints.locate import locate
 from vlm.checkpoints.names import DECODER, TOWER
+from vlm.checkpoints.source import Source, check_fit, expected_shapes, finite, live_source
+from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError
 from vlm.registry import part
 

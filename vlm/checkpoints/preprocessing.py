@@ -8,13 +8,13 @@ from typing import Any
 import tokenizers as tokenizers_library
 import transformers
 from transformers import AutoTokenizer
+from transformers.utils import PROCESSOR_NAME
 
-from vlm.checkpoints.configs import FOREIGN
+from vlm.checkpoints.checks import FOREIGN
 from vlm.checkpoints.files import check_regular, read_json
 from vlm.errors import CheckpointError, ConfigError
 from vlm.images.fused import open_transform
 from vlm.images.transforms import RESAMPLING, ImageTransform
-from vlm.model.processor import CONFIG_NAME as PROCESSOR_CONFIG
 from vlm.text import tokenizer as tokenizers
 from vlm.text.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ FILTERS = {int(code): name for name, code in RESAMPLING.items()}
 def image_settings(folder: Path) -> dict[str, Any] | None:
     """transformers' image processor settings of a directory: `processor_config.json` of version 5, or
     `preprocessor_config.json`; None when there is neither."""
-    combined = folder / "processor_config.json"
+    combined = folder / PROCESSOR_NAME
     if combined.exists():
         values = read_json(combined).get("image_processor")
         if isinstance(values, dict):
@@ -70,7 +70,7 @@ def own_transform(folder: Path) -> ImageTransform:
     Raises:
         CheckpointError: there is none, or it is not usable.
     """
-    file = folder / PROCESSOR_CONFIG
+    file = folder / PROCESSOR_NAME
     settings = read_json(file).get("image_transform")
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file}: no image_transform; give the directory that vlm.save wrote")

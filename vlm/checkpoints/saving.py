@@ -17,18 +17,23 @@ import torch
 from torch import Tensor
 
 from vlm.checkpoints import configs, identity, manifest
-from vlm.checkpoints.directory import READERS, check_pair
-from vlm.checkpoints.files import ADAPTER_NAMES, FLOATS, INDEX, read_json
+from vlm.checkpoints.files import INDEX, read_json
 from vlm.checkpoints.live import State
-from vlm.checkpoints.loader import EMBEDDING, empty, expected_shapes, shown
+from vlm.checkpoints.loader import empty
 from vlm.checkpoints.names import HEAD
+from vlm.checkpoints.pairs import check_pair
+from vlm.checkpoints.placement import EMBEDDING
+from vlm.checkpoints.readers import READERS
 from vlm.checkpoints.shards import parse_size, widest, write_shards
-from vlm.checkpoints.tower import HEAD_FILE, write_head
+from vlm.checkpoints.source import FLOATS, SHOWN, expected_shapes
+from vlm.checkpoints.tower_head import HEAD_FILE, write_head
+from vlm.checkpoints.weights import ADAPTER_NAMES
 from vlm.errors import CheckpointError, ConfigError
 from vlm.files import disk_errors, publishing, rust_disk_errors
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM, VLMModel
 from vlm.model.processor import Processor, not_a_processors
+from vlm.words import listed
 
 OWN_FILES = (
     "config.json",
@@ -164,7 +169,7 @@ def check(model: VLM, processor: Processor, name: str) -> None:
     _check_values(state.headers, name)
     state.check()
     wanted: Mapping[str, tuple[int, ...]] = configs.guarded(
-        lambda: expected_shapes(empty(copy.deepcopy(model.config))), f"{name}: the model's configuration"
+        lambda: expected_shapes(empty(VLM, copy.deepcopy(model.config))), f"{name}: the model's configuration"
     )
     _check_names({key: tuple(value.shape) for key, value in state.headers.items() if key != HEAD}, wanted, name)
     _check_tied(state, name)
@@ -202,7 +207,8 @@ def _check_values(headers: Mapping[str, Tensor], name: str) -> None:
     if odd:
         raise CheckpointError(
             f"{name}: {len(odd)} tensors are no plain float32, bfloat16 or float16 and could not be opened again:"
-            f" {shown(odd)}; save the model before it is quantised or sharded, or convert it (float64: model.float())"
+            f" {listed(odd, SHOWN)}; save the model before it is quantised or sharded, or convert it (float64:"
+            f" model.float())"
         )
 
 
@@ -218,7 +224,7 @@ def _check_names(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
             f"{name}: the model has adapters (LoRA) that are not merged: {', '.join(adapters[:3])} and others; save"
             f" what merge_and_unload() returns, or the adapters alone with peft"
         )
-    found = [f"{len(names)} {what}: {shown(names)}" for what, names in problems.items() if names]
+    found = [f"{len(names)} {what}: {listed(names, SHOWN)}" for what, names in problems.items() if names]
     if found:
         raise CheckpointError(
             f"{name}: the model's tensors are not those of its configuration, and could not be opened again:"

@@ -50,7 +50,8 @@ def run(options: Namespace) -> int:
     import torch
 
     from vlm.checkpoints.directory import load
-    from vlm.exchange.exporting import check_out, export
+    from vlm.exchange.exporting import export
+    from vlm.exchange.publishing import check_out
 
     check_out(options.out)  # before minutes of loading
     device = options.device

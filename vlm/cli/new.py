@@ -83,7 +83,7 @@ def run(options: Namespace) -> int:
     console.quiet_transformers()
     from vlm.build.assembly import stored_rows
     from vlm.checkpoints.saving import save
-    from vlm.exchange.exporting import check_out, published
+    from vlm.exchange.publishing import check_out, published
     from vlm.measure.info import describe, table
 
     check_out(options.out)  # before minutes of loading

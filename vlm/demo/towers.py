@@ -23,10 +23,10 @@ from transformers import MODEL_MAPPING, AutoModel, SiglipConfig, SiglipModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm.checkpoints.configs import NOTES
-from vlm.checkpoints.tower import preprocessor_values
+from vlm.checkpoints.checks import NOTES
 from vlm.demo import captions, scenes
 from vlm.demo.learning import MOST_THINGS, WEIGHTS, Words, fit, pad, save
+from vlm.exchange.hub_files import preprocessor_values
 from vlm.images.transforms import ImageTransform
 from vlm.model.parts import read_config
 from vlm.registry import part

@@ -8,7 +8,6 @@ _HOMES = {
     "export": "exporting",
     "convert": "importing",
 }
-
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from vlm.checkpoints.tower import parts, preprocessor_values
+from vlm.exchange.hub_files import preprocessor_values
 from vlm.exchange.parity import ParityReport
+from vlm.exchange.towers import parts
 from vlm.model.decoder import facts as decoder_facts
 from vlm.model.decoder import spec as decoder_spec
 from vlm.model.forward import VLM
@@ -19,7 +20,6 @@ from vlm.model.processor import Processor
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PROVENANCE = "training.json"
 """Written beside a trained model by `vlm train`."""
-
 PALIGEMMA_USE = """\
 ## Use
 
@@ -55,7 +55,6 @@ prompts the model was trained on; PaliGemma's are such as
 - `answer en what is on the table?`
 - `detect cat ; dog` (boxes as four `<loc>` tokens: top, left, bottom, right, in 1024 steps of the side)
 """
-
 TOWER_USE = """\
 ## Use
 

@@ -7,103 +7,29 @@ leaves nothing under the final name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from torch import Tensor
 
-from vlm.checkpoints import layout, tower
-from vlm.checkpoints.directory import DTYPES, check_pair
-from vlm.checkpoints.files import SINGLE
+from vlm.checkpoints.pairs import check_pair
 from vlm.checkpoints.shards import parse_size, widest
-from vlm.errors import CheckpointError, ConfigError, DiskError, nearest
-from vlm.exchange import card, probes
-from vlm.exchange.parity import LIMITS, ParityReport, compare, compare_files
-from vlm.files import publishing, rust_disk_errors
-from vlm.generation.engine import check_dtype
+from vlm.errors import CheckpointError, ConfigError, nearest
+from vlm.exchange import card, probes, towers
+from vlm.exchange.formats import FORMATS, Format
+from vlm.exchange.parity import LIMITS, Parity, ParityReport, compare, compare_files
+from vlm.exchange.publishing import published
 from vlm.images.transforms import ImageTransform
 from vlm.model import decoder
+from vlm.model.dtypes import DTYPES, check_dtype, dtype_name, named
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 
 log = logging.getLogger(__name__)
-Parity = Literal["full", "weights", "none"]
-
-
-@dataclass(frozen=True)
-class Format:
-    """A layout that can be written, and how to compare it.
-
-    Attributes:
-        parts: what is written, each as (name of its directory, its source, its processor or image transform); raises
-            ConfigError for a model that the layout cannot hold.
-        write: writes the files of one, returns name in the files -> the model's tensor.
-        weights: name of a part's weights file.
-        inputs, written_inputs: what both sides' processors make of the samples.
-        open: opens what was written.
-        run, run_written: what both sides' models make of the same inputs.
-        reader: who opened it.
-    """
-
-    parts: Callable[[VLM, Processor], list[tuple[str, Any, Any]]]
-    write: Callable[[Path, Any, Any, torch.dtype, str | int], dict[str, Tensor]]
-    weights: Callable[[Any], str]
-    inputs: Callable[[Any], probes.Outputs]
-    written_inputs: Callable[[Path], probes.Outputs]
-    open: Callable[..., Any]
-    run: Callable[[Any, Any, torch.dtype], probes.Outputs]
-    run_written: Callable[[Any, Any, Any], probes.Outputs]
-    reader: Callable[[Any], str]
-
-
-def _paligemma(model: VLM, processor: Processor) -> list[tuple[str, Any, Any]]:
-    layout.check(model, processor)
-    return [("", model, processor)]
-
-
-def _open_paligemma(folder: Path, model: VLM, *, empty: bool = False) -> Any:
-    return probes.opened(folder, empty=True) if empty else probes.opened(folder, probes.backends(model.config))
-
-
-def _open_tower(folder: Path, one: tower.Alone, *, empty: bool = False) -> Any:
-    return tower.opened(folder, one, probes.opened, probes.tower_backend(one.tower), empty=empty)
-
-
-def _library(one: tower.Alone) -> str:
-    name = one.published.architecture
-    return f"{name} of transformers {transformers.__version__}" if one.published.transformers else name
-
-
-FORMATS = {
-    "paligemma": Format(
-        _paligemma,
-        layout.write,
-        lambda model: SINGLE,
-        probes.paligemma_inputs,
-        probes.written_paligemma_inputs,
-        _open_paligemma,
-        probes.run_paligemma,
-        lambda written, model, processor: probes.run_written_paligemma(written, processor),
-        lambda model: f"{layout.ARCHITECTURE} of transformers {transformers.__version__}",
-    ),
-    "tower": Format(
-        lambda model, processor: [(one.name, one, one.image_transform) for one in tower.parts(model, processor)],
-        tower.write,
-        lambda one: one.published.weights,
-        probes.tower_inputs,
-        probes.written_tower_inputs,
-        _open_tower,
-        lambda one, transform, dtype: probes.run_tower(one.tower, transform, dtype),
-        lambda written, one, transform: probes.run_written_tower(written, one.published.features, transform),
-        _library,
-    ),
-}
 
 
 def export(
@@ -149,7 +75,7 @@ def export(
     probes.check_in_memory(model)
     check_pair("the model to export", model.config, processor)
     parts = target.parts(model, processor)
-    report = ParityReport(to, str(out), "", layout.dtype_name(stored))
+    report = ParityReport(to, str(out), "", dtype_name(stored))
     with published(Path(out)) as folder:
         for name, one, reader in parts:
             _write_part(report, target, folder, name, one, reader, stored, max_shard_size, parity)
@@ -203,14 +129,10 @@ def _dtype(model: VLM, dtype: str | torch.dtype | None) -> torch.dtype:
     """The dtype to write: the one asked for, or the narrowest that holds all parts (readers know one for all)."""
     if dtype is None:
         chosen = widest(parameter.dtype for parameter in model.parameters())
-    elif isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ConfigError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
-        chosen = DTYPES[dtype]
     else:
-        chosen = dtype
+        chosen = named(dtype)
     if chosen not in DTYPES.values():
-        raise ConfigError(f"the weights are {layout.dtype_name(chosen)}, which is not written; use dtype='bfloat16'")
+        raise ConfigError(f"the weights are {dtype_name(chosen)}, which is not written; use dtype='bfloat16'")
     check_dtype(model.config, chosen)
     return chosen
 
@@ -312,7 +234,7 @@ def _notes(report: ParityReport, model: VLM, parts: list[tuple[str, Any, Any]], 
                 f"{start}the format cannot say how this model's images are resized: {difference}{shown}"
             )
     if report.to == "tower":
-        report.notes += tower.notes([one for _, one, _ in parts])
+        report.notes += towers.notes([one for _, one, _ in parts])
     if report.to != "paligemma" or parity != "full":
         return
     facts = decoder.facts(model.config.text_config)
@@ -328,26 +250,3 @@ def _notes(report: ParityReport, model: VLM, parts: list[tuple[str, Any, Any]], 
 def _origin(model: VLM, source: str | Path | None) -> str:
     """Directory or hub id the model was opened from, or an empty string."""
     return str(source or getattr(model.config, "_name_or_path", "") or "")
-
-
-def check_out(out: Path) -> None:
-    """Raise `CheckpointError` if `out` is anything but a new or empty directory."""
-    if out.is_dir() and any(out.iterdir()):
-        raise CheckpointError(f"{out}: the directory is not empty; choose another, or delete it first")
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: is a file; give a directory to make")
-
-
-@contextmanager
-def published(out: Path) -> Iterator[Path]:
-    """A new directory that becomes `out` when the block ends well, and is removed when it does not.
-
-    Raises:
-        CheckpointError: `out` is not empty, is a file, or cannot be written.
-    """
-    check_out(out)
-    try:
-        with rust_disk_errors(), publishing(out) as folder:
-            yield folder
-    except (OSError, SafetensorError, DiskError) as error:
-        raise CheckpointError(f"{out}: cannot be written: {error}") from error

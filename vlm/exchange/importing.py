@@ -20,13 +20,16 @@ from vlm.checkpoints import big_vision, manifest
 from vlm.checkpoints.big_vision_configs import EMBEDDING
 from vlm.checkpoints.big_vision_names import to_array
 from vlm.checkpoints.directory import load
-from vlm.checkpoints.files import FLOATS, Weights, locate, read_json
-from vlm.checkpoints.loader import HEAD, live_source
+from vlm.checkpoints.files import read_json
+from vlm.checkpoints.loader import HEAD
+from vlm.checkpoints.locate import locate
 from vlm.checkpoints.saving import save
+from vlm.checkpoints.source import FLOATS, live_source
+from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError, ConfigError
 from vlm.exchange import probes
-from vlm.exchange.exporting import Parity, published
-from vlm.exchange.parity import EQUAL, LIMITS, ParityReport, Row, compare
+from vlm.exchange.parity import EQUAL, LIMITS, Parity, ParityReport, Row, compare
+from vlm.exchange.publishing import published
 from vlm.model import decoder
 from vlm.model.config import VLMConfig
 from vlm.model.dual import SigLIP

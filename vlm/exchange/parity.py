@@ -7,16 +7,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vlm.checkpoints.files import SINGLE, Weights
+from vlm.checkpoints.files import SINGLE
+from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError
 from vlm.words import aligned
 
 FILE_NAME = "parity.json"
+Parity = Literal["full", "weights", "none"]
+"""How much of an export or import is proven: by running both sides, by reading the tensors back, or nothing."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm.checkpoints import manifest
-from vlm.checkpoints.files import HUB_FILES, INDEX, SINGLE, check_regular, is_plain, locate, read_header, read_json
-from vlm.checkpoints.layout import write_json
+from vlm.checkpoints.files import INDEX, SINGLE, check_regular, is_plain, read_json
+from vlm.checkpoints.locate import HUB_FILES, locate
+from vlm.checkpoints.weights import read_header
 from vlm.errors import CheckpointError
-from vlm.exchange.exporting import check_out, published
+from vlm.exchange.hub_files import write_json
+from vlm.exchange.publishing import check_out, published
 from vlm.files import sha256
 
 PICKLES = {"pytorch_model.bin": SINGLE, "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}

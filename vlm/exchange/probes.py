@@ -29,7 +29,9 @@ from transformers import (
 )
 
 from vlm.checkpoints.files import read_json
-from vlm.checkpoints.loader import Placement, Source, expected_shapes, load_model
+from vlm.checkpoints.loader import load_model
+from vlm.checkpoints.placement import Placement
+from vlm.checkpoints.source import Source, expected_shapes
 from vlm.errors import CheckpointError, ConfigError
 from vlm.images.transforms import ImageTransform
 from vlm.model import decoder
@@ -48,7 +50,6 @@ TOWERS = (
 )
 READERS: dict[str, Any] = {kind.__name__: kind for kind in (PaliGemmaForConditionalGeneration, *TOWERS)}
 """transformers' classes by the name that config.json gives."""
-
 SAMPLES = [
     ("caption en", "a red circle on a slope", (320, 240)),
     ("answer en how many squares are there?", "12", (96, 200)),
@@ -92,7 +93,7 @@ def in_float32(model: VLM, dtype: torch.dtype) -> VLM:
     config = copy.deepcopy(model.config)
     for name, kind in backends(config).items():
         getattr(config, name)._attn_implementation = kind
-    return load_model(config, source, Placement(dtype=torch.float32, device=model.device))
+    return load_model(VLM, config, source, Placement(dtype=torch.float32, device=model.device))
 
 
 def tower_in_float32(tower: Any, dtype: torch.dtype) -> nn.Module:

@@ -14,9 +14,9 @@ from vlm.data.budget import cut
 from vlm.errors import DataError, GenerationError, ImageError, nearest
 from vlm.generation.beam import beam_search as big_vision_beams
 from vlm.images.load import image_size, is_image
-from vlm.model import decoder
 from vlm.model.batch import Batch
 from vlm.model.config import VLMConfig
+from vlm.model.dtypes import check_dtype
 from vlm.model.forward import VLM
 from vlm.model.lengths import context_of, over_context
 from vlm.model.processor import ImageSource, Processor
@@ -44,20 +44,6 @@ class Answer(str):
 
     def __getnewargs__(self) -> tuple[str, Finish]:  # type: ignore[override]  # copies and pickles keep `finish`
         return str(self), self.finish
-
-
-def check_dtype(config: VLMConfig, dtype: torch.dtype, *, force: bool = False) -> None:
-    """Refuse float16 for Gemma: activations exceed 65504 and the output is empty or NaN.
-
-    Raises:
-        GenerationError: the dtype is float16 and `force` is False.
-    """
-    if dtype == torch.float16 and decoder.spec(config.text_config).overflows_float16 and not force:
-        raise GenerationError(
-            f"float16 overflows in {config.text_config.model_type} decoders (activations above 65504) and gives"
-            f" empty or NaN output;"
-            " use bfloat16 or float32, or force_fp16=True to try all the same"
-        )
 
 
 def generate(

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from vlm.errors import ConfigError, DataError, nearest
-from vlm.generation.engine import check_dtype, in_eval_mode
+from vlm.generation.engine import in_eval_mode
+from vlm.model.dtypes import check_dtype
 from vlm.model.forward import VLM
 from vlm.model.loss import IGNORE
 from vlm.model.processor import ImageSource, Processor

@@ -11,15 +11,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, GenerationError, nearest
+from vlm.model import decoder
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What a model's weights can be, by the names that people give."""
 MISMATCH = re.compile(r"dtype|scalar type|(Float|Half|BFloat16|Double)Tensor|expected .*(Float|Half|BFloat16|Double)")
 """What torch says when it is to multiply two dtypes; it has no exception of its own for that."""
 
 
+def named(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of a name; a dtype is itself.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_dtype(config: Any, dtype: torch.dtype, *, force: bool = False) -> None:
+    """Refuse float16 for Gemma: activations exceed 65504 and the output is empty or NaN.
+
+    Args:
+        config: the `VLMConfig`.
+
+    Raises:
+        GenerationError: the dtype is float16 and `force` is False.
+    """
+    if dtype == torch.float16 and decoder.spec(config.text_config).overflows_float16 and not force:
+        raise GenerationError(
+            f"float16 overflows in {config.text_config.model_type} decoders (activations above 65504) and gives"
+            f" empty or NaN output;"
+            " use bfloat16 or float32, or force_fp16=True to try all the same"
+        )
+
+
 def names(module: nn.Module) -> str:
     """The floating-point dtypes of a module's parameters, such as `bfloat16 and float32`."""
-    found = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()}
+    found = {dtype_name(p.dtype) for p in module.parameters() if p.is_floating_point()}
     return " and ".join(sorted(found))
 
 
@@ -61,7 +99,7 @@ def _by_part(model: nn.Module) -> str:
         # model.PART.… in the whole model, PART.… in the one without its output layer
         part = name.removeprefix("model.").split(".")[0]
         parts.setdefault(part, "")
-        dtype = str(parameter.dtype).removeprefix("torch.")
+        dtype = dtype_name(parameter.dtype)
         if dtype not in parts[part].split(" and "):
             parts[part] = f"{parts[part]} and {dtype}".removeprefix(" and ")
     return ", ".join(f"{dtypes} in {part}" for part, dtypes in parts.items())

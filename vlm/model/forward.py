@@ -243,7 +243,7 @@ class VLM(VLMPreTrainedModel, Generating, GenerationMixin):
         self.model = VLMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         # What the tower's checkpoint had beside it (a pooling head): no part of the model, kept for an export of the
-        # tower (`vlm.checkpoints.tower`).
+        # tower (`vlm.checkpoints.tower_head`).
         self.tower_head: dict[str, Tensor] = {}
         self.post_init()
 

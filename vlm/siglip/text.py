@@ -16,9 +16,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from vlm.checkpoints import big_vision
 from vlm.checkpoints.big_vision_configs import text_config, vision_config
 from vlm.checkpoints.big_vision_names import rules
-from vlm.checkpoints.configs import check_numbers, guarded
-from vlm.checkpoints.files import Weights, locate, read_json
-from vlm.checkpoints.loader import BUFFERS, Source, check_fit, expected_shapes, finite, put
+from vlm.checkpoints.checks import check_numbers, guarded
+from vlm.checkpoints.files import read_json
+from vlm.checkpoints.locate import locate
+from vlm.checkpoints.source import BUFFERS, Source, check_fit, expected_shapes, finite, put
+from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError
 from vlm.model.dual import SigLIP
 

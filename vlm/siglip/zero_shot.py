@@ -150,7 +150,8 @@ def why_no_zero_shot(checkpoint: str | Path | tuple[SigLIP, Any], encoder: nn.Mo
     Raises:
         CheckpointError: there is no such checkpoint.
     """
-    from vlm.checkpoints.files import locate, read_json
+    from vlm.checkpoints.files import read_json
+    from vlm.checkpoints.locate import locate
 
     config: Any = encoder.config
     kind = type(encoder).__module__.removeprefix("vlm.encoders.")
@@ -176,7 +177,7 @@ def open_checkpoint(path: str | Path) -> tuple[SigLIP, Any]:
     """
     from transformers import AutoTokenizer
 
-    from vlm.checkpoints.files import locate
+    from vlm.checkpoints.locate import locate
     from vlm.siglip import text as siglip
 
     folder = locate(path)

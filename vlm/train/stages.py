@@ -18,11 +18,13 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from vlm import files, ranks, settings
 from vlm.build.assembly import new
-from vlm.build.towers import Choice, choose
+from vlm.build.choice import Choice
+from vlm.build.towers import choose
 from vlm.checkpoints import identity
-from vlm.checkpoints.configs import guarded
+from vlm.checkpoints.checks import guarded
 from vlm.checkpoints.directory import load
-from vlm.checkpoints.geometry import planned, with_geometry
+from vlm.checkpoints.geometry import with_geometry
+from vlm.checkpoints.geometry_plan import planned
 from vlm.checkpoints.preprocessing import own_transform
 from vlm.checkpoints.saving import save
 from vlm.data import content

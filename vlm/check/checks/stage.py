@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import Check, Subject
-from vlm.checkpoints.files import Weights, read_json
+from vlm.checkpoints.files import read_json
 from vlm.checkpoints.names import HEAD, to_live
+from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError
 from vlm.train.config import StageConfig
 from vlm.train.parts import frozen_digests

@@ -18,10 +18,11 @@ from torch import Tensor
 from vlm.checkpoints.configs import WINDOW_IN_USE
 from vlm.checkpoints.names import HEAD, to_hub
 from vlm.checkpoints.shards import write_shards
-from vlm.encoders.contract import RUNNING, stated
+from vlm.encoders.contract import stated
 from vlm.errors import ConfigError
-from vlm.images.transforms import RESAMPLING, ImageTransform
+from vlm.exchange.hub_files import image_values, write_json
 from vlm.model import decoder, projecting
+from vlm.model.dtypes import dtype_name
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 from vlm.text.tokens import LOC_TOKENS, SEG_TOKENS
@@ -31,8 +32,6 @@ KEEP = (
     "keep the vlm directory, which transformers opens after `import vlm.model`, or write the tower alone with"
     " `--to tower`"
 )
-RUNTIME = RUNNING
-"""Of a running model, not of the architecture."""
 
 
 def check(model: VLM, processor: Processor) -> None:
@@ -143,11 +142,6 @@ def num_image_tokens(vision: dict[str, Any]) -> int:
     return int((vision["image_size"] // vision["patch_size"]) ** 2)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for `torch.bfloat16`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def generation_values(processor: Processor) -> dict[str, Any]:
     """`generation_config.json`. No length: vLLM takes one as a limit on every request."""
     tokenizer = processor.tokenizer
@@ -162,31 +156,6 @@ def generation_values(processor: Processor) -> dict[str, Any]:
     }
 
 
-def image_values(transform: ImageTransform) -> dict[str, Any]:
-    """Settings of transformers' SiglipImageProcessor."""
-    assert transform.image_size is not None
-    return {
-        **common_image_values(transform),
-        "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": transform.max_patches,
-        "size": {"height": transform.image_size, "width": transform.image_size},
-    }
-
-
-def common_image_values(transform: ImageTransform) -> dict[str, Any]:
-    """What SiglipImageProcessor and Siglip2ImageProcessor have in common."""
-    return {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(transform.mean),
-        "image_std": list(transform.std),
-        "resample": int(RESAMPLING[transform.resample]),
-        "rescale_factor": 1 / 255,
-    }
-
-
 def write_tokenizer(folder: Path, processor: Processor) -> None:
     """The tokenizer's files, with what PaliGemma's readers ask of `tokenizer_config.json`."""
     processor.tokenizer.save_pretrained(folder)
@@ -196,8 +165,3 @@ def write_tokenizer(folder: Path, processor: Processor) -> None:
     # and would put a second BOS in front of the image if it were true.
     values |= {"add_bos_token": False, "add_eos_token": False, "processor_class": "PaliGemmaProcessor"}
     write_json(file, values)
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """A JSON file with sorted keys."""
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""What a tower's checkpoint records of how its images are prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlm.build.choice import Member
+from vlm.checkpoints.checks import guarded
+from vlm.checkpoints.files import read_json
+from vlm.checkpoints.image_settings import OWN_TRANSFORM, change_transform, check_settings, recorded
+from vlm.checkpoints.preprocessing import checked_image_settings, resample_name
+from vlm.images.fused import open_transform
+from vlm.images.transforms import ImageTransform
+from vlm.registry import part
+
+
+def image_transform(member: Member, settings: dict[str, Any]) -> ImageTransform:
+    """The image transform of a tower: what its checkpoint records, with these settings changed.
+
+    Raises:
+        ConfigError: settings that the tower cannot have.
+    """
+    kind, config = member.kind, member.config
+    if member.transform is not None:
+        return change_transform(member.transform, kind, config, settings)
+    check_settings(settings, config)
+    transform: ImageTransform = part("vlm.encoders", kind).transform(
+        config, **{**recorded_settings(member, settings), **settings}
+    )
+    return transform
+
+
+def recorded_settings(member: Member, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint records and the settings leave open."""
+    module, config = part("vlm.encoders", member.kind), member.config
+    if member.transform is not None:
+        return recorded(member.transform, config)
+    own = written_transform(member.source, module)
+    if own is not None and (own.mode == "naflex") == (not hasattr(config, "image_size")):
+        return recorded(own, config)
+    if not isinstance(member.source, Path) or hasattr(module, "recognise"):
+        return {}  # new weights, or a configuration that holds the transform
+    found = recorded_transform(member.source, getattr(config, "image_size", None))
+    if not hasattr(config, "image_size"):
+        # NaFlex resizes in float with its own filter; a FixRes checkpoint's resize does not apply.
+        return {key: value for key, value in found.items() if key not in ("resample", "rounding", *_SQUARE)}
+    if "mode" in settings:
+        return {key: value for key, value in found.items() if key not in _SQUARE}
+    return found
+
+
+def written_transform(source: Any, module: Any) -> ImageTransform | None:
+    """The image transform of a tower that `vlm export --to tower` wrote: all that other formats cannot say."""
+    names = (getattr(module, "CONFIG_FILE", "config.json"), "preprocessor_config.json")
+    for file in [source / name for name in names] if isinstance(source, Path) and source.is_dir() else ():
+        values = read_json(file).get(OWN_TRANSFORM) if file.is_file() else None
+        if values is not None:
+            return guarded(lambda: open_transform(values), f"{file}: {OWN_TRANSFORM}")  # noqa: B023
+    return None
+
+
+_SQUARE = ("mode", "resize_shortest")
+"""How an image becomes a square."""
+
+
+def recorded_transform(path: Path, image_size: int | None = None) -> dict[str, Any]:
+    """Normalisation, filter and way to a square that a tower's checkpoint records (empty when it records none). A
+    big_vision `.npz` means big_vision's own resize, which rounds down.
+
+    Args:
+        image_size: the tower's; a recorded centre crop keeps its proportion at another size.
+    """
+    if path.suffix == ".npz":
+        return {"resample": "bilinear", "rounding": "down"}
+    values = checked_image_settings(path, crop=True) or {}
+    result: dict[str, Any] = {}
+    if "resample" in values:
+        result["resample"] = resample_name(values["resample"], path)
+    for key, name in (("image_mean", "mean"), ("image_std", "std")):
+        if key in values:
+            result[name] = values[key]
+    if "max_num_patches" in values:
+        result["max_num_patches"] = values["max_num_patches"]
+    return {**result, **(_recorded_square(values, image_size) if image_size else {})}
+
+
+def _recorded_square(values: dict[str, Any], image_size: int) -> dict[str, Any]:
+    size, crop = values.get("size"), values.get("crop_size")
+    side = crop.get("height") if isinstance(crop, dict) else crop
+    shortest = size.get("shortest_edge") if isinstance(size, dict) else size
+    if values.get("do_center_crop") and isinstance(side, int) and isinstance(shortest, int) and side > 0:
+        return {"mode": "crop", "resize_shortest": max(image_size, round(image_size * shortest / side))}
+    if isinstance(size, dict) and "height" in size and not values.get("do_center_crop"):
+        return {"mode": "squash"}
+    return {}

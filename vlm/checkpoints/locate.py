@@ -1,0 +1,80 @@
+"""Where a checkpoint lies: a directory, the model inside a training run, or what the Hub gives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from vlm.checkpoints.files import INDEX, SINGLE, read_json
+from vlm.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+HUB_FILES = ("*.json", "*.safetensors", "*.model")
+
+
+def locate(path: str | Path, *, revision: str | None = None, patterns: Sequence[str] = HUB_FILES) -> Path:
+    """The directory of a checkpoint: `path` itself, the `model` inside a training run or a stage of one, or the
+    downloaded files of a hub id (`owner/name`).
+
+    Raises:
+        CheckpointError: there is no such directory and it is no hub id, the Hub does not give it out, or it is a
+            training run (or a stage) that has no model yet.
+    """
+    if Path(path).is_dir():
+        return not_an_adapter(_of_run(Path(path)))
+    if Path(path).exists():
+        raise CheckpointError(f"{path}: is a file, expected a checkpoint directory or a hub id (owner/name)")
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"{path}: no such directory, and not a hub id (owner/name)")
+    try:
+        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: no such directory, and the Hub does not give it: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return not_an_adapter(folder)
+
+
+def _of_run(folder: Path) -> Path:
+    """The model of a run's or a stage's directory; any other directory is itself."""
+    if (folder / "config.json").exists():
+        return folder
+    if (folder / "model" / "config.json").exists():
+        return folder / "model"
+    found = [file for place in ("", "*/") for file in folder.glob(f"{place}checkpoints/step-*/state.json")]
+    steps = sorted(found, key=lambda file: file.stat().st_mtime)
+    if (folder / "config.yaml").is_file() or steps:
+        others = [file.parent for file in sorted(folder.glob("*/model/config.json"), key=lambda f: f.stat().st_mtime)]
+        newest = [*others, *(file.parent for file in steps)][-1:]
+        advice = f"; the newest there is {newest[0]}" if newest else ""
+        raise CheckpointError(
+            f"{folder}: a training run without a finished model{advice}; name that, or go on training"
+        )
+    return folder
+
+
+def not_an_adapter(folder: Path) -> Path:
+    """The directory, unless it holds an adapter of the peft library (LoRA) in place of a model.
+
+    Raises:
+        CheckpointError: says what to do with it.
+    """
+    files = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if not files:
+        return folder
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        log.warning("%s: %s beside the model is not used; merge an adapter to use it", folder, files[0])
+        return folder
+    settings = read_json(folder / ADAPTER_FILES[0]) if files[0] == ADAPTER_FILES[0] else {}
+    kind, base = settings.get("peft_type") or "LORA", settings.get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{folder}: is an adapter ({'LoRA' if kind == 'LORA' else kind}, {files[0]}), not a model: it belongs on"
+        f" {base or 'the model that it was trained on'}. Merge it once: open that with vlm.load, then"
+        f" merged = peft.PeftModel.from_pretrained(model, {str(folder)!r}).merge_and_unload() and"
+        f" vlm.save(merged, processor, DIR)"
+    )
