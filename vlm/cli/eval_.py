@@ -98,7 +98,7 @@ def run_eval(options: Namespace) -> int:
     """`vlm eval`: the table of scores on stdout."""
     from vlm import ranks
     from vlm.errors import ConfigError
-    from vlm.report import tables
+    from vlm.eval import tables
 
     if options.tasks is not None and (options.image_root or options.skip_bad):
         raise ConfigError("--image-root and --skip-bad are for a JSONL file; with --tasks the tasks name their files")

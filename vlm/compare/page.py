@@ -13,13 +13,13 @@ from vlm.compare.disagreements import cards, one_seed
 from vlm.compare.runs import Spec
 from vlm.compare.statistics import p_text
 from vlm.data.examples import Example
-from vlm.report.charts import Curve, Dot, Point, Scatter
-from vlm.report.sections import Curves, Gallery, Score, Scores, Section, Stat, Stats, Table, Text, write_report
+from vlm.report.charts import Curve, Dot, Point, Scatter, smooth
+from vlm.report.page import Section
+from vlm.report.scores import Score, Scores, Stat, Stats, Table, Text
+from vlm.report.sections import Curves, Gallery, write_report
 from vlm.train import metrics
 
 CARDS = 48
-SMOOTH = 50
-"""A loss curve is a running mean over this share (1/50) of the run."""
 
 
 def write(path: Path, result: dict[str, Any], finished: Sequence[Spec], tasks: Mapping[str, Sequence[Example]]) -> Path:
@@ -153,9 +153,9 @@ def _losses(finished: Sequence[Spec], short: Mapping[str, str]) -> list[Curve]:
     by_step, by_time = dict[str, list[Point]](), dict[str, list[Point]]()
     for arm, curves in losses.items():
         means = [math.fsum(values) / len(values) for values in zip(*curves, strict=False)]
-        smooth = _running_mean(means)
-        by_step[short[arm]] = [(float(step), value) for step, value in enumerate(smooth, 1)]
-        by_time[short[arm]] = list(zip(seconds[arm], smooth, strict=False))
+        running = smooth(means)
+        by_step[short[arm]] = [(float(step), value) for step, value in enumerate(running, 1)]
+        by_time[short[arm]] = list(zip(seconds[arm], running, strict=False))
     return [
         Curve("Training loss against steps", by_step, "optimizer step", "loss", log_y=True, marks=marks),
         Curve("Training loss against time", by_time, "seconds", "loss", log_y=True),
@@ -171,11 +171,6 @@ def _clock(stages: Sequence[dict[str, Any]]) -> list[float]:
             now += per_step
             times.append(now)
     return times
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    width = max(1, len(values) // SMOOTH)
-    return [math.fsum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(values))]
 
 
 def _table(title: str, rows: Sequence[Sequence[str]], short: Mapping[str, str], note: str) -> Table:

@@ -23,6 +23,7 @@ from vlm import files
 from vlm.demo import dataset, text
 from vlm.demo.run import claim, read_recipe
 from vlm.demo.start import Choice, make
+from vlm.words import aligned
 
 log = logging.getLogger("vlm")
 
@@ -161,9 +162,7 @@ def table(facts: dict[str, Any]) -> str:
     head = ["width:height", "squashed to 72 x 72", "NaFlex"]
     rows = [[shape, *(_cell(tower[shape]) for tower in (first, second))] for shape in first if shape != "tokens"]
     rows.append(["image tokens", *(f"{tower['tokens']:.1f}" for tower in (first, second))])
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(3)]
-    lines = ["  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    return "\n".join(["numbers read right (characters wrong)", *lines])
+    return "\n".join(["numbers read right (characters wrong)", *aligned([head, *rows], left=())])
 
 
 def _cell(shares: dict[str, float]) -> str:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vlm.report.sections import Gallery, GalleryItem, Score, Scores, Section, Stat, Text
+from vlm.report.page import Section
+from vlm.report.scores import Score, Scores, Stat, Text
+from vlm.report.sections import Gallery, GalleryItem
 from vlm.report.sections import write_report as write_page
 from vlm.train import metrics
 

@@ -13,7 +13,7 @@ _HOMES = {
     "Options": "job",
     "score_files": "scoring",
     "Predictor": "vlm.generation.predictor",
-    "table": "vlm.report.tables",
+    "table": "tables",
     "Curve": "vlm.report.charts",
     "Dot": "vlm.report.charts",
     "Scatter": "vlm.report.charts",
@@ -21,13 +21,13 @@ _HOMES = {
     "Figure": "vlm.report.sections",
     "Gallery": "vlm.report.sections",
     "GalleryItem": "vlm.report.sections",
-    "Score": "vlm.report.sections",
-    "Scores": "vlm.report.sections",
-    "Stat": "vlm.report.sections",
-    "Stats": "vlm.report.sections",
-    "Table": "vlm.report.sections",
-    "Text": "vlm.report.sections",
-    "breakdown": "vlm.report.sections",
+    "Score": "vlm.report.scores",
+    "Scores": "vlm.report.scores",
+    "Stat": "vlm.report.scores",
+    "Stats": "vlm.report.scores",
+    "Table": "vlm.report.scores",
+    "Text": "vlm.report.scores",
+    "breakdown": "vlm.report.scores",
     "write_report": "vlm.report.sections",
     "diff": "",
     "metrics": "",
@@ -44,22 +44,22 @@ if TYPE_CHECKING:
     from vlm.eval.job import Options as Options
     from vlm.eval.scoring import score_files as score_files
     from vlm.eval.suite import evaluate_tasks as evaluate_tasks
+    from vlm.eval.tables import table as table
     from vlm.generation.predictor import Predictor as Predictor
     from vlm.report.charts import Curve as Curve
     from vlm.report.charts import Dot as Dot
     from vlm.report.charts import Scatter as Scatter
+    from vlm.report.scores import Score as Score
+    from vlm.report.scores import Scores as Scores
+    from vlm.report.scores import Stat as Stat
+    from vlm.report.scores import Stats as Stats
+    from vlm.report.scores import Table as Table
+    from vlm.report.scores import Text as Text
+    from vlm.report.scores import breakdown as breakdown
     from vlm.report.sections import Curves as Curves
     from vlm.report.sections import Figure as Figure
     from vlm.report.sections import Gallery as Gallery
     from vlm.report.sections import GalleryItem as GalleryItem
-    from vlm.report.sections import Score as Score
-    from vlm.report.sections import Scores as Scores
-    from vlm.report.sections import Stat as Stat
-    from vlm.report.sections import Stats as Stats
-    from vlm.report.sections import Table as Table
-    from vlm.report.sections import Text as Text
-    from vlm.report.sections import breakdown as breakdown
     from vlm.report.sections import write_report as write_report
-    from vlm.report.tables import table as table
 
 __getattr__, __dir__ = door(__name__, _HOMES)

@@ -23,7 +23,9 @@ from vlm.errors import ConfigError, DataError
 from vlm.eval import items
 from vlm.eval.job import ITEMS, RESULTS
 from vlm.eval.metrics import captions, registry, tokenize
-from vlm.report.sections import Gallery, GalleryItem, Section, Table, write_report
+from vlm.report.page import Section
+from vlm.report.scores import Table
+from vlm.report.sections import Gallery, GalleryItem, write_report
 from vlm.words import columns, listed, more
 
 NUM_RESAMPLES = 2000

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from vlm.eval import tables
 from vlm.eval.results_page import percent_of
-from vlm.report import tables
-from vlm.report.page import text
-from vlm.report.sections import Score, Scores, Section, Stat, Table, write_report
-
-
-@dataclass(frozen=True)
-class _Links:
-    """A line of links to the pages of the tasks."""
-
-    targets: Mapping[str, str]
-
-    def html(self) -> str:
-        links = " · ".join(
-            f'<a href="{escape(target, quote=True)}">{text(name)}</a>' for name, target in self.targets.items()
-        )
-        return f"<h2>Pages of the tasks</h2><p>{links}</p>"
+from vlm.report.page import Section
+from vlm.report.scores import Links, Score, Scores, Stat, Table
+from vlm.report.sections import write_report
 
 
 def write(path: Path, outcome: Mapping[str, Any], model: str) -> Path:
@@ -39,7 +25,7 @@ def write(path: Path, outcome: Mapping[str, Any], model: str) -> Path:
     sections: list[Section] = [_main_scores(tasks), _all_scores(tasks)]
     if failures := _failures(tasks):
         sections.append(failures)
-    sections.append(_Links({name: f"{name}/report.html" for name in tasks}))
+    sections.append(Links("Pages of the tasks", {name: f"{name}/report.html" for name in tasks}))
     versions = ", ".join(f"{name} {number}" for name, number in next(iter(tasks.values()))["versions"].items())
     return write_report(
         path,

@@ -9,10 +9,11 @@ from textwrap import shorten
 from typing import Any
 
 from vlm.data.examples import Example
-from vlm.eval import items, metrics
+from vlm.eval import items, metrics, tables
 from vlm.eval.metrics import MetricResult
-from vlm.report import tables
-from vlm.report.sections import GalleryItem, Score, Scores, Section, Table, breakdown, write_report
+from vlm.report.page import Section
+from vlm.report.scores import Score, Scores, Table, breakdown
+from vlm.report.sections import GalleryItem, write_report
 
 GALLERY_SIZE = 60
 

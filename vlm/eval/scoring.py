@@ -21,7 +21,7 @@ from vlm.data.rows import listed, read_predictions
 from vlm.errors import ConfigError, DataError
 from vlm.eval import metrics as all_metrics
 from vlm.eval.metrics import Metric, MetricResult, registry
-from vlm.report.tables import constant
+from vlm.eval.tables import constant
 from vlm.version import __version__
 from vlm.words import aligned
 

@@ -6,8 +6,8 @@ from vlm.registry import door
 
 _HOMES = {
     "write_report": "sections",
-    "breakdown": "sections",
-    "table": "tables",
+    "breakdown": "scores",
+    "Links": "scores",
     "Curve": "charts",
     "Dot": "charts",
     "Scatter": "charts",
@@ -15,12 +15,12 @@ _HOMES = {
     "Figure": "sections",
     "Gallery": "sections",
     "GalleryItem": "sections",
-    "Score": "sections",
-    "Scores": "sections",
-    "Stat": "sections",
-    "Stats": "sections",
-    "Table": "sections",
-    "Text": "sections",
+    "Score": "scores",
+    "Scores": "scores",
+    "Stat": "scores",
+    "Stats": "scores",
+    "Table": "scores",
+    "Text": "scores",
 }
 
 __all__ = list(_HOMES)
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from vlm.report.charts import Curve as Curve
     from vlm.report.charts import Dot as Dot
     from vlm.report.charts import Scatter as Scatter
+    from vlm.report.scores import Links as Links
+    from vlm.report.scores import Score as Score
+    from vlm.report.scores import Scores as Scores
+    from vlm.report.scores import Stat as Stat
+    from vlm.report.scores import Stats as Stats
+    from vlm.report.scores import Table as Table
+    from vlm.report.scores import Text as Text
+    from vlm.report.scores import breakdown as breakdown
     from vlm.report.sections import Curves as Curves
     from vlm.report.sections import Figure as Figure
     from vlm.report.sections import Gallery as Gallery
     from vlm.report.sections import GalleryItem as GalleryItem
-    from vlm.report.sections import Score as Score
-    from vlm.report.sections import Scores as Scores
-    from vlm.report.sections import Stat as Stat
-    from vlm.report.sections import Stats as Stats
-    from vlm.report.sections import Table as Table
-    from vlm.report.sections import Text as Text
-    from vlm.report.sections import breakdown as breakdown
     from vlm.report.sections import write_report as write_report
-    from vlm.report.tables import table as table
 
 __getattr__, __dir__ = door(__name__, _HOMES)

@@ -140,6 +140,16 @@ def draw_scatter(scatter: Scatter) -> str:
     return svg + f'<div class="legend">{"".join(keys)}</div>'
 
 
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential running mean over about a fiftieth of the values, corrected for its start."""
+    keep = 1 - 1 / max(1, len(values) // 50)
+    smoothed, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(mean / weight)
+    return smoothed
+
+
 def _whisker(index: int, x: float, axis: _Axis, low: float, high: float) -> str:
     """A line between two values; an end outside the frame has no cap."""
     top, bottom = axis.at(min(high, axis.high)), axis.at(max(low, axis.low))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Protocol
 
 STYLE = """
 :root {
@@ -160,3 +161,14 @@ def page(title: str, body: str) -> str:
 </body>
 </html>
 """
+
+
+class Section(Protocol):
+    """Part of a page. `html` returns safe HTML: whatever came from outside is escaped."""
+
+    def html(self) -> str: ...
+
+
+def heading(title: str, note: str = "") -> str:
+    """A heading, none if the title is empty, and a line of small print below it."""
+    return (f"<h2>{text(title)}</h2>" if title else "") + (f'<p class="note">{text(note)}</p>' if note else "")

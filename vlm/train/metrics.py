@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm import files
-from vlm.report.charts import Curve, Point, draw
+from vlm.report.charts import Curve, Point, draw, smooth
 from vlm.report.page import page
 from vlm.train.config import PARTS
 
@@ -123,7 +123,7 @@ def curves(path: Path) -> list[Curve]:
     for stage, own in stages.items():
         firsts[stage] = first
         steps = [first + int(row["step"]) for row in own if row["loss"]]
-        losses[stage] = list(zip(steps, _smooth([float(row["loss"]) for row in own if row["loss"]]), strict=True))
+        losses[stage] = list(zip(steps, smooth([float(row["loss"]) for row in own if row["loss"]]), strict=True))
         validated = [(first + int(row["step"]), float(row["val_loss"])) for row in own if row["val_loss"]]
         if validated:
             held_out[f"{stage}, held out"] = [(float(step), value) for step, value in validated]
@@ -137,13 +137,3 @@ def curves(path: Path) -> list[Curve]:
     if scores:
         charts.append(Curve("Evaluation during training", scores, "optimizer step", "score", marks=marks))
     return charts
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """Exponential running mean over about a fiftieth of the stage, corrected for its start."""
-    keep = 1 - 1 / max(1, len(values) // 50)
-    smooth, mean, weight = [], 0.0, 0.0
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(mean / weight)
-    return smooth
