@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from vlm.checkpoints import big_vision, big_vision_model
 from vlm.encoders.siglip import resample_position_table
 from vlm.encoders.siglip2_naflex import resize_position_grid
-from vlm.generation.engine import generate_ids
+from vlm.generation.writing import generate_ids
 from vlm.images.transforms import ImageTransform, naflex_grid, patch_coordinates
 from vlm.model.batch import Batch
 from vlm.model.dual import TwoTowerOutput

@@ -17,7 +17,8 @@ from vlm.build.presets import tiny, tiny_decoder
 from vlm.encoders import siglip
 from vlm.errors import GenerationError
 from vlm.generation import beam
-from vlm.generation.engine import generate_ids, generation_config
+from vlm.generation.decoding import Decoding
+from vlm.generation.writing import generate_ids, generation_config
 from vlm.model.batch import Batch
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
@@ -231,7 +232,7 @@ def test_bad_settings() -> None:
         with pytest.raises(GenerationError, match=message):
             vlm.generate(model, processor, picture(1), "no", **options)
     batch = processor([picture(1)], ["no"])
-    config: GenerationConfig = generation_config(processor, max_new_tokens=2, num_beams=2, do_sample=False)
+    config: GenerationConfig = generation_config(processor, Decoding(max_new_tokens=2, num_beams=2))
     config.eos_token_id = [1, 5]
     with pytest.raises(GenerationError, match=r"one eos_token_id and max_new_tokens, got eos_token_id=\[1, 5\]"):
         generate_ids(model, batch, config, beam_search="big_vision")
@@ -241,7 +242,7 @@ def test_settings_of_another_search_are_refused() -> None:
     model, processor = loud("siglip", "gemma")
     batch = processor([picture(1)], ["no"])
     for name, value in (("repetition_penalty", 2.0), ("num_return_sequences", 2), ("min_new_tokens", 2)):
-        config: GenerationConfig = generation_config(processor, max_new_tokens=2, num_beams=2, do_sample=False)
+        config: GenerationConfig = generation_config(processor, Decoding(max_new_tokens=2, num_beams=2))
         setattr(config, name, value)
         with pytest.raises(GenerationError, match=f"does not read {name}={value}"):
             generate_ids(model, batch, config, beam_search="big_vision")

@@ -16,8 +16,8 @@ import vlm
 from vlm.data.examples import Example
 from vlm.errors import ConfigError
 from vlm.eval import evaluate, items
-from vlm.generation import batch_size
-from vlm.generation.predictor import Decoding
+from vlm.generation import schedule
+from vlm.generation.decoding import Decoding
 
 
 class SmallMemory(ColourPredictor):
@@ -75,13 +75,13 @@ def test_other_errors_of_a_predictor_are_not_taken_for_a_lack_of_memory(
 
 @pytest.mark.parametrize(("fits", "chosen"), [(0.3, 1), (1, 1), (7.9, 4), (8, 8), (100, 64), (10**9, 256)])
 def test_power_of_two(fits: float, chosen: int) -> None:
-    assert batch_size.power_of_two(fits) == chosen
+    assert schedule.power_of_two(fits) == chosen
 
 
 def test_a_size_is_a_number_or_auto(tmp_path: Path) -> None:
     for wrong in (0, "many", 2.5):
         with pytest.raises(ConfigError, match="batch_size is"):
-            evaluate("m", "d", "exact_match", tmp_path, batch_size=wrong)  # type: ignore[arg-type]
+            evaluate("m", "d", "exact_match", tmp_path, batch_size=wrong)
 
 
 def test_a_guess_on_a_gpu_from_the_memory_of_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,12 +92,12 @@ def test_a_guess_on_a_gpu_from_the_memory_of_a_trial(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * gib)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12 * gib)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * gib, 80 * gib))
-    assert batch_size.guess("cuda:0", lambda: None, 4) == 64
+    assert schedule.guess("cuda:0", lambda: None, 4) == 64
 
     def too_much() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    assert batch_size.guess("cuda:0", too_much, 4) == 2
+    assert schedule.guess("cuda:0", too_much, 4) == 2
 
 
 def test_batches_by_tokens_give_the_same_answers(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from coretools import CASES, Case, each_case, loud, picture
 
 from vlm.errors import ConfigError, DataError
-from vlm.generation.likelihood import choose, score_candidates
+from vlm.generation import choose, score_candidates
 from vlm.model.forward import VLM, VLMModel
 from vlm.model.loss import IGNORE
 from vlm.model.processor import Processor

@@ -165,7 +165,7 @@ def test_what_killed_processes_left_is_added_once(tmp_path: Path) -> None:
 
 def test_processes_must_agree_on_the_evaluation() -> None:
     from vlm.errors import ConfigError
-    from vlm.eval.job import _check_agreement
+    from vlm.eval.run import _check_agreement
     from vlm.ranks import Processes
 
     class Other(Processes):

@@ -18,7 +18,8 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 import vlm
 from vlm.build.presets import tiny
 from vlm.errors import DataError, GenerationError
-from vlm.generation.engine import generate_ids, generation_config
+from vlm.generation.decoding import Decoding
+from vlm.generation.writing import generate_ids, generation_config
 from vlm.model.forward import VLM
 
 # Prompts of 4 + 5, 4 + 11 and 6 tokens: the windows are 8.
@@ -211,7 +212,7 @@ def test_beams_keep_the_images_of_a_sample_together() -> None:
         images = [group] if group else None
         assert vlm.generate(model, processor, images, [prompt], num_beams=3, max_new_tokens=6) == [expected]
     batch = processor([groups[0]], [prompts[0]])
-    exact = generation_config(processor, max_new_tokens=6, num_beams=3, do_sample=False)
+    exact = generation_config(processor, Decoding(max_new_tokens=6, num_beams=3))
     uncached = copy.deepcopy(exact)
     uncached.use_cache = False
     assert torch.equal(generate_ids(model, batch, exact), generate_ids(model, batch, uncached))
@@ -268,7 +269,7 @@ def test_an_answer_says_whether_it_was_cut() -> None:
     }
     whole = copy.copy(processor)
     whole.tokenizer = copy.deepcopy(processor.tokenizer)
-    settings = generation_config(processor, max_new_tokens=3, num_beams=1, do_sample=False)
+    settings = generation_config(processor, Decoding(max_new_tokens=3, num_beams=1))
     second = generate_ids(model, processor(images, PROMPT_TEXTS), settings)[:, 1].tolist()
     whole.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(second[0])
     for beam_search in ("transformers", "big_vision"):
@@ -305,9 +306,7 @@ def test_sampling_follows_the_model_distribution() -> None:
     scores = logits(model, {name: batch[name] for name in batch.keys()})[0, -1]
     scores[processor.image_token_id] = -torch.inf
     wanted = scores.softmax(-1)
-    config = generation_config(
-        processor, max_new_tokens=1, num_beams=1, do_sample=True, temperature=1.0, top_p=1.0, top_k=0
-    )
+    config = generation_config(processor, Decoding(max_new_tokens=1, do_sample=True))
     config.num_return_sequences = 4000
     torch.manual_seed(0)
     drawn = generate_ids(model, batch, config)[:, 0]
@@ -351,7 +350,7 @@ def test_a_placeholder_is_never_generated() -> None:
 def test_training_batch_is_refused() -> None:
     model, processor = loud("siglip", "gemma")
     batch = processor([picture(1)], ["caption en"], ["a red square"])
-    config = generation_config(processor, max_new_tokens=2, num_beams=1, do_sample=False)
+    config = generation_config(processor, Decoding(max_new_tokens=2, num_beams=1))
     with pytest.raises(GenerationError, match="made for training"):
         generate_ids(model, batch, config)
 

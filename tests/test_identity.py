@@ -25,7 +25,7 @@ from vlm.data import content
 from vlm.data.reading import read, read_labelled
 from vlm.errors import ConfigError, DataError
 from vlm.eval import evaluate, items
-from vlm.generation.predictor import ModelPredictor
+from vlm.generation.models import ModelPredictor
 from vlm.train.config import ModelConfig
 from vlm.train.features.store import Plan
 from vlm.train.stages import data_digest

@@ -18,7 +18,7 @@ import vlm
 from vlm.build.presets import tiny
 from vlm.encoders.contract import EncoderOutput
 from vlm.errors import ConfigError, DataError, GenerationError
-from vlm.generation.engine import generate_ids
+from vlm.generation.writing import generate_ids
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM, VLMModel
 

@@ -22,7 +22,7 @@ from vlm.data.order import Mixture
 from vlm.data.reading import read
 from vlm.errors import DataError
 from vlm.eval import evaluate, items
-from vlm.generation.likelihood import choose, score_candidates
+from vlm.generation import choose, score_candidates
 
 
 def data(folder: Path, images: list[int], *, suffix: str = "a word or two") -> Path:

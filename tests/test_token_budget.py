@@ -21,14 +21,14 @@ from test_train_processes import run_on_two
 from traintools import COLORS, config, difference, stop_after, tune
 
 import vlm
-import vlm.generation.engine
+import vlm.generation.writing
 import vlm.train
 from vlm.build.presets import tiny
 from vlm.data.budget import cut, padding
 from vlm.data.order import Key, Mixture, stage_seed
 from vlm.data.reading import read
 from vlm.errors import ConfigError, GenerationError, ImageError
-from vlm.generation import batches
+from vlm.generation import schedule
 from vlm.images.load import image_size
 from vlm.settings import from_dict
 from vlm.train import StageConfig
@@ -245,13 +245,13 @@ def test_refused_settings(changes: dict[str, Any], message: str) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the batches that are generated for."""
     shapes: list[tuple[int, ...]] = []
-    original = vlm.generation.engine.generate_ids
+    original = vlm.generation.writing.generate_ids
 
     def generate_ids(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         shapes.append(tuple(batch.input_ids.shape))
         return original(model, batch, *args, **kwargs)
 
-    monkeypatch.setattr(vlm.generation.engine, "generate_ids", generate_ids)
+    monkeypatch.setattr(vlm.generation.writing, "generate_ids", generate_ids)
     return shapes
 
 
@@ -307,13 +307,14 @@ def test_an_image_that_cannot_be_measured_is_named(tmp_path: Path) -> None:
 def test_the_plan_of_an_evaluation_goes_by_length() -> None:
     _, processor = loud("siglip2_naflex", "gemma")
     examples, _ = read(mixed())
-    sizes = [batches.image_sizes(example) for example in examples]
+    sizes = [schedule.image_sizes(example.images) for example in examples]
     assert sizes == [[Image.open(example.image).size] for example in examples]  # type: ignore[arg-type]
-    lengths = processor.lengths(sizes, [example.prefix for example in examples])
-    assert batches.plan(examples, 4, lengths=lengths, batch_tokens=90) == cut(lengths, 90)
-    assert batches.plan(examples, 4) == batches.plan(examples, 4, lengths=lengths)
+    prompts = [example.prefix for example in examples]
+    lengths = processor.lengths(sizes, prompts)
+    assert schedule.plan(prompts, 4, lengths=lengths, batch_tokens=90) == cut(lengths, 90)
+    assert schedule.plan(prompts, 4) == schedule.plan(prompts, 4, lengths=lengths)
     broken = replace(examples[0], image=Path(__file__))
-    assert batches.image_sizes(broken) == []
+    assert schedule.image_sizes(broken.images) == []
 
 
 def test_what_to_do_when_memory_runs_out() -> None:

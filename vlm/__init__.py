@@ -27,7 +27,7 @@ _HOMES = {
     "save": "checkpoints.saving",
     "export": "exchange.exporting",
     "convert": "exchange.importing",
-    "generate": "generation.engine",
+    "generate": "generation.models",
     "load_image": "images.load",
     "VLMError": "errors",
     **dict.fromkeys(
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vlm.errors import VLMError as VLMError
     from vlm.exchange.exporting import export as export
     from vlm.exchange.importing import convert as convert
-    from vlm.generation.engine import generate as generate
+    from vlm.generation.models import generate as generate
     from vlm.images.load import load_image as load_image
     from vlm.model.batch import Batch as Batch
     from vlm.model.config import VLMConfig as VLMConfig

@@ -48,6 +48,27 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     return from_dict(cls, tree, where=str(path))
 
 
+def by_field(call: str, given: Mapping[str, Any], *classes: type) -> list[dict[str, Any]]:
+    """The keyword arguments of a call, in parts: for each dataclass those that are its fields.
+
+    A name that several have goes to the first. So a function takes options by their names, and each of them, with its
+    default, stands once: in its dataclass.
+
+    Raises:
+        TypeError: a name that none of them has.
+    """
+    homes: dict[str, int] = {}
+    for place, cls in enumerate(classes):
+        for field in dataclasses.fields(cls):
+            homes.setdefault(field.name, place)
+    parts: list[dict[str, Any]] = [{} for _ in classes]
+    for name, value in given.items():
+        if name not in homes:
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}{nearest(name, homes)}")
+        parts[homes[name]][name] = value
+    return parts
+
+
 def to_dict(obj: Any) -> Any:
     """`obj` as plain dicts, lists and scalars, so that `from_dict(type(obj), to_dict(obj)) == obj`."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):

@@ -3,32 +3,47 @@
 `vlm caption` asks about one image after the other, `vlm ask` about all of them at once, or about none.
 """
 
+from __future__ import annotations
+
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from PIL import Image
-
+from vlm.checkpoints.opened import Opening, open_model
 from vlm.cli import console
-from vlm.errors import DataError, ImageError, VLMError
+from vlm.errors import ImageError
+from vlm.generation.decoding import Decoding
+from vlm.generation.engine import Engine, Reply, Request
+from vlm.generation.schedule import Batching
 from vlm.images.load import load_image, shown
+from vlm.text import control
 
 Group = Sequence[str]
 """Paths of the images of one question."""
 
 
-def ask_about(
-    groups: Sequence[Group],
-    prompt: str,
-    model: str,
-    *,
-    device: str,
-    dtype: str | None,
-    as_json: bool,
-    geometry: Mapping[str, Any],
-    **generation: Any,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How groups of images are asked about.
+
+    Attributes:
+        model: a directory or hub id. opening: how it is opened.
+        batch_size: groups at a time.
+        strip_control: remove control spellings such as `<image>` from the prompt (`vlm.text.control`).
+    """
+
+    prompt: str
+    model: str
+    opening: Opening = Opening()
+    decoding: Decoding = Decoding()
+    batch_size: int = 8
+    strip_control: bool = False
+
+
+def ask_about(groups: Sequence[Group], how: Asking, *, as_json: bool) -> int:
     """Print an answer for each group of images, in order, as batches finish; returns the exit code.
 
     An image that cannot be decoded, or a prompt that leaves no room in the model beside its images, is one line on
@@ -37,84 +52,66 @@ def ask_about(
 
     Args:
         groups: paths of the images that are asked about together; an empty one is a question about text alone.
-        geometry: how the model reads its images, if not as it is (`vlm.checkpoints.geometry.with_geometry`).
-        generation: `batch_size`, `max_new_tokens`, `num_beams`, `beam_search` and `strip_control` of `vlm.generate`.
     """
     num_bad = 0
-    for group, outcome in _outcomes(groups, prompt, (model, device, dtype, geometry), generation):
-        name = ", ".join(map(shown, group))
-        if isinstance(outcome, VLMError):
-            num_bad += 1
-            values = {"error": str(outcome), "code": getattr(outcome, "code", "too-long")}
-        else:
-            values = {"text": outcome, "finish": outcome.finish}
+    for reply in _replies(groups, how):
+        num_bad += reply.error is not None
         if as_json:
-            asked = {"image": group[0]} if len(group) == 1 else {"images": list(group)}
-            print(json.dumps({**asked, "prompt": prompt, **values}), flush=True)
-        elif "error" in values:
-            print(f"error: {values['code']}: {values['error']}", file=sys.stderr)
+            print(json.dumps(_line(how.prompt, reply)), flush=True)
         else:
-            line = " ".join(values["text"].split())
-            print(f"{name}: {line}" if len(groups) > 1 else line, flush=True)
-            if values["finish"] == "length":
-                limit = generation["max_new_tokens"]
-                about = f"{name}: " if name else ""
-                print(f"{about}cut after {limit} tokens (--max-new-tokens)", file=sys.stderr)
+            _print(reply, how.decoding.max_new_tokens, alone=len(groups) == 1)
     if num_bad and len(groups) > 1:
         print(f"{num_bad} of {len(groups)} images could not be read", file=sys.stderr)
     return console.OK if not num_bad else console.REFUSED if num_bad == len(groups) else console.SKIPPED
 
 
-def _outcomes(
-    groups: Sequence[Group], prompt: str, opening: tuple[Any, ...], generation: dict[str, Any]
-) -> Iterator[tuple[Group, Any]]:
-    """(paths, `vlm.generation.Answer` or the error) for each group."""
-    # Before torch is imported: a wrong path should not take seconds to say so. Stops at the first that decodes.
-    if all(isinstance(_decode(group), ImageError) for group in groups):
-        yield from ((group, outcome) for group in groups if isinstance(outcome := _decode(group), ImageError))
+def _line(prompt: str, reply: Reply) -> dict[str, Any]:
+    group: Group = reply.request.key
+    asked = {"image": group[0]} if len(group) == 1 else {"images": list(group)}
+    if reply.error is not None:
+        return {**asked, "prompt": prompt, "error": str(reply.error), "code": reply.code}
+    return {**asked, "prompt": prompt, "text": reply.text, "finish": reply.finish}
+
+
+def _print(reply: Reply, limit: int, *, alone: bool) -> None:
+    if reply.error is not None:
+        print(f"error: {reply.code}: {reply.error}", file=sys.stderr)
         return
-    net, processor = _open(*opening)
-    from vlm.generation.engine import generate
-
-    size = generation["batch_size"]
-    for start in range(0, len(groups), size):
-        chunk: list[tuple[Group, list[Image.Image] | VLMError]] = []
-        for group in groups[start : start + size]:
-            decoded = _decode(group, processor.image_transform.background)
-            chunk.append((group, decoded if isinstance(decoded, ImageError) else _fit(decoded, prompt, net, processor)))
-        good = [(group, images) for group, images in chunk if not isinstance(images, VLMError)]
-        ids = [", ".join(map(shown, group)) or "the question" for group, _ in good]
-        images = [images for _, images in good]
-        texts = iter(generate(net, processor, images, [prompt] * len(good), ids=ids, **generation) if good else [])
-        yield from ((group, item if isinstance(item, VLMError) else next(texts)) for group, item in chunk)
+    name = _name(reply.request.key)
+    line = " ".join(reply.text.split())
+    print(line if alone else f"{name}: {line}", flush=True)
+    if reply.finish == "length":
+        about = f"{name}: " if name else ""
+        print(f"{about}cut after {limit} tokens (--max-new-tokens)", file=sys.stderr)
 
 
-def _decode(group: Group, background: tuple[int, int, int] = (255, 255, 255)) -> list[Image.Image] | ImageError:
-    try:
-        return [load_image(path, background=background) for path in group]
-    except ImageError as error:
-        return error
-
-
-def _fit(images: list[Image.Image], prompt: str, net: Any, processor: Any) -> list[Image.Image] | VLMError:
-    """The images, or why they and the prompt do not fit into the model together."""
-    from vlm.model.lengths import context_of, image_tokens, over_context
-
-    try:
-        (text,) = processor.lengths([[]], [prompt], ids=["prompt"])
-    except DataError as error:
-        return error
-    problem = over_context(text + 1, image_tokens(images, processor), context_of(net.config))
-    return images if problem is None else DataError(f"the prompt: {problem}")
-
-
-def _open(model: str, device: str, dtype: str | None, geometry: Mapping[str, Any]) -> tuple[Any, Any]:
-    import torch
-
-    from vlm.checkpoints.directory import load
-    from vlm.checkpoints.geometry import with_geometry
+def _replies(groups: Sequence[Group], how: Asking) -> Iterator[Reply]:
+    """An answer or an error for each group."""
+    # Before torch is imported: a wrong path should not take seconds to say so. Stops at the first that decodes.
+    if all(_problem(group) for group in groups):
+        for group in groups:
+            yield Reply(request=Request(id=_name(group), prompt=how.prompt, key=group), error=_problem(group))
+        return
+    from vlm.generation.models import ModelPredictor
 
     console.quiet_transformers()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return with_geometry(*load(model, dtype=dtype, device=device), **geometry)
+    predictor = ModelPredictor(*open_model(how.model, how.opening), name=how.model)
+    batching = Batching(size=how.batch_size, order="given", advice="give a smaller --batch-size")
+    engine = Engine(predictor=predictor, decoding=how.decoding, batching=batching)
+    (prompt,) = control.checked([how.prompt], strip=how.strip_control)
+    requests = [Request(id=_name(group) or "the question", prompt=prompt, images=group, key=group) for group in groups]
+    yield from chain.from_iterable(engine.run(requests))
+
+
+def _name(group: Group) -> str:
+    return ", ".join(map(shown, group))
+
+
+def _problem(group: Group) -> ImageError | None:
+    """Why one of these images cannot be used, or None."""
+    try:
+        for path in group:
+            load_image(path)
+    except ImageError as error:
+        return error
+    return None

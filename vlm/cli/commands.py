@@ -22,8 +22,8 @@ from vlm.cli.options import (
     check_beams,
     check_device,
     command,
-    geometry,
-    unless_auto,
+    decoding,
+    opening,
 )
 from vlm.errors import ConfigError, nearest
 
@@ -188,24 +188,19 @@ def run_ask(options: Namespace) -> int:
 
 
 def _answer(options: Namespace, groups: list[list[str]], prompt: str, batch_size: int) -> int:
-    from vlm.cli.ask import ask_about
+    from vlm.cli.ask import Asking, ask_about
 
     check_device(options.device)
     check_beams(options.num_beams, options.beam_search)
-    return ask_about(
-        groups,
-        prompt,
-        options.model,
-        device=options.device,
-        dtype=unless_auto(options.dtype),
-        as_json=options.json,
-        geometry=geometry(options),
+    asking = Asking(
+        prompt=prompt,
+        model=options.model,
+        opening=opening(options),
+        decoding=decoding(options),
         batch_size=batch_size,
-        max_new_tokens=options.max_new_tokens,
-        num_beams=options.num_beams,
-        beam_search=options.beam_search,
         strip_control=options.strip_control,
     )
+    return ask_about(groups, asking, as_json=options.json)
 
 
 # --- info, version ----------------------------------------------------------------------------------------------------

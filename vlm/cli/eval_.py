@@ -140,8 +140,8 @@ def _on_file(options: Namespace) -> dict[str, Any]:
 
 
 def _on_tasks(options: Namespace) -> dict[str, Any]:
+    from vlm.eval.harness import evaluate_tasks
     from vlm.eval.job import Options
-    from vlm.eval.suite import evaluate_tasks
 
     how = Options(
         batch_size=options.batch_size,

@@ -138,6 +138,22 @@ def unless_auto(choice: str) -> str | None:
     return None if choice == "auto" else choice
 
 
+def opening(options: Namespace) -> Any:
+    """How the model is opened, a `vlm.checkpoints.opened.Opening`."""
+    from vlm.checkpoints.opened import Opening
+
+    device, dtype = unless_auto(options.device), unless_auto(options.dtype)
+    return Opening(device=device, dtype=dtype, geometry=geometry(options))
+
+
+def decoding(options: Namespace) -> Any:
+    """How answers are made, a `vlm.generation.decoding.Decoding`."""
+    from vlm.generation.decoding import Decoding
+
+    names = ("max_new_tokens", "num_beams", "beam_search")
+    return Decoding(**{name: getattr(options, name) for name in names})
+
+
 def check_beams(num_beams: int | None, beam_search: str | None) -> None:
     """Raise ConfigError for a rule of beams without beams."""
     from vlm.errors import ConfigError

@@ -9,7 +9,7 @@ from vlm.registry import door
 
 _HOMES = {
     "evaluate": "harness",
-    "evaluate_tasks": "suite",
+    "evaluate_tasks": "harness",
     "Options": "job",
     "score_files": "scoring",
     "Predictor": "vlm.generation.predictor",
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from vlm.eval import metrics as metrics
     from vlm.eval import tasks as tasks
     from vlm.eval.harness import evaluate as evaluate
+    from vlm.eval.harness import evaluate_tasks as evaluate_tasks
     from vlm.eval.job import Options as Options
     from vlm.eval.scoring import score_files as score_files
-    from vlm.eval.suite import evaluate_tasks as evaluate_tasks
     from vlm.eval.tables import table as table
     from vlm.generation.predictor import Predictor as Predictor
     from vlm.report.charts import Curve as Curve

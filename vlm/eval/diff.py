@@ -21,7 +21,7 @@ import numpy as np
 from vlm.data.examples import Example
 from vlm.errors import ConfigError, DataError
 from vlm.eval import items
-from vlm.eval.job import ITEMS, RESULTS
+from vlm.eval.items import ITEMS, RESULTS
 from vlm.eval.metrics import captions, registry, tokenize
 from vlm.report.page import Section
 from vlm.report.scores import Table

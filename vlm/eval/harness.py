@@ -11,25 +11,30 @@ Started by torchrun or `accelerate launch`, all processes share the work, and ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from vlm.data.control import without_control
+from vlm import ranks
+from vlm.checkpoints.opened import Opening, in_geometry, open_model
 from vlm.data.examples import Example
-from vlm.data.problems import Problem
-from vlm.data.reading import read
 from vlm.errors import ConfigError
-from vlm.eval import items, results
-from vlm.eval.job import Job, Options, fitting, room_of, run
-from vlm.eval.metrics import registry
-from vlm.generation.batch_size import BatchSize
-from vlm.generation.predictor import Decoding, Predictor, as_predictor
-from vlm.text import control
+from vlm.eval import overview
+from vlm.eval.items import REPORT, RESULTS
+from vlm.eval.job import FileReading, Options, Reading, file_job, fitting, task_job
+from vlm.eval.run import run
+from vlm.eval.tasks.catalogue import Selected, select
+from vlm.files import write_json
+from vlm.generation.decoding import Decoding
+from vlm.generation.predictor import Predictor
+from vlm.settings import by_field
 
 if TYPE_CHECKING:
     from vlm.model.forward import VLM
     from vlm.model.processor import Processor
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -37,26 +42,7 @@ def evaluate(
     data: str | Path | Sequence[Example],
     metrics: str | Sequence[str],
     out: str | Path,
-    *,
-    batch_size: BatchSize = 16,
-    batch_tokens: int | None = None,
-    max_new_tokens: int = 64,
-    num_beams: int = 1,
-    beam_search: str = "transformers",
-    by: Literal["generate", "likelihood"] = "generate",
-    normalization: Literal["none", "token", "byte"] = "none",
-    limit: int | None = None,
-    skip_bad: bool = False,
-    strip_control: bool = False,
-    device: str | None = None,
-    dtype: str | None = None,
-    geometry: Mapping[str, Any] | None = None,
-    shuffle_images: bool = False,
-    seed: int = 0,
-    image_root: str | Path | None = None,
-    kind_of: Callable[[Example], str] | None = None,
-    report: bool = True,
-    progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Predict, score and report. Started again with the same settings it goes on where it stopped.
 
@@ -68,24 +54,22 @@ def evaluate(
         data: a JSONL file, or examples.
         metrics: names, as a list or comma-separated.
         out: the folder for everything that is written.
-        batch_size: items predicted at a time, or `auto`, the largest power of two that fits into the memory; results do
-            not depend on it beyond floating-point rounding. batch_tokens: instead, as many items at a time as have at
-            most so many image and prompt tokens, padding included.
-        max_new_tokens, num_beams, beam_search: of `vlm.generate`.
-        by: `likelihood` chooses the likeliest of an item's candidates (`Example.info["choices"]`) instead of writing
-            text; `normalization` is its rule, see `vlm.generation.likelihood`.
-        limit: only the first so many items.
-        skip_bad: leave out annotations that are broken or too long for the model, list and count them, instead of
-            refusing the file.
-        strip_control: remove control spellings such as `<image>` from the prompts (`vlm.text.control`).
-        device, dtype: where and as what a model directory is opened; see `as_predictor`.
-        geometry: how the model reads its images, if not as it is: `{"image_size": 448}`, or what else
-            `vlm.checkpoints.geometry.with_geometry` takes.
-        shuffle_images: the control that shows whether the model looks: each item gets another item's image (`seed`).
-        image_root: folder of the images; the data file's own by default.
-        kind_of: example -> kind for the breakdown; taken from the prompt by default.
-        report: write `report.html` too.
-        progress: show progress on stderr.
+        options: by their names, those of
+
+            `Options`: `batch_size` (16, or `auto`: the largest power of two that fits into the memory; results do not
+            depend on it beyond floating-point rounding), `batch_tokens` (instead, as many items at a time as have at
+            most so many image and prompt tokens, padding included), `shuffle_images` (the control that shows whether
+            the model looks: each item gets another item's image) and its `seed`, `report` (write `report.html` too),
+            `progress` (show it on stderr);
+            `Decoding`: `max_new_tokens`, `num_beams`, `beam_search` and others of `vlm.generate`, but no sampling; `by`
+            (`likelihood` chooses the likeliest of an item's candidates, `Example.info["choices"]`, instead of writing
+            text) and its `normalization`, see `vlm.generation.likelihood`;
+            `FileReading`: `limit` (only the first so many items), `skip_bad` (leave out annotations that are broken or
+            too long for the model, list and count them, instead of refusing the file), `strip_control` (remove control
+            spellings such as `<image>` from the prompts), `image_root` (folder of the images; the data file's own by
+            default), `kind_of` (example -> kind for the breakdown; taken from the prompt by default);
+            `Opening`: `device` and `dtype` of a model directory, and its `geometry`, how the model reads its images if
+            not as it is: `{"image_size": 448}`, or what else `vlm.checkpoints.geometry.with_geometry` takes.
 
     Returns:
         What `results.json` holds: `metrics` (name -> value, interval_95, num_items, rule, version), `num_items`,
@@ -95,78 +79,99 @@ def evaluate(
         ConfigError: unknown metric, a number out of range, or OUT holds predictions of other settings.
         DataError: broken annotations (without `skip_bad`), items without gold text, no image could be decoded.
     """
-    options = Options(
-        batch_size=batch_size,
-        batch_tokens=batch_tokens,
-        shuffle_images=shuffle_images,
-        seed=seed,
-        report=report,
-        progress=progress,
-    )
-    decoding = Decoding(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        beam_search=beam_search,
-        by=by,
-        normalization=normalization,
-    )
-    job = file_job(
-        *(data, metrics, decoding),
-        limit=limit,
-        skip_bad=skip_bad,
-        strip_control=strip_control,
-        image_root=image_root,
-        kind_of=kind_of,
-    )
-    predictor, name = as_predictor(model, device=device, dtype=dtype, geometry=geometry)
-    return run(fitting(job, room_of(predictor)), predictor, name, out, options)
+    work, how, reading, opening = by_field("evaluate", options, Options, Decoding, FileReading, Opening)
+    settings = Options(**work)
+    job = file_job(data, metrics, Decoding(**how), FileReading(**reading))
+    predictor, name = as_predictor(model, Opening(**opening))
+    return run(fitting(job, predictor), predictor, name, out, settings)
 
 
-def file_job(
-    data: str | Path | Sequence[Example],
-    metrics: str | Sequence[str],
-    decoding: Decoding,
+def evaluate_tasks(
+    model: str | Path | tuple[VLM, Processor] | Predictor,
+    tasks: str | Sequence[Selected],
+    root: str | Path,
+    out: str | Path,
     *,
-    limit: int | None = None,
-    skip_bad: bool = False,
-    strip_control: bool = False,
-    image_root: str | Path | None = None,
-    kind_of: Callable[[Example], str] | None = None,
-) -> Job:
-    """The job that a JSONL file (or examples) and names of metrics describe; see `evaluate`."""
-    check_limit(limit)
-    chosen = registry.expand(metrics)
-    examples, problems = _examples(data, limit, skip_bad, image_root)
-    examples = without_control(examples, control.SETTING, strip=strip_control)
-    results.check(chosen, examples)
-    kind = kind_of or (lambda example: items.prompt_kind(example.prefix))
-    return Job(
-        examples=examples,
-        problems=problems,
-        skip_bad=skip_bad,
-        source=str(data) if isinstance(data, str | Path) else f"{len(data)} examples in memory",
-        metrics=chosen,
-        decoding=decoding,
-        candidates=items.choices_of if decoding.by == "likelihood" else None,
-        kinds={example.id: kind(example) for example in examples},
-        limit=limit,
-    )
+    options: Options | None = None,
+    decoding: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """Evaluate a model on tasks. Started again with the same settings it goes on where it stopped.
+
+    Args:
+        model: a directory or hub id, a (model, processor) pair, or any `Predictor`.
+        tasks: names as in `vqav2,pope@adversarial,mine.yaml`, or what `vlm.eval.tasks.select` gives.
+        root: the folder that holds the official files of the tasks.
+        out: the results of a task go into OUT/TASK, as `evaluate` writes them; over all tasks OUT has `results.json`
+            and `report.html`.
+        decoding: settings of `Decoding` to use instead of what the tasks say; figures beside published ones then differ
+            by more than the model, which the results record.
+        options, others: as for `evaluate`; of the others `limit` (of each task), `strip_control`, `device`, `dtype` and
+            `geometry`.
+
+    Returns:
+        `{"tasks": {name: results}, "skipped": number}`, where results are those of `evaluate`.
+
+    Raises:
+        ConfigError, DataError: as `evaluate`, and for a task that is not known, or whose files are not there.
+    """
+    read, opening = by_field("evaluate_tasks", others, Reading, Opening)
+    reading = Reading(**read)
+    chosen = select(tasks) if isinstance(tasks, str) else list(tasks)
+    # Everything that can be refused is read before the first prediction.
+    jobs = {one.label: task_job(one, Path(root), reading, decoding) for one in chosen}
+    predictor, name = as_predictor(model, Opening(**opening))
+    jobs = {label: fitting(job, predictor) for label, job in jobs.items()}
+    identity = predictor.identity()
+    folder, settings = Path(out), options or Options()
+    with ranks.joined() as group:
+        found = {}
+        for label, job in jobs.items():
+            if group.main:
+                logger.info("%s: %d items", label, len(job.examples))
+            found[label] = run(job, predictor, name, folder / label, settings, identity=identity)
+        outcome = {"tasks": found, "skipped": sum(one["skipped"] for one in found.values())}
+        if group.main:
+            if settings.report:
+                overview.write(folder / REPORT, outcome, name)
+            write_json(folder / RESULTS, outcome)
+        group.barrier()
+    return outcome
 
 
-def check_limit(limit: int | None) -> None:
-    """Raise ConfigError unless there is no limit, or one of at least 1."""
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}, expected at least 1")
+def as_predictor(model: str | Path | tuple[VLM, Processor] | Predictor, opening: Opening) -> tuple[Predictor, str]:
+    """A predictor and its name, from a model directory or hub id, a (model, processor) pair, or a predictor.
+
+    A pair stays where it is unless `device` is given; its dtype is its own.
+
+    Raises:
+        ConfigError: `dtype` with a pair, `device`, `dtype` or `geometry` with a predictor, or a geometry that the model
+            cannot have.
+        CheckpointError, GenerationError: as `vlm.load`.
+    """
+    if isinstance(model, str | Path):
+        return of_pair(open_model(model, opening), str(model)), str(model)
+    if opening.dtype is not None:
+        raise ConfigError(
+            f"dtype={opening.dtype!r} can only be chosen when a model directory is opened; convert the model itself"
+        )
+    name = type(model).__name__
+    if isinstance(model, tuple):
+        network, processor = in_geometry(model, opening.geometry)
+        if opening.device:
+            network.to(opening.device)  # type: ignore[arg-type]  # transformers wraps `to` with a wrong signature
+        name = type(network).__name__
+        return of_pair((network, processor), name), name
+    if opening.geometry:
+        raise ConfigError(f"a {name} reads images in its own way; leave {', '.join(opening.geometry)} out")
+    if opening.device is not None:
+        raise ConfigError(f"device={opening.device!r} cannot be applied to a {name}; place it yourself")
+    return model, name
 
 
-def _examples(
-    data: str | Path | Sequence[Example], limit: int | None, skip_bad: bool, image_root: str | Path | None
-) -> tuple[list[Example], list[Problem]]:
-    if isinstance(data, str | Path):
-        root = None if image_root is None else Path(image_root)
-        examples, problems = read(data, image_root=root, require=(), skip_bad=skip_bad)
-    else:
-        examples, problems = list(data), []
-    examples = examples[:limit]
-    items.check(examples)
-    return examples, problems
+def of_pair(pair: tuple[VLM, Processor], name: str) -> Predictor:
+    """Our own model as a predictor that can say which model it is."""
+    from vlm.checkpoints.identity import of_model
+    from vlm.generation.models import ModelPredictor
+
+    return ModelPredictor(*pair, name=name, identity=of_model)

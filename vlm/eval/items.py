@@ -18,6 +18,11 @@ from vlm.data.examples import Example
 from vlm.errors import DataError
 from vlm.words import listed
 
+RESULTS = "results.json"
+ITEMS = "items.jsonl"
+REPORT = "report.html"
+"""Files of a folder of results."""
+
 
 def gold_texts(example: Example, reads: Literal["references", "answers"]) -> tuple[str, ...]:
     """What a prediction is compared with: the field that the metric reads, else the other one, else the suffix."""

@@ -1,35 +1,27 @@
-"""One evaluation from its items to its files, whether a task or a file with options has said what it is."""
+"""What an evaluation asks and how it is scored: from a JSONL file and names of metrics, or from a task."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vlm import ranks
+from vlm.data.control import without_control
 from vlm.data.examples import Example
 from vlm.data.problems import Problem
-from vlm.errors import ConfigError, DataError, VLMError
-from vlm.eval import items, results, results_page
-from vlm.eval.metrics import Metric
-from vlm.files import write_json, write_lines
-from vlm.generation import answers, batch_size
-from vlm.generation.batch_size import BatchSize
-from vlm.generation.journal import PredictionStore, Record
-from vlm.generation.predict import predict
-from vlm.generation.predictor import Decoding, ModelPredictor, Predictor
-from vlm.ranks import Processes
-
-if TYPE_CHECKING:
-    from vlm.model.lengths import Room
-
-RESULTS = "results.json"
-ITEMS = "items.jsonl"
-REPORT = "report.html"
+from vlm.data.reading import read
+from vlm.errors import ConfigError
+from vlm.eval import items, results
+from vlm.eval.metrics import registry
+from vlm.eval.metrics.registry import Metric
+from vlm.eval.tasks.catalogue import Selected
+from vlm.eval.tasks.task import Task
+from vlm.generation.decoding import Decoding
+from vlm.generation.predictor import Bounded, Predictor
+from vlm.generation.schedule import Batching, BatchSize
+from vlm.model.lengths import refuse
+from vlm.text import control
 
 
 def _as_it_is(text: str) -> str:
@@ -63,164 +55,167 @@ class Job:
     task: Mapping[str, Any] | None = None
     """What a task says about itself and what others have published for it; goes into the results as it is."""
 
+    def __post_init__(self) -> None:
+        self.decoding.check_repeatable()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How the work is done; nothing here changes a result beyond floating-point rounding, but for the control."""
 
     batch_size: BatchSize = 16
+    """Items predicted at a time, or `auto`, the largest power of two that fits into the memory."""
     batch_tokens: int | None = None
     """Instead of `batch_size`: the most image and prompt tokens of a batch, its padding included."""
     shuffle_images: bool = False
+    """The control that shows whether the model looks: each item gets another item's image (`seed`)."""
     seed: int = 0
     report: bool = True
+    """Write `report.html` too."""
     progress: bool = True
+    """Show progress on stderr."""
 
     def __post_init__(self) -> None:
-        batch_size.check(self.batch_size)
+        self.batching()
+
+    def batching(self) -> Batching:
+        """The same for the engine. Raises `ConfigError`: a size below 1."""
+        return Batching(size=self.batch_size, tokens=self.batch_tokens)
 
 
-def run(
-    job: Job,
-    predictor: Predictor,
-    name: str,
-    out: str | Path,
-    options: Options,
-    *,
-    identity: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Predict, score, write; every process of the launch calls this, and all return what `results.json` holds.
-
-    Args:
-        name: what the results call the model.
-        identity: of the predictor, where it is known already (hashing the weights of a large model takes a while).
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Which items of a task or a file are read.
 
     Raises:
-        ConfigError, DataError: see `vlm.eval.evaluate`.
+        ConfigError: a limit below 1.
     """
-    folder = Path(out)
-    shown = items.shuffle_images(job.examples, options.seed) if options.shuffle_images else job.examples
-    settings = _settings(job, identity or predictor.identity(), options, shown)
-    started = time.monotonic()
-    with ranks.joined() as group:
-        _check_agreement(group, settings)
-        with PredictionStore(folder, settings, group) as store:
-            resumed = len(store.records)
-            who = answers.answerer(predictor, job.decoding, job.candidates)
-            used = predict(
-                *(who, shown, store, options.batch_size),
-                batch_tokens=options.batch_tokens,
-                group=group,
-                progress=options.progress,
-            )
-            store.finish()
-            facts: dict[str, Any] = {"batch_size": used, "processes": group.world, "resumed_items": resumed}
-            failure = None
-            if group.main:
-                try:
-                    records = [store.records[example.id] for example in job.examples]
-                    facts["seconds"] = round(time.monotonic() - started, 2)
-                    _write(folder, job, name, settings, facts, shown, records, options.report)
-                except VLMError as error:
-                    failure = error
-            # All or none: a process that left early would look like a crash to the launcher.
-            failed = any(group.gather(failure is not None))
-        if failed:
-            raise failure or DataError("the first process could not score; its message says why")
-        outcome: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        return outcome
+
+    limit: int | None = None
+    """Only the first so many items."""
+    strip_control: bool = False
+    """Remove control spellings such as `<image>` from the prompts (`vlm.text.control`)."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is {self.limit}, expected at least 1")
 
 
-def room_of(predictor: Predictor) -> Room | None:
-    """What an item may take with a `vlm` model; None for a predictor of one's own, which says nothing about it."""
-    if not isinstance(predictor, ModelPredictor):
-        return None
-    from vlm.model.lengths import Room, context_of
+@dataclass(frozen=True, kw_only=True)
+class FileReading(Reading):
+    """How a JSONL file is read."""
 
-    return Room(processor=predictor.processor, context=context_of(predictor.model.config))
+    skip_bad: bool = False
+    """Leave out annotations that are broken or too long for the model, list and count them, instead of refusing."""
+    image_root: str | Path | None = None
+    """Folder of the images; the data file's own by default."""
+    kind_of: Callable[[Example], str] | None = None
+    """Example -> kind for the breakdown; taken from the prompt by default."""
 
 
-def fitting(job: Job, room: Room | None) -> Job:
-    """The job without items that are too long for the model, if it may leave some out.
+def file_job(
+    data: str | Path | Sequence[Example],
+    metrics: str | Sequence[str],
+    decoding: Decoding,
+    reading: FileReading = FileReading(),
+) -> Job:
+    """The job that a JSONL file (or examples) and names of metrics describe; see `vlm.eval.evaluate`."""
+    chosen = registry.expand(metrics)
+    examples, problems = _examples(data, reading)
+    examples = without_control(examples, control.SETTING, strip=reading.strip_control)
+    results.check(chosen, examples)
+    kind = reading.kind_of or (lambda example: items.prompt_kind(example.prefix))
+    return Job(
+        examples=examples,
+        problems=problems,
+        skip_bad=reading.skip_bad,
+        source=str(data) if isinstance(data, str | Path) else f"{len(data)} examples in memory",
+        metrics=chosen,
+        decoding=decoding,
+        candidates=items.choices_of if decoding.by == "likelihood" else None,
+        kinds={example.id: kind(example) for example in examples},
+        limit=reading.limit,
+    )
+
+
+def _examples(data: str | Path | Sequence[Example], reading: FileReading) -> tuple[list[Example], list[Problem]]:
+    if isinstance(data, str | Path):
+        root = None if reading.image_root is None else Path(reading.image_root)
+        examples, problems = read(data, image_root=root, require=(), skip_bad=reading.skip_bad)
+    else:
+        examples, problems = list(data), []
+    examples = examples[: reading.limit]
+    items.check(examples)
+    return examples, problems
+
+
+def task_job(
+    selected: Selected, root: Path, reading: Reading = Reading(), decoding: Mapping[str, Any] | None = None
+) -> Job:
+    """The job that a task describes. Raises ConfigError and DataError as `Task.load`.
+
+    Args:
+        decoding: options of `Decoding` to use instead of what the task says.
+    """
+    task, label = selected.task, selected.label
+    examples = task.load(root, selected.split, reading.limit)
+    examples = without_control(examples, control.SETTING, strip=reading.strip_control)
+    items.check(examples)
+    averaged = [task.average_over] if task.average_over else []
+    groups = {key: task.groups(examples, key) for key in dict.fromkeys([*task.breakdown, *averaged])}
+    metrics = registry.expand(task.metrics)
+    results.check(metrics, examples, groups.get(task.average_over), task.average_over)
+    how = replace(task.decoding, **(decoding or {}))
+    if how.by == "likelihood":
+        for example in examples:
+            task.candidates_of(example)  # raises where an item has none, before another task is predicted
+    return Job(
+        examples=examples,
+        source=f"{label} below {root}",
+        metrics=metrics,
+        decoding=how,
+        candidates=task.candidates_of if how.by == "likelihood" else None,
+        post=task.post_process,
+        kinds=groups[task.breakdown[0]] if task.breakdown else _prompt_kinds(examples),
+        groups=groups,
+        average_over=task.average_over,
+        limit=reading.limit,
+        task=_facts(task, selected.split or task.default_split, how),
+    )
+
+
+def _prompt_kinds(examples: Sequence[Example]) -> dict[str, str]:
+    return {example.id: items.prompt_kind(example.prefix) for example in examples}
+
+
+def _facts(task: Task, split: str, how: Decoding) -> dict[str, Any]:
+    """What the results say about the task: enough to judge whether a published figure may be set beside ours."""
+    return {
+        "name": task.name,
+        "title": task.title,
+        "split": split,
+        "expected_items": task.split(split).expected_items,
+        "citation": task.citation,
+        "note": task.note,
+        "post": task.post,
+        "average_over": task.average_over,
+        "decoding_is_the_tasks": how == task.decoding,
+        "published": [asdict(entry) for entry in task.published if entry.split == split],
+        "published_for_other_splits": [asdict(entry) for entry in task.published if entry.split != split],
+    }
+
+
+def fitting(job: Job, predictor: Predictor) -> Job:
+    """The job without items that are too long for the model, if it may leave some out. A predictor of one's own need
+    not say what is too long.
 
     Raises:
         DataError: items are too long, each named with file and line, and may not be left out, or none is left.
     """
-    if room is None:
+    if not isinstance(predictor, Bounded):
         return job
-    from vlm.model.lengths import refuse, too_long
-
-    found = too_long(job.examples, room, job.candidates or (lambda example: ()))
+    found = predictor.too_long(job.examples, job.candidates or (lambda example: ()))
     if not job.skip_bad or len(found) == len(job.examples):
         refuse(list(found.values()))
     kept = [example for index, example in enumerate(job.examples) if index not in found]
     return replace(job, examples=kept, problems=[*job.problems, *found.values()]) if found else job
-
-
-def _settings(job: Job, identity: Mapping[str, Any], options: Options, shown: Sequence[Example]) -> dict[str, Any]:
-    """Everything that decides the predictions."""
-    settings: dict[str, Any] = {
-        "model": dict(identity),
-        "data_sha256": items.digest(job.examples),
-        "decoding": job.decoding.to_dict(),
-        "images_shuffled_with_seed": options.seed if options.shuffle_images else None,
-    }
-    if options.shuffle_images:
-        settings["shuffled_sha256"] = items.digest(shown)  # which image went to which item
-    if job.candidates is not None:
-        listed = [list(job.candidates(example)) for example in job.examples]
-        settings["candidates_sha256"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    return settings
-
-
-def _check_agreement(group: Processes, settings: dict[str, Any]) -> None:
-    differing = [rank for rank, other in enumerate(group.gather(settings)) if other != settings]
-    if differing:
-        raise ConfigError(
-            f"process {group.rank} and process {differing[0]} were asked for different evaluations, or opened different"
-            " models; all must be started with the same command and see the same files"
-        )
-
-
-def _write(
-    folder: Path,
-    job: Job,
-    name: str,
-    settings: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    shown: Sequence[Example],
-    records: Sequence[Record],
-    report: bool,
-) -> None:
-    """Score, and write items, results and page."""
-    _refuse_if_all_bad(records)
-    said = {record["id"]: job.post(record["prediction"]) for record in records}
-    wrong = results.unanswered(records)
-    groups = job.groups.get(job.average_over)
-    scored = results.score(job.metrics, job.examples, said, wrong, groups, job.average_over)
-    scored = results.with_constants(scored, job.examples, groups, job.average_over)
-    outcome = {
-        **results.figures(scored, job.kinds, records, job.problems),
-        "breakdown": results.breakdown(scored, job.groups, job.examples, said, wrong),
-        "task": job.task,
-        "model": {"name": name, **settings["model"]},
-        "data": {"source": job.source, "sha256": settings["data_sha256"], "limit": job.limit},
-        "prompts": {
-            "format": "[image tokens][BOS]prefix\\n",
-            "examples": results.one_prompt_per_kind(job.examples, job.kinds),
-        },
-        "decoding": settings["decoding"],
-        "images_shuffled_with_seed": settings["images_shuffled_with_seed"],
-        "run": facts,
-        "versions": results.versions(),
-    }
-    write_lines(folder / ITEMS, results.item_lines(job, records, said, scored))
-    if report:
-        results_page.write(folder / REPORT, outcome, shown, records, scored, job.kinds, job.groups)
-    write_json(folder / RESULTS, outcome)  # last: who finds it finds the others complete
-
-
-def _refuse_if_all_bad(records: Sequence[Record]) -> None:
-    if all("error" in record for record in records):
-        first = records[0]["error"]
-        raise DataError(f"none of the {len(records)} images could be decoded; the first: {first['message']}")

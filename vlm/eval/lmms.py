@@ -14,13 +14,17 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from vlm.checkpoints.opened import Opening, open_model
 from vlm.errors import ConfigError, DataError
-from vlm.generation.predictor import Decoding, ModelPredictor, as_predictor
+from vlm.generation.decoding import Decoding
+from vlm.generation.engine import Engine, Request
+from vlm.generation.models import ModelPredictor
+from vlm.generation.schedule import Batching
 
 MODEL_ID = "vlm"
 
 
-class Request(Protocol):
+class Instance(Protocol):
     """An Instance of lmms-eval; `args`: context, generation settings, doc_to_visual, document id, task, split."""
 
     @property
@@ -61,9 +65,8 @@ class Answers:
                 f"--model_args: {', '.join(unknown)} is not known; known: pretrained, dtype, prefix, first_line,"
                 " beam_search"
             )
-        predictor, _ = as_predictor(pretrained, device=device, dtype=dtype)
-        assert isinstance(predictor, ModelPredictor)
-        self._predictor = predictor
+        pair = open_model(pretrained, Opening(device=device, dtype=dtype))
+        self._predictor = ModelPredictor(*pair, name=pretrained)
         self.batch_size = 16 if batch_size == "auto" else int(batch_size)
         self._prefix, self._beam_search = prefix.strip(), beam_search
         self._first_line = str(first_line).lower() in ("true", "1", "yes")
@@ -73,7 +76,7 @@ class Answers:
         """Where the model is; lmms-eval gathers counts there."""
         return self._predictor.model.device
 
-    def generate_until(self, requests: Sequence[Request]) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """The answer to each request, in order. Requests with different settings are never in one batch.
 
         Raises:
@@ -90,27 +93,31 @@ class Answers:
                 answers.update(zip(batch, texts, strict=True))
         return [_until(answers[index], request.args[1].get("until")) for index, request in enumerate(requests)]
 
-    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Not offered: lmms-eval 0.7.3 turns the pairs it asks for into text and then fails on them."""
         raise NotImplementedError(
             "vlm answers generate_until tasks only; for multiple choice by likelihood use `vlm eval --by likelihood`"
         )
 
-    def generate_until_multi_round(self, requests: Sequence[Request]) -> list[str]:
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Not offered: our models answer one prompt."""
         raise NotImplementedError("vlm models answer one prompt and hold no conversation; choose another task")
 
-    def _answer(self, requests: Sequence[Request], decoding: Decoding) -> list[str]:
-        images: list[list[Image.Image]] = []
-        prompts: list[str] = []
-        names: list[str] = []
-        for request in requests:
-            context, _, doc_to_visual, doc_id, task, split = request.args
-            names.append(f"{task}/{split}/{doc_id}")
-            images.append(_pictures(doc_to_visual(self.task_dict[task][split][doc_id]), names[-1]))
-            question = context.strip().split("\n", 1)[0] if self._first_line else context.strip()
-            prompts.append(f"{self._prefix} {question}".strip())
-        return list(self._predictor.predict(images, prompts, ids=names, decoding=decoding))
+    def _answer(self, instances: Sequence[Instance], decoding: Decoding) -> list[str]:
+        """One batch: lmms-eval's images are made here, because all of them at once may not fit into the memory."""
+        batching = Batching(size=len(instances), order="given", advice="give a smaller --batch_size")
+        engine = Engine(predictor=self._predictor, decoding=decoding, batching=batching, strict=True)
+        return [reply.text for replies in engine.run(list(map(self._request, instances))) for reply in replies]
+
+    def _request(self, instance: Instance) -> Request:
+        context, _, doc_to_visual, doc_id, task, split = instance.args
+        name = f"{task}/{split}/{doc_id}"
+        question = context.strip().split("\n", 1)[0] if self._first_line else context.strip()
+        return Request(
+            id=name,
+            prompt=f"{self._prefix} {question}".strip(),
+            images=_pictures(doc_to_visual(self.task_dict[task][split][doc_id]), name),
+        )
 
 
 def _pictures(visuals: Sequence[Any] | None, name: str) -> list[Image.Image]:
@@ -128,9 +135,9 @@ def _decoding(settings: dict[str, Any], beam_search: str) -> Decoding:
             f"the task samples ({settings}); vlm answers greedily or by beams: --gen_kwargs do_sample=False"
         )
     return Decoding(
-        max_new_tokens=int(settings.get("max_new_tokens") or 64),
-        num_beams=int(settings.get("num_beams") or 1),
-        beam_search=beam_search,
+        max_new_tokens=int(settings.get("max_new_tokens") or Decoding.max_new_tokens),
+        num_beams=int(settings.get("num_beams") or Decoding.num_beams),
+        beam_search=beam_search,  # type: ignore[arg-type]  # checked there
     )
 
 

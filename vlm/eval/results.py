@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +19,6 @@ from vlm.eval.metrics import Metric, MetricResult, captions, official, registry
 from vlm.eval.metrics.result import NUM_RESAMPLES
 from vlm.generation.journal import Record
 from vlm.version import __version__
-
-if TYPE_CHECKING:
-    from vlm.eval.job import Job
-
 
 NO_ANSWER = "\N{REPLACEMENT CHARACTER}"
 """Scored for an item without an answer where a metric would call the empty text right: VQA's "a" is nothing, too, once
@@ -206,10 +202,14 @@ def _by_group(result: MetricResult, kinds: Mapping[str, str]) -> dict[str, dict[
 
 
 def item_lines(
-    job: Job, records: Sequence[Record], said: Mapping[str, str], scored: Sequence[MetricResult]
+    examples: Sequence[Example],
+    kinds: Mapping[str, str],
+    records: Sequence[Record],
+    said: Mapping[str, str],
+    scored: Sequence[MetricResult],
 ) -> Iterator[Record]:
     """One record per item, in the order of the data: prediction, gold texts, facts, kind and scores."""
-    for example, record in zip(job.examples, records, strict=True):
+    for example, record in zip(examples, records, strict=True):
         gold = {"suffix": example.suffix, "references": example.references, "answers": example.answers}
         line = {**record, **{key: value for key, value in gold.items() if value not in (None, ())}}
         if said[example.id] != record["prediction"]:
@@ -221,7 +221,7 @@ def item_lines(
             line["images"] = images
         yield {
             **line,
-            "kind": job.kinds[example.id],
+            "kind": kinds[example.id],
             "scores": {result.name: result.per_item[example.id] for result in scored},
         }
 

@@ -1,22 +1,48 @@
-"""Answers of a model: decoding, batches, candidates by likelihood, the journal of what was said."""
+"""Answers of a model: decoding, the engine, candidates by likelihood, the journal of what was said."""
 
 from typing import TYPE_CHECKING
 
 from vlm.registry import door
 
 _HOMES = {
-    "generate": "engine",
-    "Answer": "engine",
+    "generate": "models",
+    "ModelPredictor": "models",
+    "Answer": "predictor",
     "Predictor": "predictor",
-    "Decoding": "predictor",
+    "Decoding": "decoding",
+    "choose": "decoding",
+    "score_candidates": "likelihood",
+    "Engine": "engine",
+    "Request": "engine",
+    "Reply": "engine",
+    "Batching": "schedule",
+    "BatchSize": "schedule",
+    "PredictionStore": "journal",
+    "Record": "journal",
+    "Progress": "progress",
+    "generate_ids": "writing",
+    "generation_config": "writing",
 }
 
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
-    from vlm.generation.engine import Answer as Answer
-    from vlm.generation.engine import generate as generate
-    from vlm.generation.predictor import Decoding as Decoding
+    from vlm.generation.decoding import Decoding as Decoding
+    from vlm.generation.decoding import choose as choose
+    from vlm.generation.engine import Engine as Engine
+    from vlm.generation.engine import Reply as Reply
+    from vlm.generation.engine import Request as Request
+    from vlm.generation.journal import PredictionStore as PredictionStore
+    from vlm.generation.journal import Record as Record
+    from vlm.generation.likelihood import score_candidates as score_candidates
+    from vlm.generation.models import ModelPredictor as ModelPredictor
+    from vlm.generation.models import generate as generate
+    from vlm.generation.predictor import Answer as Answer
     from vlm.generation.predictor import Predictor as Predictor
+    from vlm.generation.progress import Progress as Progress
+    from vlm.generation.schedule import Batching as Batching
+    from vlm.generation.schedule import BatchSize as BatchSize
+    from vlm.generation.writing import generate_ids as generate_ids
+    from vlm.generation.writing import generation_config as generation_config
 
 __getattr__, __dir__ = door(__name__, _HOMES)

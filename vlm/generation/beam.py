@@ -16,17 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from vlm.errors import GenerationError
+from vlm.generation.predictor import Network
 from vlm.model.batch import Batch
-
-if TYPE_CHECKING:
-    from vlm.model.forward import VLM
 
 
 @dataclass
@@ -61,7 +58,7 @@ class Beams:
 
 
 def beam_search(
-    model: VLM,
+    model: Network,
     batch: Batch,
     *,
     num_beams: int,

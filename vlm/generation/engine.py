@@ -1,327 +1,325 @@
-"""Images and prompts to text, through transformers' `generate` with our masks, positions and padding."""
+"""The one loop that answers prompts: images decoded ahead, bad ones told, memory that runs out, shares of processes.
+
+    engine = Engine(predictor=predictor, decoding=Decoding(max_new_tokens=20))
+    for replies in engine.run([Request(id="a", prompt="caption en", images=["cat.jpg"])]):
+        ...
+
+`vlm.generate`, `vlm caption` and `vlm ask`, evaluation, scores during training, the demo and lmms-eval all call it.
+Three things are apart: which requests go together (`vlm.generation.schedule`), how a batch of them is answered
+(`Predictor`), and what becomes of a reply (the caller; `vlm.generation.journal` keeps it on disk).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from numbers import Integral
-from typing import Any, Literal, get_args
+import gc
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from transformers import GenerationConfig
+from PIL import Image
 
-from vlm.data.budget import cut
-from vlm.errors import DataError, GenerationError, ImageError, nearest
-from vlm.generation.beam import beam_search as big_vision_beams
-from vlm.images.load import image_size, is_image
-from vlm.model.batch import Batch
-from vlm.model.config import VLMConfig
-from vlm.model.dtypes import check_dtype
-from vlm.model.forward import VLM
-from vlm.model.lengths import context_of, over_context
-from vlm.model.processor import ImageSource, Processor
-from vlm.text import control
+from vlm.errors import ConfigError, DataError, ImageError, VLMError
+from vlm.generation import schedule
+from vlm.generation.decoding import Decoding, choose
+from vlm.generation.predictor import Bounded, Measures, Predictor, Scores
+from vlm.generation.progress import Progress
+from vlm.generation.schedule import Batching, Limit
+from vlm.images.load import ImageInput, load_image
+from vlm.ranks import ALONE, Processes
 
-BeamSearch = Literal["transformers", "big_vision"]
-"""Whose rule of beam search: transformers' (normalised by length), or PaliGemma's own (`vlm.generation.beam`)."""
+logger = logging.getLogger(__name__)
 
-Finish = Literal["eos", "length"]
+MAX_BAD_IN_A_ROW = 100
+"""So many undecodable images one after another mean a broken disk or a wrong folder, not bad luck."""
+
+_DECODERS = 2  # threads that decode images while the model works; Pillow releases the interpreter lock
 
 
-class Answer(str):
-    """A generated text that knows how it ended.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt about some images, or about none."""
+
+    id: str
+    prompt: str
+    images: Sequence[ImageInput] = ()
+    """What `vlm.load_image` reads."""
+    candidates: Sequence[str] = ()
+    """What `likelihood` chooses from."""
+    key: Any = None
+    """Whatever the caller wants back with the reply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What came of a request: a text, or why there is none."""
+
+    request: Request
+    text: str = ""
+    log_likelihoods: Sequence[float] | None = None
+    """Of the candidates, where one of them was chosen."""
+    error: VLMError | None = None
+    """An image that cannot be decoded, or a prompt that leaves no room in the model beside its images."""
+
+    @property
+    def finish(self) -> str | None:
+        """How the text ended, where the predictor says it (`vlm.generation.Answer`)."""
+        found: str | None = getattr(self.text, "finish", None)
+        return found
+
+    @property
+    def code(self) -> str:
+        """A short stable word for the error."""
+        return getattr(self.error, "code", "too-long")
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of it: `id`, `prefix`, `prediction`, and what else there is to say."""
+        record: dict[str, Any] = {"id": self.request.id, "prefix": self.request.prompt, "prediction": str(self.text)}
+        if self.error is not None:
+            return {**record, "error": {"code": self.code, "message": str(self.error)}}
+        if self.log_likelihoods is not None:
+            scores = list(self.log_likelihoods)
+            return {**record, "candidates": list(self.request.candidates), "log_likelihoods": scores}
+        return record if self.finish is None else {**record, "finish": self.finish}
+
+
+Decoded = list[Image.Image]
+Job = tuple[Request, Decoded | VLMError]
+"""A request with its images, or with why it cannot be asked."""
+Step = Callable[[Sequence[Request], Sequence[Decoded]], list[Reply]]
+"""One batch through the model."""
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """Answers requests in batches.
 
     Attributes:
-        finish: `eos`, the model had said all; `length`, it was cut at `max_new_tokens`.
+        predictor: who answers. decoding: how. batching: how many at a time, and which together.
+        group: the processes that share the requests; each is given all of them, and answers its share of the batches.
+        strict: raise the first error, instead of making it a reply.
+        most_bad: stop after so many undecodable images in a row; None never does.
+        progress: what a bar (or lines in the log) calls the work; "" shows nothing.
+        size: after a run, the most items of a batch.
     """
 
-    finish: Finish
+    predictor: Predictor
+    decoding: Decoding = Decoding()
+    batching: Batching = Batching()
+    group: Processes = ALONE
+    strict: bool = False
+    most_bad: int | None = None
+    progress: str = ""
+    size: int = field(default=0, init=False)
 
-    def __new__(cls, text: str, finish: Finish) -> Answer:
-        self = super().__new__(cls, text)
-        self.finish = finish
-        return self
+    def run(self, requests: Sequence[Request], *, done: Collection[str] = ()) -> Iterator[list[Reply]]:
+        """Replies as they are ready, a batch at a time.
 
-    def __getnewargs__(self) -> tuple[str, Finish]:  # type: ignore[override]  # copies and pickles keep `finish`
-        return str(self), self.finish
+        Args:
+            done: ids that are answered already. A batch of which a part is there (the run was killed while it was
+                written, or had another batch size) is answered whole, so that its numbers do not depend on the
+                interruption; only the missing replies are given.
 
+        Raises:
+            ConfigError: memory runs out with a fixed size, or with one item; or the predictor cannot do what is asked.
+            DataError: `most_bad` images in a row could not be decoded. With `strict` also DataError and ImageError,
+                which name the request.
+        """
+        step = self._step(requests)
+        if all(request.id in done for request in requests):
+            self.size = 0 if self.batching.size == "auto" else self.batching.size
+            return iter(())
+        batches = self._plan(requests, step)
+        todo = [batch for batch in batches if any(request.id not in done for request in batch)]
+        return self._replies(todo[self.group.rank :: self.group.world], step, len(requests), done)
 
-def generate(
-    model: VLM,
-    processor: Processor,
-    images: Sequence[ImageSource | Sequence[ImageSource] | None] | ImageSource | None,
-    prompts: Sequence[str] | str,
-    *,
-    ids: Sequence[str] | None = None,
-    max_new_tokens: int = 64,
-    num_beams: int = 1,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    length_penalty: float = 1.0,
-    beam_search: BeamSearch = "transformers",
-    seed: int | None = None,
-    batch_size: int | None = None,
-    batch_tokens: int | None = None,
-    force_fp16: bool = False,
-    strip_control: bool = False,
-) -> list[Answer]:
-    """Answer a prompt about each image.
+    def _replies(
+        self, batches: list[list[Request]], step: Step, total: int, done: Collection[str]
+    ) -> Iterator[list[Reply]]:
+        limit = Limit(self.size, self.batching)
+        bad_in_a_row = 0
+        with self._bar(batches, total, done) as bar:
+            for batch in self._decoded(batches):
+                for replies in _answered(step, batch, limit):
+                    for reply in replies:
+                        bad_in_a_row = bad_in_a_row + 1 if isinstance(reply.error, ImageError) else 0
+                    new = [reply for reply in replies if reply.request.id not in done]
+                    count = len(new)  # `done` may grow while the caller has them
+                    yield new
+                    self.size = limit.size
+                    bar.advance(count)
+                    if self.most_bad is not None and bad_in_a_row >= self.most_bad:
+                        last = replies[-1].error
+                        raise DataError(f"{bad_in_a_row} images in a row could not be decoded; the last: {last}")
 
-    Args:
-        images: for each prompt one image, a list of images (what `vlm.load_image` reads), or None where it is about
-            text alone; None for text alone everywhere.
-        prompts: prefixes such as `caption en` or `answer en what colour is the square?`.
-        ids: names of the samples for error messages.
-        max_new_tokens: most tokens generated for a sample.
-        num_beams: 1 is greedy (or sampling); more is beam search.
-        beam_search: `transformers`, or `big_vision` for the rule that PaliGemma's published results were decoded with:
-            the highest sum of log-probabilities (see `vlm.generation.beam`). With one beam both are greedy.
-        length_penalty: of `transformers` beams only.
-        do_sample, temperature, top_p, top_k: sampling; `top_k=0` means no limit. `seed` makes it repeatable.
-        batch_size: samples at a time, 16 if not given; it does not change greedy results beyond floating-point
-            rounding.
-        batch_tokens: instead of `batch_size`, as many samples at a time as have at most so many image and prompt
-            tokens, padding included and once for each beam; similar lengths together. A sample that is longer goes
-            alone.
-        force_fp16: run a float16 model although it may overflow.
-        strip_control: remove control spellings such as `<image>` from the prompts (`vlm.text.control`).
-
-    Returns:
-        one text per prompt, in order, special tokens removed; its `finish` says whether the model ended it or
-        `max_new_tokens` did.
-
-    Raises:
-        GenerationError: float16; settings that contradict each other, or that this way of decoding would not read
-            (`temperature` without `do_sample`, `length_penalty` without beams). DataError, ImageError: as `Processor`
-            raises them, and for a prompt that leaves no room in the model's context.
-    """
-    check_dtype(model.config, model.dtype, force=force_fp16)
-    settings = generation_config(
-        processor,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        length_penalty=length_penalty,
-    )
-    check_beam_search(beam_search, do_sample=do_sample, length_penalty=length_penalty)
-    if seed is not None and not do_sample:
-        raise GenerationError(f"seed={seed} without do_sample=True: nothing is drawn; leave it out or sample")
-    if batch_size is not None and batch_tokens is not None:
-        raise GenerationError(f"batch_size={batch_size} beside batch_tokens={batch_tokens}; pass one of the two")
-    batch_size = 16 if batch_size is None else batch_size
-    check_count("batch_size", batch_size)
-    if batch_tokens is not None:
-        check_count("batch_tokens", batch_tokens)
-    if seed is not None:
-        check_count("seed", seed, 0)
-    prompts = control.checked([prompts] if isinstance(prompts, str) else list(prompts), strip=strip_control)
-    if is_image(images):
-        images = [images]
-    names = _names(images, prompts, ids)
-    plan = [list(range(start, min(start + batch_size, len(prompts)))) for start in range(0, len(prompts), batch_size)]
-    if batch_tokens is not None:
-        plan = cut([num_beams * length for length in _lengths(processor, images, prompts, names)], batch_tokens)
-    texts = [Answer("", "eos")] * len(prompts)
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        for places in plan:
-            given = None if images is None else [images[i] for i in places]
-            batch = processor(given, [prompts[i] for i in places], ids=[names[i] for i in places])
-            check_context(batch, processor, model.config)
-            new = generate_ids(model, batch, settings, beam_search=beam_search)
-            ended = torch.isin(new, torch.tensor(settings.eos_token_id, device=new.device)).any(dim=1).tolist()
-            for place, text, whole in zip(places, processor.batch_decode(new), ended, strict=True):
-                texts[place] = Answer(text, "eos" if whole else "length")
-    return texts
-
-
-def check_context(batch: Batch, processor: Processor, config: VLMConfig) -> None:
-    """Raise `DataError` unless each sample leaves room for a token in the model's context."""
-    images = (batch.input_ids == processor.image_token_id).sum(1).tolist()
-    for name, total, of_images in zip(batch.ids, batch.attention_mask.sum(1).tolist(), images, strict=True):
-        problem = over_context(total - of_images + 1, of_images, context_of(config))
-        if problem is not None:
-            raise DataError(f"sample {name!r}: {problem}")
-
-
-@torch.inference_mode()
-def generate_ids(
-    model: VLM, batch: Batch, settings: GenerationConfig, *, beam_search: BeamSearch = "transformers"
-) -> torch.Tensor:
-    """Generate for one batch made without suffixes; returns int64[B, N], the new tokens only, padded after EOS.
-
-    Args:
-        settings: what `generation_config` returns, or any of transformers'.
-        beam_search: the rule when `settings.num_beams` is above 1. `big_vision` reads `num_beams`, `max_new_tokens`,
-            `suppress_tokens` and the ids of EOS and padding; the rest belongs to transformers' search, and is refused.
-
-    Raises:
-        GenerationError: a batch made for training or with packed samples, or settings that the rule would not read.
-    """
-    if batch.labels is not None:
-        raise GenerationError("this batch was made for training (it has labels, padding right); make it without suffix")
-    if batch.sequence_ids is not None:
-        raise GenerationError("this batch has packed samples (sequence_ids); generate for samples that are not packed")
-    check_beam_search(beam_search, do_sample=bool(settings.do_sample), length_penalty=settings.length_penalty)
-    batch = batch.to(model.device)
-    with in_eval_mode(model):
-        if beam_search == "big_vision" and (settings.num_beams or 1) > 1:
-            return _big_vision(model, batch, settings)
-        mixin: Any = model  # transformers types `self` of generate as a class of its own
-        output: torch.Tensor = mixin.generate(**batch, generation_config=settings)
-    return output[:, batch.input_ids.shape[1] :]
-
-
-READ_BY_BIG_VISION = {
-    *("num_beams", "max_new_tokens", "suppress_tokens", "eos_token_id", "pad_token_id", "bos_token_id"),
-    *("do_sample", "length_penalty", "use_cache", "transformers_version"),
-}
-"""Settings that the original rule reads, that have been checked before, or that change nothing."""
-
-
-def _big_vision(model: VLM, batch: Batch, settings: GenerationConfig) -> torch.Tensor:
-    given = settings.to_diff_dict()
-    unread = [f"{name}={value}" for name, value in given.items() if name not in READ_BY_BIG_VISION]
-    if unread:
-        raise GenerationError(
-            f"beam_search='big_vision' does not read {', '.join(unread)}; leave it out or use"
-            f" beam_search='transformers'"
-        )
-    eos, limit = settings.eos_token_id, settings.max_new_tokens
-    if not isinstance(eos, int) or limit is None:
-        raise GenerationError(
-            f"big_vision's beam search needs one eos_token_id and max_new_tokens, got eos_token_id={eos!r},"
-            f" max_new_tokens={limit!r}; take the settings from vlm.generation.generation_config"
-        )
-    return big_vision_beams(
-        model,
-        batch,
-        num_beams=int(settings.num_beams or 1),
-        max_new_tokens=limit,
-        eos=eos,
-        pad=eos if settings.pad_token_id is None else settings.pad_token_id,
-        suppress=settings.suppress_tokens or (),
-    )[0]
-
-
-@contextmanager
-def in_eval_mode(model: VLM) -> Iterator[None]:
-    """Each module's own mode comes back: model.train() would wake a frozen tower that is in eval mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def check_beam_search(beam_search: str, *, do_sample: bool, length_penalty: float | None) -> None:
-    """Refuse settings that the rule would ignore.
-
-    Raises:
-        GenerationError: an unknown rule; sampling or a length penalty with big_vision's.
-    """
-    known = get_args(BeamSearch)
-    if beam_search not in known:
-        raise GenerationError(
-            f"unknown beam_search {beam_search!r}{nearest(str(beam_search), known)}; known: {', '.join(known)}"
-        )
-    if beam_search == "big_vision" and do_sample:
-        raise GenerationError("beam_search='big_vision' with do_sample=True: it is a search; choose one")
-    if beam_search == "big_vision" and length_penalty not in (None, 1.0):
-        raise GenerationError(
-            f"length_penalty={length_penalty} with beam_search='big_vision', which sums log-probabilities and never"
-            f" normalises by length; leave it out or use beam_search='transformers'"
+    def _bar(self, batches: list[list[Request]], total: int, done: Collection[str]) -> Progress:
+        group = self.group
+        alone = group.world == 1
+        return Progress(
+            total if alone else sum(map(len, batches)),
+            done=len(done) if alone else 0,
+            label=self.progress if alone else f"{self.progress} (process {group.rank} of {group.world})",
+            visible=bool(self.progress) and group.main,
         )
 
+    # --- which together ---
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no whole number of at least `least`: "5", 2.0 and True too. Raises `GenerationError`."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise GenerationError(f"{name} is {value!r}, expected a whole number")
-    if value < least:
-        raise GenerationError(f"{name} is {value}, expected at least {least}")
+    def _plan(self, requests: Sequence[Request], step: Step) -> list[list[Request]]:
+        """All batches, the same in every process."""
+        batching = self.batching
+        if batching.tokens is not None:
+            lengths = [batching.beams * length for length in self._lengths(requests)]
+            places = schedule.plan([], 1, lengths=lengths, batch_tokens=batching.tokens)
+            self.size = max(map(len, places))
+        else:
+            self.size = self._choose(requests, step)
+            prompts = [request.prompt for request in requests]
+            in_order = batching.order == "given"
+            places = schedule.chunks(range(len(requests)), self.size) if in_order else schedule.plan(prompts, self.size)
+        return [[requests[place] for place in batch] for batch in places]
 
+    def _lengths(self, requests: Sequence[Request]) -> list[int]:
+        if not isinstance(self.predictor, Measures):
+            raise ConfigError("batch_tokens needs to know how long prompts are, and this predictor has no `lengths`")
+        sizes = [schedule.image_sizes(request.images) for request in requests]
+        prompts, ids = [request.prompt for request in requests], [request.id for request in requests]
+        return self.predictor.lengths(sizes, prompts, ids=ids)
 
-def generation_config(
-    processor: Processor,
-    *,
-    max_new_tokens: int,
-    num_beams: int,
-    do_sample: bool,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    length_penalty: float = 1.0,
-) -> GenerationConfig:
-    """transformers' settings for the processor's tokens.
+    def _choose(self, requests: Sequence[Request], step: Step) -> int:
+        """The size of this run, the same for all processes."""
+        if self.batching.size != "auto":
+            return self.batching.size
+        longest = sorted(range(len(requests)), key=lambda place: (len(requests[place].prompt), place))
+        hardest = [self._fitting(*self._loaded(requests[place])) for place in longest[-schedule.TRIAL :]]
+        usable = [(request, images) for request, images in hardest if not isinstance(images, VLMError)]
 
-    Raises:
-        GenerationError: a number is out of range, sampling and beams are asked for together, or a setting of one of
-            them without it.
-    """
-    for name, count, least in (("max_new_tokens", max_new_tokens, 1), ("num_beams", num_beams, 1), ("top_k", top_k, 0)):
-        check_count(name, count, least)
-    for name, value in (("temperature", temperature), ("top_p", top_p), ("length_penalty", length_penalty)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise GenerationError(f"{name} is {value!r}, expected a number")
-    if do_sample and num_beams > 1:
-        raise GenerationError(f"do_sample and num_beams={num_beams} together are not supported; choose one")
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    if do_sample and not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0):
-        raise GenerationError(
-            f"temperature {temperature} must be positive, top_p {top_p} in (0, 1] and top_k {top_k} at least 0; for no"
-            f" randomness use do_sample=False"
-        )
-    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    unread = [f"{name}={value}" for name, value in sampling.items() if value != neutral[name]]
-    if unread and not do_sample:
-        raise GenerationError(
-            f"{', '.join(unread)} without do_sample=True: nothing is drawn; leave it out for"
-            f" {'beam search' if num_beams > 1 else 'greedy decoding'}, or sample"
-        )
-    if length_penalty != 1.0 and num_beams == 1:
-        raise GenerationError(f"length_penalty={length_penalty} without beams: only num_beams above 1 reads it")
-    used = sampling if do_sample else {"length_penalty": length_penalty} if num_beams > 1 else {}
-    tokenizer = processor.tokenizer
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=do_sample,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        # A generated placeholder would ask for an image that is not there.
-        suppress_tokens=[processor.image_token_id],
-        **used,
-    )
+        def trial() -> None:
+            step([request for request, _ in usable], [images for _, images in usable])
 
+        # A predictor of one's own need not say where it is.
+        device = str(getattr(self.predictor, "device", "cpu"))
+        guessed = schedule.guess(device, trial, len(usable)) if usable else 1
+        chosen = min([*self.group.gather(guessed), schedule.power_of_two(len(requests))])
+        if self.group.main:
+            logger.info("batch size %d (auto, on %s)", chosen, device)
+        return chosen
 
-def _names(images: Sequence[Any] | None, prompts: list[str], ids: Sequence[str] | None) -> list[str]:
-    """The samples' names. Raises `GenerationError` unless there is one image and one id per prompt."""
-    names = [str(i) for i in range(len(prompts))] if ids is None else [str(i) for i in ids]
-    counts = {"prompts": len(prompts), "ids": len(names)}
-    if images is not None:
-        counts["images"] = len(images)
-    if len(set(counts.values())) > 1:
-        raise GenerationError(f"each prompt needs one image and one id, got {counts}")
-    return names
+    # --- images ---
 
+    def _decoded(self, batches: Sequence[Sequence[Request]]) -> Iterator[list[Job]]:
+        """Each batch with its decoded images, one batch ahead of the consumer."""
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            waiting: list[list[Future[Job]]] = []
+            for position in range(len(batches)):
+                for ahead in batches[position + len(waiting) : position + 2]:
+                    waiting.append([pool.submit(self._loaded, request) for request in ahead])
+                # Not in the threads: a fast tokenizer that two threads use at once raises "Already borrowed".
+                yield [self._fitting(*future.result()) for future in waiting.pop(0)]
 
-def _lengths(processor: Processor, images: Sequence[Any] | None, prompts: list[str], names: list[str]) -> list[int]:
-    """Tokens of each sample; of images the headers are read."""
-    sizes: list[list[tuple[int, int]]] = []
-    for name, given in zip(names, [[]] * len(prompts) if images is None else images, strict=True):
+    def _loaded(self, request: Request) -> Job:
+        """The images of a request, or the error of the first that cannot be used."""
         try:
-            several = [] if given is None else given if isinstance(given, list | tuple) else [given]
-            sizes.append([image_size(image) for image in several])
+            return request, [load_image(image, background=self.predictor.background) for image in request.images]
         except ImageError as error:
-            raise ImageError(error.code, f"sample {name!r}: {error}") from error
-    return processor.lengths(sizes, prompts, ids=names)
+            if self.strict:
+                raise ImageError(error.code, f"sample {request.id!r}: {error}") from error
+            return request, error
+
+    def _fitting(self, request: Request, images: Decoded | VLMError) -> Job:
+        """The same, or why prompt and images leave no room in the model."""
+        if isinstance(images, VLMError) or not isinstance(self.predictor, Bounded):
+            return request, images
+        said = self.predictor.misfit(request.id, request.prompt, images)
+        if said is None:
+            return request, images
+        if self.strict:
+            raise DataError(f"sample {request.id!r}: {said}")
+        return request, DataError(f"the prompt: {said}")
+
+    # --- one batch ---
+
+    def _step(self, requests: Sequence[Request]) -> Step:
+        """How a batch is answered. Raises ConfigError: `likelihood` with a predictor that only writes text, or without
+        candidates."""
+        if self.decoding.by == "generate":
+            return self._write
+        predictor = self.predictor
+        scores = isinstance(predictor, Scores)
+        if not scores or not any(request.candidates for request in requests):
+            name = type(predictor).__name__
+            lacking = "nothing says what to choose from" if scores else f"a {name} has no `score`"
+            raise ConfigError(f"answers cannot be chosen by likelihood: {lacking}")
+        return self._choose_likeliest
+
+    def _write(self, requests: Sequence[Request], pictures: Sequence[Decoded]) -> list[Reply]:
+        texts = self.predictor.predict(
+            [images[0] if len(images) == 1 else images for images in pictures],
+            [request.prompt for request in requests],
+            ids=[request.id for request in requests],
+            decoding=self.decoding,
+        )
+        return [Reply(request=request, text=text) for request, text in zip(requests, texts, strict=True)]
+
+    def _choose_likeliest(self, requests: Sequence[Request], pictures: Sequence[Decoded]) -> list[Reply]:
+        assert isinstance(self.predictor, Scores)
+        scores = self.predictor.score(
+            [list(images) for images in pictures],
+            [request.prompt for request in requests],
+            [list(request.candidates) for request in requests],
+            ids=[request.id for request in requests],
+            normalization=self.decoding.normalization,
+        )
+        chosen = choose([request.candidates for request in requests], scores)
+        return [
+            Reply(request=request, text=text, log_likelihoods=values)
+            for request, text, values in zip(requests, chosen, scores, strict=True)
+        ]
+
+
+def _answered(step: Step, batch: Sequence[Job], limit: Limit) -> Iterator[list[Reply]]:
+    """The replies of a batch, in parts where the whole no longer fits."""
+    start = 0
+    while start < len(batch):
+        end = min(len(batch), start + limit.size)
+        replies = _attempt(step, batch[start:end])
+        if replies is None:
+            limit.shrink(end - start, batch[start][0].id)
+            continue
+        yield replies
+        start = end
+
+
+def _attempt(step: Step, batch: Sequence[Job]) -> list[Reply] | None:
+    """One reply per request, or None when memory ran out."""
+    usable = [(request, images) for request, images in batch if not isinstance(images, VLMError)]
+    said: list[Reply] | None = []
+    try:
+        if usable:
+            said = step([request for request, _ in usable], [images for _, images in usable])
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        said = None
+    if said is None:
+        _free()  # only here: inside `except`, the frames of the exception still hold their tensors
+        return None
+    good = iter(said)
+    return [
+        Reply(request=request, error=images) if isinstance(images, VLMError) else next(good)
+        for request, images in batch
+    ]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
+
+
+def _free() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -15,29 +15,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from vlm.errors import ConfigError, DataError, nearest
-from vlm.generation.engine import in_eval_mode
+from vlm.generation.decoding import Normalization
+from vlm.generation.predictor import Network
 from vlm.model.dtypes import check_dtype
-from vlm.model.forward import VLM
 from vlm.model.loss import IGNORE
+from vlm.model.modes import in_mode
 from vlm.model.processor import ImageSource, Processor
-
-Normalization = Literal["none", "token", "byte"]
-"""What the sum of log-probabilities is divided by: nothing; the tokens of the candidate, EOS included; or its UTF-8
-bytes, EOS not counted. `none` compares the answers' probabilities, and so leans to short ones; the others compare
-averages, and lean to long ones whose later tokens follow from the first."""
 
 _Total = tuple[float, int]
 """Sum of log-probabilities of a candidate, and how many tokens it has."""
 
 
 def score_candidates(
-    model: VLM,
+    model: Network,
     processor: Processor,
     images: Sequence[ImageSource | Sequence[ImageSource]] | None,
     prompts: Sequence[str],
@@ -71,7 +67,7 @@ def score_candidates(
     names = [str(i) for i in range(len(prompts))] if ids is None else [str(i) for i in ids]
     _check(images, prompts, candidates, names, normalization, batch_size)
     scores: list[list[float]] = []
-    with in_eval_mode(model):
+    with in_mode(model):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             some = None if images is None else images[part]
@@ -81,24 +77,6 @@ def score_candidates(
                 for row, texts in zip(totals, candidates[part], strict=True)
             ]
     return scores
-
-
-def choose(candidates: Sequence[Sequence[str]], scores: Sequence[Sequence[float]]) -> list[str]:
-    """The likeliest candidate of each item; of equally likely ones the first.
-
-    Raises:
-        DataError: scores that do not belong to these candidates, or that are not a number.
-    """
-    if len(candidates) != len(scores):
-        raise DataError(f"scores of {len(scores)} items for candidates of {len(candidates)}")
-    chosen = []
-    for index, (texts, values) in enumerate(zip(candidates, scores, strict=True)):
-        if not texts or len(texts) != len(values):
-            raise DataError(f"item {index}: {len(values)} scores for {len(texts)} candidates")
-        if any(value != value for value in values):
-            raise DataError(f"item {index}: a score is NaN; does the model overflow? Use bfloat16 or float32")
-        chosen.append(texts[values.index(max(values))])
-    return chosen
 
 
 def _check(
@@ -134,7 +112,7 @@ def _normalized(total: _Total, text: str, normalization: str) -> float:
 
 @torch.inference_mode()
 def _totals(
-    model: VLM,
+    model: Network,
     processor: Processor,
     images: Sequence[Any] | None,
     prompts: Sequence[str],
@@ -175,7 +153,7 @@ def _suffixes(processor: Processor, prompts: list[str], chunk: list[tuple[int, s
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
 
-def _chunk_totals(model: VLM, suffixes: Tensor, first: Tensor, prefix_mask: Tensor, cache: Any) -> list[_Total]:
+def _chunk_totals(model: Network, suffixes: Tensor, first: Tensor, prefix_mask: Tensor, cache: Any) -> list[_Total]:
     """Sums over the tokens of each candidate.
 
     Args:

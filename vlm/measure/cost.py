@@ -82,13 +82,13 @@ def flops_per_image(model: VLM, processor: Processor, image: ImageSource, prompt
     """
     import torch
 
-    from vlm.generation.engine import in_eval_mode
+    from vlm.model.modes import in_mode
 
     batch = processor([image], [prompt]).to(model.device)
     tensors = {name: batch[name] for name in batch.keys()}
     names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
     pixels: dict[str, Any] = {name: tensors.pop(name) for name in names if name in tensors}
-    with torch.no_grad(), in_eval_mode(model), _without_gradients(model):
+    with torch.no_grad(), in_mode(model), _without_gradients(model):
         encoder, encoded = counted(lambda: model.encode(**pixels))
         projector, _ = counted(lambda: model.model.project(encoded))
         rest, _ = counted(lambda: model(**tensors, encoded=encoded, use_cache=True, logits_to_keep=1))
@@ -161,7 +161,7 @@ def inference_speed(
     """
     import torch
 
-    from vlm.generation.engine import in_eval_mode
+    from vlm.model.modes import in_mode
 
     numbers = {"images": len(images), "batch_size": batch_size, "max_new_tokens": max_new_tokens, "repeats": repeats}
     if min(numbers.values()) < 1 or len(images) != len(prompts):
@@ -173,7 +173,7 @@ def inference_speed(
         processor(images[start : start + batch_size], list(prompts[start : start + batch_size])).to(device)
         for start in range(0, len(images), batch_size)
     ]
-    with in_eval_mode(model):
+    with in_mode(model):
         whole = _median_seconds(lambda: _answer(model, processor, batches, max_new_tokens), repeats, device)
         tower = _median_seconds(lambda: _encode(model, batches), repeats, device)
     return {
@@ -186,9 +186,10 @@ def inference_speed(
 
 
 def _answer(model: VLM, processor: Processor, batches: Sequence[Batch], max_new_tokens: int) -> None:
-    from vlm.generation.engine import generate_ids, generation_config
+    from vlm.generation.decoding import Decoding
+    from vlm.generation.writing import generate_ids, generation_config
 
-    settings = generation_config(processor, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
+    settings = generation_config(processor, Decoding(max_new_tokens=max_new_tokens))
     settings.min_new_tokens = max_new_tokens
     for batch in batches:
         generate_ids(model, batch, settings)

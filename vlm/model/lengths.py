@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vlm.data.examples import Example
@@ -30,6 +31,11 @@ class Room:
     context: int | None = None
     max_text_length: int | None = None
 
+    @cached_property
+    def most_image_tokens(self) -> int:
+        """Of one image; with a NaFlex tower a search over its grids."""
+        return self.processor.max_image_tokens
+
 
 def context_of(config: Any) -> int | None:
     """The positions of a model's decoder, from its `VLMConfig`; None where it does not say."""
@@ -49,16 +55,23 @@ def too_long(
             writes (room for one token is asked for then).
     """
     found: dict[int, Problem] = {}
-    most_image_tokens = room.processor.max_image_tokens
     for index, example in enumerate(examples):
         texts = answers(example)
-        if _surely_fits(example, texts, room, most_image_tokens):
+        if _surely_fits(example.prefix, texts, len(example.images), room):
             continue
         written: Sequence[str | None] = texts or [None]
-        said = next((said for text in written if (said := _why_not(example, text, room))), None)
+        told = (_why_not(example.id, example.prefix, example.images, text, room) for text in written)
+        said = next((reason for reason in told if reason), None)
         if said is not None:
             found[index] = Problem(example.file, example.line, CODE, f"example {example.id!r}: {said}")
     return found
+
+
+def misfit(id: str, prompt: str, images: Sequence[ImageInput], room: Room) -> str | None:
+    """Why a prompt and its images leave no room for one token of an answer, or None."""
+    if _surely_fits(prompt, (), len(images), room):
+        return None
+    return _why_not(id, prompt, images, None, room)
 
 
 def refuse(problems: Sequence[Problem]) -> None:
@@ -69,31 +82,31 @@ def refuse(problems: Sequence[Problem]) -> None:
         raise DataError("\n".join([*head, *lines[:1000]]))
 
 
-def _surely_fits(example: Example, texts: Sequence[str], room: Room, most_image_tokens: int) -> bool:
+def _surely_fits(prompt: str, texts: Sequence[str], num_images: int, room: Room) -> bool:
     """Text has no more tokens than bytes, so that only long texts are tokenised."""
-    prefix = len(example.prefix.encode("utf-8", "surrogatepass"))
+    prefix = len(prompt.encode("utf-8", "surrogatepass"))
     longest = max((len(text.encode("utf-8", "surrogatepass")) for text in texts), default=0)
     text = prefix + longest + 3  # BOS, newline, EOS
-    if len(example.prefix) > MAX_CHARACTERS or longest > MAX_CHARACTERS:
+    if len(prompt) > MAX_CHARACTERS or longest > MAX_CHARACTERS:
         return False
     if room.max_text_length is not None and text > room.max_text_length:
         return False
-    return room.context is None or text + most_image_tokens * len(example.images) <= room.context
+    return room.context is None or text + room.most_image_tokens * num_images <= room.context
 
 
-def _why_not(example: Example, text: str | None, room: Room) -> str | None:
+def _why_not(id: str, prompt: str, images: Sequence[ImageInput], text: str | None, room: Room) -> str | None:
     """The reason, or None where it fits after all."""
     try:
         (total,) = room.processor.lengths(
             [[]],
-            [example.prefix],
+            [prompt],
             None if text is None else [text],
-            ids=[example.id],
+            ids=[id],
             max_text_length=room.max_text_length,
         )
     except DataError as error:
-        return str(error).removeprefix(f"sample {example.id!r}: ").removeprefix(f"sample {example.id!r}, ")
-    return over_context(total + (text is None), image_tokens(example.images, room.processor), room.context)
+        return str(error).removeprefix(f"sample {id!r}: ").removeprefix(f"sample {id!r}, ")
+    return over_context(total + (text is None), image_tokens(images, room.processor), room.context)
 
 
 def over_context(text_tokens: int, image_tokens: int, context: int | None) -> str | None:

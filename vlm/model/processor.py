@@ -114,7 +114,7 @@ class Processor:
         prefixes = control.checked(prefixes, strip=strip_control)
         suffixes = None if suffixes is None else control.checked(suffixes, prompt=False, strip=strip_control)
         names = [str(i) for i in range(len(prefixes))] if ids is None else [str(i) for i in ids]
-        groups = self._image_groups(images, len(prefixes)) if grids is None else []
+        groups = self.image_groups(images, len(prefixes)) if grids is None else []
         self._check_lengths(prefixes, suffixes, names, groups if grids is None else list(grids))
         pixels = self._pixels(groups, names) if grids is None else None
         targets: Sequence[str | None] = [None] * len(prefixes) if suffixes is None else suffixes
@@ -192,7 +192,8 @@ class Processor:
         return self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @staticmethod
-    def _image_groups(images: Any, num_samples: int) -> list[list[ImageSource]]:
+    def image_groups(images: Any, num_samples: int) -> list[list[ImageSource]]:
+        """The images of each sample, from what a batch may be given. Raises `DataError` for a None among several."""
         if images is None:
             return [[] for _ in range(num_samples)]
         if is_image(images):

@@ -17,13 +17,13 @@ from torch import nn
 from vlm import ranks
 from vlm.errors import DataError, VLMError
 from vlm.eval import results
-from vlm.eval.harness import file_job
-from vlm.eval.job import Job
-from vlm.eval.suite import make_job
-from vlm.eval.tasks import select
-from vlm.generation import answers, batches
-from vlm.generation.predict import answer_all
-from vlm.generation.predictor import Decoding, ModelPredictor
+from vlm.eval.job import FileReading, Job, Reading, file_job, task_job
+from vlm.eval.run import requests
+from vlm.eval.tasks.catalogue import select
+from vlm.generation.decoding import Decoding
+from vlm.generation.engine import Engine
+from vlm.generation.models import ModelPredictor
+from vlm.generation.schedule import Batching
 from vlm.model.processor import Processor
 from vlm.train.batches import Failure
 from vlm.train.config import EvaluateConfig
@@ -52,14 +52,12 @@ def read_jobs(config: EvaluateConfig | None, *, skip_bad: bool = False, strip_co
     if config is None:
         return {}
     if config.tasks is not None:
-        jobs = {
-            one.label: make_job(one, config.data, None, {}, strip_control=strip_control) for one in select(config.tasks)
-        }
+        reading = Reading(strip_control=strip_control)
+        jobs = {one.label: task_job(one, config.data, reading) for one in select(config.tasks)}
     else:
         decoding = Decoding(max_new_tokens=config.max_new_tokens)
-        name = config.data.stem
-        how: dict[str, Any] = {"skip_bad": skip_bad, "strip_control": strip_control}
-        jobs = {name: file_job(config.data, config.metrics, decoding, image_root=config.image_root, **how)}
+        how = FileReading(skip_bad=skip_bad, strip_control=strip_control, image_root=config.image_root)
+        jobs = {config.data.stem: file_job(config.data, config.metrics, decoding, how)}
     return {name: _part(job, config.limit) for name, job in jobs.items()}
 
 
@@ -88,25 +86,28 @@ class Evaluator:
         failures: list[Failure] = []
         with undisturbed(module.model):
             for name, job in self._jobs.items():
-                records = self._records(module, job)
+                records = self._records(module, name, job)
                 if module.global_rank == 0:
                     found += _scored(name, job, records)
                     failures += _failures(job, records)
         return found, failures
 
-    def _records(self, module: StageModule, job: Job) -> list[dict[str, Any]]:
-        predictor = ModelPredictor(module.model, self._processor, name="in training")  # type: ignore[arg-type]
-        who = answers.answerer(predictor, job.decoding, job.candidates)
-        plan = [[job.examples[i] for i in batch] for batch in batches.plan(job.examples, self._size)]
-        world = ranks.current().world
+    def _records(self, module: StageModule, name: str, job: Job) -> list[dict[str, Any]]:
+        engine = Engine(
+            predictor=ModelPredictor(module.model, self._processor, name="in training"),  # type: ignore[arg-type]
+            decoding=job.decoding,
+            batching=Batching(size=self._size, may_shrink=True),
+            group=ranks.current(),
+            progress=f"evaluate {name}",
+        )
         own: list[dict[str, Any]] = []
         error: VLMError | None = None
         try:
             with module.trainer.precision_plugin.forward_context():
-                own = answer_all(who, plan[module.global_rank :: world])
+                own = [reply.record() for replies in engine.run(requests(job.examples, job)) for reply in replies]
         except VLMError as caught:
             error = caught
-        shares = ranks.current().gather((own, error is not None))
+        shares = engine.group.gather((own, error is not None))
         if any(failed for _, failed in shares):
             raise error or DataError("evaluation failed in another process; its message says why")
         return [record for records, _ in shares for record in records]

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vlm.data import benchmarks as loaders
 from vlm.data.examples import Example
 from vlm.data.source import File, Item, Source
 from vlm.errors import ConfigError, DataError, nearest
+from vlm.generation.decoding import TASK_TOKENS, BeamSearch, Decoding
 
 logger = logging.getLogger(__name__)
 
@@ -33,23 +34,16 @@ _LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskDecoding:
-    """How answers are made."""
+class TaskDecoding(Decoding):
+    """How answers are made, as PaliGemma's published results were: short, and with big_vision's rule of beams."""
 
-    max_new_tokens: int = 32
-    num_beams: int = 1
-    beam_search: Literal["transformers", "big_vision"] = "big_vision"
-    """Whose rule of beams; PaliGemma's published results were decoded with big_vision's. Not read with one beam."""
-    by: Literal["generate", "likelihood"] = "generate"
-    """`generate` writes text; `likelihood` takes the most likely of the candidates."""
-    normalization: Literal["none", "token", "byte"] = "none"
-    """Of `likelihood`; see `vlm.generation.likelihood`."""
+    max_new_tokens: int = TASK_TOKENS
+    beam_search: BeamSearch = "big_vision"
+    """Not read with one beam."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.num_beams < 1:
-            raise ConfigError(
-                f"max_new_tokens={self.max_new_tokens}, num_beams={self.num_beams}; both have to be at least 1"
-            )
+        super().__post_init__()
+        self.check_repeatable()
 
 
 @dataclass(frozen=True, kw_only=True)
