@@ -198,7 +198,7 @@ def test_a_file_of_ones_own_in_the_long_form(tmp_path: Path) -> None:
         ("mine: {data: a.jsonl, metrics: [cider], post: lowr}", r"post 'lowr' \(did you mean 'lower'\?\)"),
         (
             "mine: {data: a.jsonl, metrics: [cider], decoding: {num_beams: 0}}",
-            "decoding: max_new_tokens=32, num_beams=0; both have to be at least 1",
+            "decoding: num_beams is 0, expected at least 1",
         ),
     ],
 )
