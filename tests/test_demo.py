@@ -10,7 +10,8 @@ from PIL import Image
 
 from vlm import demo
 from vlm.demo import dataset, scenes, show
-from vlm.demo.run import Answers, Size
+from vlm.demo.answers import Answers
+from vlm.demo.recipe import Size
 from vlm.demo.scenes import HELD_OUT, PLACES
 from vlm.errors import ConfigError
 

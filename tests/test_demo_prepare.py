@@ -11,7 +11,7 @@ import vlm
 from vlm import settings
 from vlm.cli import main as cli
 from vlm.demo import dataset, prepare, pretrain, scenes
-from vlm.demo.run import Size
+from vlm.demo.recipe import Size
 from vlm.errors import ConfigError
 from vlm.train.config import RunConfig
 

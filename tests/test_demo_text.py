@@ -11,6 +11,7 @@ import vlm
 from vlm.demo import dataset, reading, text
 from vlm.demo.start import Choice, make
 from vlm.errors import ConfigError
+from vlm.train.run import run as train
 
 SIGNS = [text.make_sign(random.Random(number), text.GRIDS[number % 7]) for number in range(70)]
 
@@ -124,13 +125,13 @@ def test_the_task_runs_goes_on_and_prints_a_table(
 
     monkeypatch.setattr(pretrain, "run_jobs", lambda jobs: [job(*arguments) for job, arguments in jobs])
     amount = reading.Amount(train=14, test=7, steps=1)
-    facts = reading.main(tmp_path, amount=amount)
+    facts = reading.main(tmp_path, amount=amount, train=train)
     for tower in reading.TOWERS:
         assert facts[tower]["tokens"] == 36
         assert len(dataset.read_lines(tmp_path / tower / "said.jsonl")) == 7
     table = capsys.readouterr().out
     assert all(shape in table for shape in ("9:1", "1:1", "1:9", "all", "36.0"))
     monkeypatch.setattr(pretrain, "run_jobs", lambda jobs: pytest.fail("done already") if jobs else None)
-    assert reading.main(tmp_path, amount=amount) == facts
+    assert reading.main(tmp_path, amount=amount, train=train) == facts
     with pytest.raises(ConfigError, match="other settings"):
-        reading.main(tmp_path, seed=1, amount=amount)
+        reading.main(tmp_path, seed=1, amount=amount, train=train)

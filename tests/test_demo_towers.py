@@ -12,7 +12,7 @@ from transformers import MODEL_MAPPING, AutoModel
 import vlm
 from vlm import demo
 from vlm.demo import learning, scenes, towers
-from vlm.demo.run import Size
+from vlm.demo.recipe import Size
 from vlm.demo.start import ASSETS, Choice, make
 from vlm.errors import ConfigError
 from vlm.registry import kinds, part
@@ -111,7 +111,7 @@ def test_a_kind_sees_in_pretraining_what_its_transform_gives(kind: str) -> None:
 def test_the_demo_runs_with_another_tower_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm.demo.run.MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr("vlm.demo.answers.MAX_NEW_TOKENS", 2)
     facts = demo.main(tmp_path / "out", encoder="dinov3", size=Size(12, 3, QUICK))
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert config["encoder"] == "dinov3" == facts["encoder"]["kind"]

@@ -346,7 +346,8 @@ def test_runs_of_a_comparison_are_not_counted_with_other_sources(tmp_path: Path)
 
 def test_the_demo_asks_again_when_model_or_pictures_are_others(tmp_path: Path) -> None:
     """Predictions are kept with what they were made of."""
-    from vlm.demo.run import Answers
+    from vlm.demo.answers import Answers
+    from vlm.demo.run import Opened
 
     answers = object.__new__(Answers)
     answers.folder, answers.data = tmp_path / "predictions", tmp_path / "data"
@@ -359,7 +360,7 @@ def test_the_demo_asks_again_when_model_or_pictures_are_others(tmp_path: Path) -
 
     def asked() -> bool:
         before = file.stat().st_ino if file.exists() else None
-        answers._predict("answers", {}, tmp_path / "model", lines)
+        answers._predict("answers", Opened(), tmp_path / "model", lines)
         return file.stat().st_ino != before
 
     assert asked() and not asked()

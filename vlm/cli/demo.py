@@ -61,8 +61,9 @@ def run(options: Namespace) -> int:
         return _prepare(options)
     if options.task == "text":
         return _read(options)
-    from vlm.demo import main
-    from vlm.demo.run import Size
+    from vlm.demo.recipe import Size
+    from vlm.demo.run import main
+    from vlm.train.run import run as train
 
     main(
         options.out,
@@ -72,6 +73,7 @@ def run(options: Namespace) -> int:
         pretrain_encoder=options.pretrain_encoder,
         seed=options.seed,
         size=Size(pretrain_steps=options.pretrain_steps),
+        train=train,
     )
     return console.OK
 
@@ -106,9 +108,10 @@ def _pretrains(options: Namespace) -> bool:
 def _read(options: Namespace) -> int:
     """The table on stdout."""
     from vlm.demo import reading
+    from vlm.train.run import run as train
 
     console.quiet_transformers()
-    reading.main(options.out, seed=options.seed)
+    reading.main(options.out, seed=options.seed, train=train)
     return console.OK
 
 

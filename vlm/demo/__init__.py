@@ -13,5 +13,6 @@ __all__ = ["main"]
 def main(*args: Any, **settings: Any) -> dict[str, Any]:
     """See `vlm.demo.run.main`."""
     from vlm.demo import run
+    from vlm.train.run import run as train
 
-    return run.main(*args, **settings)
+    return run.main(*args, train=train, **settings)

@@ -21,7 +21,7 @@ import yaml
 
 from vlm import files
 from vlm.demo import dataset, scenes
-from vlm.demo.run import Size, read_recipe
+from vlm.demo.recipe import Size, read_recipe
 from vlm.demo.start import ASSETS, NAFLEX, of_kind
 from vlm.errors import ConfigError, nearest
 from vlm.registry import kinds

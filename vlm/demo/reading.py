@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from PIL import Image
 
 from vlm import files
 from vlm.demo import dataset, text
-from vlm.demo.run import claim, read_recipe
+from vlm.demo.recipe import claim, read_recipe
 from vlm.demo.start import Choice, make
+from vlm.train.config import load_config
 from vlm.words import aligned
 
 log = logging.getLogger("vlm")
@@ -43,8 +45,11 @@ class Amount:
     steps: int = STEPS
 
 
-def main(out: str | Path, *, seed: int = 0, amount: Amount | None = None) -> dict[str, Any]:
+def main(out: str | Path, *, seed: int = 0, amount: Amount | None = None, train: Callable[..., Path]) -> dict[str, Any]:
     """Train and score both towers in `out`, or go on there, and print the table.
+
+    Args:
+        train: `vlm.train.run`; processes that are started here call it.
 
     Returns:
         what `out/text.json` holds: for each tower `tokens` (mean), and for each shape and `all` the shares `exact` and
@@ -62,7 +67,7 @@ def main(out: str | Path, *, seed: int = 0, amount: Amount | None = None) -> dic
     write(out / "data", seed, amount)
     asked = dataset.read_lines(out / "data" / "test.jsonl")
     left = [tower for tower in TOWERS if not dataset.answered(out / tower / "said.jsonl", asked)]
-    pretrain.run_jobs([(train_and_read, (tower, out, seed, amount.steps)) for tower in left])
+    pretrain.run_jobs([(train_and_read, (tower, out, seed, amount.steps, train)) for tower in left])
     facts: dict[str, Any] = {tower: score(dataset.read_lines(out / tower / "said.jsonl")) for tower in TOWERS}
     files.write_json(out / "text.json", {"seed": seed, **facts})
     print(table(facts))
@@ -97,21 +102,21 @@ def grid_of(number: int, name: str) -> tuple[int, int]:
     return others[number // 2 % len(others)] if name == "train" else text.GRIDS[number % len(text.GRIDS)]
 
 
-def train_and_read(tower: str, out: Path, seed: int, steps: int) -> None:
+def train_and_read(tower: str, out: Path, seed: int, steps: int, train: Callable[..., Path]) -> None:
     """Train one tower and write `out/TOWER/said.jsonl`. On one thread: for a process of its own."""
     import torch
 
-    import vlm
-    from vlm import train
+    from vlm.checkpoints.directory import load
+    from vlm.generation.models import generate
 
     torch.set_num_threads(1)
     folder = out / tower
     folder.mkdir(exist_ok=True)
     files.write_text(folder / "train.yaml", yaml.safe_dump(recipe(tower, out, seed, steps), sort_keys=False))
-    model, processor = vlm.load(train.run(train.load_config(folder / "train.yaml"), resume=True))
+    model, processor = load(train(load_config(folder / "train.yaml"), resume=True))
     lines = dataset.read_lines(out / "data" / "test.jsonl")
     images = [out / "data" / line["image"] for line in lines]
-    said = vlm.generate(model, processor, images, [PROMPT] * len(lines), max_new_tokens=text.MOST + 2, batch_size=100)
+    said = generate(model, processor, images, [PROMPT] * len(lines), max_new_tokens=text.MOST + 2, batch_size=100)
     rows = [
         {**line, "prediction": words, "tokens": image_tokens(processor, image)}
         for line, words, image in zip(lines, said, images, strict=True)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
+from vlm.demo.answers import Answers
 from vlm.report.page import Section
 from vlm.report.scores import Score, Scores, Stat, Text
 from vlm.report.sections import Gallery, GalleryItem
 from vlm.report.sections import write_report as write_page
 from vlm.train import metrics
-
-if TYPE_CHECKING:
-    from vlm.demo.run import Answers
 
 PICTURES_SHOWN = 6
 CELLS = 24
