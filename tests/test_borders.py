@@ -10,11 +10,11 @@ import pytest
 from tasktools import Root
 
 from vlm.cli import main
-from vlm.data import gold_files, strictjson
-from vlm.data import rows as files
-from vlm.data.source import Folder, parse_json, read_member
+from vlm.data import strictjson
+from vlm.data.source import Folder, open_document, parse_json, read_member
 from vlm.data.strictjson import NotJSON, parse
 from vlm.errors import ConfigError, DataError
+from vlm.eval import gold as files
 from vlm.eval import tasks
 from vlm.settings import from_dict
 from vlm.train.config import ModelConfig, StageConfig
@@ -39,11 +39,11 @@ def test_a_link_inside_an_image_folder_may_not_leave_it(tmp_path: Path) -> None:
     (root.path / folder / "a.png").symlink_to(root.path / "elsewhere" / "a.png")
     captions(root, "a.png")
     with pytest.raises(DataError, match=r"image a.png: a symbolic link leads out of .*, to .*elsewhere/a.png; copy"):
-        tasks.get("nocaps").load(root.path)
+        tasks.load(tasks.get("nocaps"), root.path)
     (root.path / folder / "deep").symlink_to(root.path / "elsewhere")
     captions(root, "deep/a.png")
     with pytest.raises(DataError, match="image deep/a.png: a symbolic link leads out of"):
-        tasks.get("nocaps").load(root.path)
+        tasks.load(tasks.get("nocaps"), root.path)
 
 
 def test_the_folder_itself_may_be_a_link_and_so_may_what_stays_inside(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_the_folder_itself_may_be_a_link_and_so_may_what_stays_inside(tmp_path: 
     (root.path / folder).parent.mkdir(parents=True, exist_ok=True)
     (root.path / folder).symlink_to(root.path / "elsewhere")
     captions(root, "b.png")
-    (example,) = tasks.get("nocaps").load(root.path)
+    (example,) = tasks.load(tasks.get("nocaps"), root.path)
     assert example.images == (root.path / folder / "b.png",)
 
 
@@ -90,14 +90,14 @@ def test_easy_vqa_reads_no_endless_listing(tmp_path: Path, monkeypatch: pytest.M
         for split in ("train", "test"):
             archive.writestr(f"data/{split}/questions.json", b"[" + b" " * 2_000_000 + b"]")
     with pytest.raises(DataError, match="questions.json has more than 1,048,576 bytes"):
-        tasks.get("easy_vqa").load(tmp_path)
+        tasks.load(tasks.get("easy_vqa"), tmp_path)
 
 
 def test_a_file_is_bounded_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "sparse.json"
     with path.open("wb") as file:
         file.truncate(strictjson.MAX_DOCUMENT_BYTES + 1)
-    for read in (strictjson.read_bytes, files.open_document, gold_files.read_gold):
+    for read in (strictjson.read_bytes, open_document, files.read_gold):
         with pytest.raises(DataError, match=r"sparse.json: 2,147,483,649 bytes; at most 2,147,483,648 are read"):
             read(path)
 
@@ -127,7 +127,7 @@ def test_every_reader_refuses_the_dark_corners(text: str, code: str, says: str, 
     path = tmp_path / "file.json"
     path.write_text(text)
     with pytest.raises(DataError) as refused:
-        files.open_document(path)
+        open_document(path)
     assert says in str(refused.value) and "file.json" in str(refused.value)
     with pytest.raises(DataError) as refused:
         parse_json(text.encode(), "file.json")
@@ -149,7 +149,7 @@ def test_one_file_for_scoring_and_for_evaluation(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"caption": "a cat"', '"caption": "a cat", "caption": "a dog"'))
     (tmp_path / "said.json").write_text('[{"image_id": 1, "caption": "a cat"}]')
     with pytest.raises(DataError, match="the key 'caption' is there twice"):
-        tasks.get("nocaps").load(tmp_path)
+        tasks.load(tasks.get("nocaps"), tmp_path)
     assert main(["score", str(tmp_path / "said.json"), "--references", str(path), "--metrics", "cider"]) == 2
 
 
@@ -173,11 +173,12 @@ def test_empty_gold_answers_are_named(tmp_path: Path) -> None:
     split = tasks.get("textvqa").split()
     root.json(split.files["questions"].path, {"data": [question]})
     with pytest.raises(DataError, match=r"'data' 0: 'answers' is an empty list: there is nothing to compare"):
-        tasks.get("textvqa").load(tmp_path)
+        tasks.load(tasks.get("textvqa"), tmp_path)
 
 
 def test_a_table_is_read_strictly(tmp_path: Path) -> None:
-    from vlm.data.source import File, Source
+    from vlm.data.items import File
+    from vlm.data.source import Source
 
     def table(text: str) -> list[dict[str, str]]:
         (tmp_path / "t.csv").write_text(text)
@@ -199,7 +200,7 @@ def test_the_memory_that_runs_out_is_one_line(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(json, "loads", full)
     with pytest.raises(DataError, match=r"a.json: not JSON: more than fits into the memory"):
-        files.open_document(path)
+        open_document(path)
 
 
 NUMBERS: list[tuple[dict[str, Any], str]] = [
@@ -261,9 +262,9 @@ def test_evaluation_and_scoring_refuse_the_same(name: str, how: str, content: An
         elif not other.startswith("images"):
             getattr(root, how)(file.path, [content] if how == "lines" else content)
     with pytest.raises(DataError, match=says):
-        tasks.get(name).load(tmp_path)
+        tasks.load(tasks.get(name), tmp_path)
     with pytest.raises(DataError, match=says):
-        gold_files.read_gold(tmp_path / split.files[role].path)
+        files.read_gold(tmp_path / split.files[role].path)
 
 
 def test_a_number_in_quotes_is_read_by_both(tmp_path: Path) -> None:
@@ -275,8 +276,8 @@ def test_a_number_in_quotes_is_read_by_both(tmp_path: Path) -> None:
     }
     root.json(split.files["questions"].path, [record])
     root.images(f"{split.files['images'].path}/000000000003.jpg")
-    (example,) = tasks.get("aokvqa_mc").load(tmp_path)
-    gold, _ = gold_files.read_gold(tmp_path / split.files["questions"].path)
+    (example,) = tasks.load(tasks.get("aokvqa_mc"), tmp_path)
+    gold, _ = files.read_gold(tmp_path / split.files["questions"].path)
     assert example.answers == gold["q"].references == ("b",)
     assert example.info["answer_index"] == gold["q"].info["answer_index"] == 1
 
@@ -289,8 +290,8 @@ def test_only_the_balanced_questions_of_gqa_count(tmp_path: Path) -> None:
         split.files["questions"].path, {"1": {**record, "isBalanced": True}, "2": {**record, "isBalanced": False}}
     )
     root.images(f"{split.files['images'].path}/1.jpg")
-    gold, _ = gold_files.read_gold(tmp_path / split.files["questions"].path)
-    kept = [example.id for example in tasks.get("gqa").load(tmp_path)]
+    gold, _ = files.read_gold(tmp_path / split.files["questions"].path)
+    kept = [example.id for example in tasks.load(tasks.get("gqa"), tmp_path)]
     assert kept == [key for key, item in gold.items() if item.scored("answers")] == ["1"]
 
 

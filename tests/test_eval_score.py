@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from vlm.cli.commands import parse
-from vlm.data import gold_files
-from vlm.data import rows as files
 from vlm.errors import ConfigError, DataError
+from vlm.eval import gold as files
 from vlm.eval import metrics, score_files
 from vlm.eval.metrics import registry
 from vlm.eval.scoring import table
@@ -238,9 +237,9 @@ def test_our_own_lines_and_one_file_for_both_sides(write: Any) -> None:
     bare = write("bare.jsonl", [{"image": "x.png", "prefix": "q", "suffix": text} for text in "ab"], lines=True)
     assert score(write("lines.json", {"1": "a", "2": "x"}), bare, "exact_match")[0] == {"exact_match": 0.5}
     line = {"image": "x.png", "prefix": "q", "suffix": "a"}
-    assert list(gold_files.read_gold(write("line.jsonl", [line], lines=True))[0]) == ["1"]
+    assert list(files.read_gold(write("line.jsonl", [line], lines=True))[0]) == ["1"]
     looks = {"id": 5, "image": "x.png", "question": "?", "answers": ["like", "VizWiz"]}
-    assert gold_files.read_gold(write("looks.json", [looks]))[1] == "jsonl"
+    assert files.read_gold(write("looks.json", [looks]))[1] == "jsonl"
     fallback = write("a.jsonl", [{"id": 1, "answers": TEN, "suffix": "ignored"}], lines=True)
     assert score(write("p.json", {"1": "cat"}), fallback, "okvqa")[0] == {"okvqa": pytest.approx(0.9)}
 
@@ -269,7 +268,7 @@ def test_ids_that_occur_twice(write: Any) -> None:
     with pytest.raises(DataError, match="the key '1' is there twice"):
         files.read_predictions(write("p.json", b'{"1": "a", "1": "b"}'))
     with pytest.raises(DataError, match="2 ids occur more than once: '8', '7'"):
-        gold_files.read_gold(write("g.jsonl", [{"id": i, "suffix": "x"} for i in (7, 8, 8, 7)], lines=True))
+        files.read_gold(write("g.jsonl", [{"id": i, "suffix": "x"} for i in (7, 8, 8, 7)], lines=True))
 
 
 @pytest.mark.parametrize(
@@ -302,27 +301,27 @@ def test_broken_predictions(write: Any, content: bytes, message: str) -> None:
 
 def test_broken_references(write: Any) -> None:
     with pytest.raises(DataError, match="references of no known format; the keys are number"):
-        gold_files.read_gold(write("g.json", [{"number": 1}]))
+        files.read_gold(write("g.json", [{"number": 1}]))
     with pytest.raises(DataError, match="1 items have no gold text: '2'"):
-        gold_files.read_gold(write("g.jsonl", [{"id": 1, "suffix": "a"}, {"id": 2}], lines=True))
+        files.read_gold(write("g.jsonl", [{"id": 1, "suffix": "a"}, {"id": 2}], lines=True))
     coco: dict[str, list[Any]] = {
         "images": [{"id": 1}, {"id": 2}],
         "annotations": [{"image_id": 1, "caption": "a cat"}],
     }
     with pytest.raises(DataError, match="1 items have no gold text: '2'"):
-        gold_files.read_gold(write("g.json", coco))
+        files.read_gold(write("g.json", coco))
     coco["annotations"].append({"image_id": 3, "caption": "a dog"})
     with pytest.raises(DataError, match="image '3' is not among the images"):
-        gold_files.read_gold(write("g.json", coco))
+        files.read_gold(write("g.json", coco))
     coco["images"].append({"id": 1})
     with pytest.raises(DataError, match="1 ids occur more than once: '1'"):
-        gold_files.read_gold(write("g.json", coco))
+        files.read_gold(write("g.json", coco))
     with pytest.raises(DataError, match=r"'1': 'answer' should be a whole number from 0 to 1, got 2"):
-        gold_files.read_gold(write("g.json", {"1": {"choices": ["a", "b"], "answer": 2}}))
+        files.read_gold(write("g.json", {"1": {"choices": ["a", "b"], "answer": 2}}))
     with pytest.raises(ConfigError, match=r"unknown format 'coko' \(did you mean 'coco'\?\)"):
-        gold_files.read_gold(write("g.json", {"1": "a"}), "coko")
+        files.read_gold(write("g.json", {"1": "a"}), "coko")
     with pytest.raises(DataError, match="no 'annotations'"):
-        gold_files.read_gold(write("g.json", {"1": "a"}), "coco")
+        files.read_gold(write("g.json", {"1": "a"}), "coco")
 
 
 def test_a_missing_fact_is_refused(write: Any) -> None:
@@ -341,7 +340,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding
 
 
 def test_the_page_names_every_format() -> None:
-    assert set(files.PREDICTION_FORMATS) | set(gold_files.FORMATS) <= set(re.findall(r"`([a-z0-9_]+)`", PAGE))
+    assert set(files.prediction_formats()) | set(files.gold_formats()) <= set(re.findall(r"`([a-z0-9_]+)`", PAGE))
 
 
 def test_the_examples_of_the_page_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 from tasktools import Root, gold_scores_all, load, values
 
-from vlm.data import benchmarks as loaders
+from vlm import registry
+from vlm.data import reading
 from vlm.data.benchmarks import countbenchqa, mmmu
-from vlm.data.source import Folder, Row
+from vlm.data.rows import Row
+from vlm.data.source import Folder
 from vlm.errors import ConfigError, DataError
 from vlm.eval import metrics, tasks
 from vlm.eval.tasks import Task
@@ -78,7 +80,7 @@ def test_ai2d_without_images_still_loads_the_items(root: Root) -> None:
     ai2d_files(root)
     (root.path / "ai2d/images/0.png").unlink()
     with pytest.raises(DataError, match="2 of 2 images are missing"):
-        tasks.get("ai2d").load(root.path)
+        tasks.load(tasks.get("ai2d"), root.path)
 
 
 def refcoco_files(root: Root) -> None:
@@ -176,7 +178,7 @@ def test_multiple_choice_of_ones_own(root: Root) -> None:
     row = {"id": "1", "question": "Which?", "options": ["a cat", "a dog"], "answer": "B", "images": ["a.png", "b.png"]}
     root.images("mine/images/a.png", "mine/images/b.png")
     task = choices_task(root, [{**row, "subject": "zoology"}])
-    [example] = task.load(root.path)
+    [example] = tasks.load(task, root.path)
     assert example.prefix == "answer en Which? choose from: a cat \t a dog" and len(example.more_images) == 1
     assert values(task, [example], {"1": "a dog"}) == values(task, [example], {"1": "B"}) == {"multiple_choice": 1.0}
     assert task.groups([example], "subject") == {"1": "zoology"}
@@ -185,7 +187,7 @@ def test_multiple_choice_of_ones_own(root: Root) -> None:
         ({"images": []}, "no image; every item needs at least one"),
     ):
         with pytest.raises(DataError, match=f"mine/questions.jsonl, line 1: .*{message}"):
-            choices_task(root, [{**row, **wrong}]).load(root.path)
+            tasks.load(choices_task(root, [{**row, **wrong}]), root.path)
 
 
 MMMU_ROW = {
@@ -215,11 +217,11 @@ def test_mmmu_rows(tmp_path: Path) -> None:
 def test_mmmu_needs_the_extra(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     root.text("mmmu/data/README.md", "")
     with pytest.raises(DataError, match=r"no validation-\*\.parquet in it"):
-        tasks.get("mmmu").load(root.path)
+        tasks.load(tasks.get("mmmu"), root.path)
     root.text("mmmu/data/validation-00000-of-00001.parquet", "")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'vlm-backbone\[datasets\]'"):
-        tasks.get("mmmu").load(root.path)
+        tasks.load(tasks.get("mmmu"), root.path)
 
 
 def test_mmmu_reads_parquet_through_datasets(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,4 +272,4 @@ def test_countbenchqa_leaves_out_what_the_reference_leaves_out(tmp_path: Path) -
 
 def test_every_format_is_that_of_a_task() -> None:
     used = {tasks.get(name).format for name in tasks.names()} | {"jsonl", "choices"}
-    assert used == set(loaders.formats())
+    assert used == {*registry.kinds("vlm.data.benchmarks"), *reading.formats()}

@@ -16,7 +16,8 @@ from PIL import Image, ImageFile, PngImagePlugin
 from vlm.build.presets import tiny
 from vlm.errors import ImageError
 from vlm.images import load as images
-from vlm.images.load import CODES, ImageLimits, image_size, load_image, shown
+from vlm.images.load import CODES, ImageLimits, image_size, load_image
+from vlm.words import shown
 
 Image.init()
 AVIF = ["AVIF"] if "AVIF" in Image.SAVE else []  # from Pillow 11.3 on, where it was built with it

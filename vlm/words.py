@@ -1,6 +1,7 @@
 """Words for people: lists that stop somewhere, and rows in columns."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 LISTED = 10
@@ -41,3 +42,10 @@ def aligned(rows: Sequence[Sequence[str]], left: Iterable[int] | None = None) ->
         ).rstrip()
         for row in rows
     ]
+
+
+def shown(path: str | Path) -> str:
+    """A path for a message: as it is when it prints on one line, else escaped (control characters, broken UTF-8)."""
+    text = str(path)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-150:]}"

@@ -18,8 +18,9 @@ from vlm.errors import ImageError
 from vlm.generation.decoding import Decoding
 from vlm.generation.engine import Engine, Reply, Request
 from vlm.generation.schedule import Batching
-from vlm.images.load import load_image, shown
+from vlm.images.load import load_image
 from vlm.text import control
+from vlm.words import shown
 
 Group = Sequence[str]
 """Paths of the images of one question."""

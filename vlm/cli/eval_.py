@@ -83,10 +83,10 @@ class _ListTasks(Action):
     """Like --help: needs none of the options that are required otherwise."""
 
     def __call__(self, *_: Any) -> None:
-        from vlm.eval import tasks
+        from vlm.eval.tasks.catalogue import table
 
         with console.endings():
-            print(tasks.table())
+            print(table())
         raise SystemExit(console.OK)
 
 

@@ -64,13 +64,15 @@ def run(options: Namespace) -> int:
 
 
 def _list(as_json: bool) -> None:
-    from vlm.data.gold_files import FORMATS
-    from vlm.data.rows import PREDICTION_FORMATS
+    from vlm.eval.gold import gold_formats, prediction_formats
     from vlm.eval.scoring import metric_rows
     from vlm.words import aligned
 
     rows = metric_rows()
-    formats = {"references": {name: known.about for name, known in FORMATS.items()}, "predictions": PREDICTION_FORMATS}
+    formats = {
+        "references": {name: known.about for name, known in gold_formats().items()},
+        "predictions": {name: known.about for name, known in prediction_formats().items()},
+    }
     if as_json:
         print(json.dumps({"metrics": rows, "formats": formats}, indent=1))
         return

@@ -18,8 +18,8 @@ from vlm.data import strictjson
 from vlm.data.examples import Example, Labelled
 from vlm.data.problems import Refused
 from vlm.errors import DataError
-from vlm.images.load import shown
 from vlm.text import locations
+from vlm.words import shown
 
 KEYS = ("id", "image", "images", "prefix", "suffix", "references", "answers")
 LABELLED_KEYS = ("id", "image", "label")

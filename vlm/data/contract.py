@@ -1,4 +1,4 @@
-"""What the files of the rooms `formats` and `benchmarks` say of themselves."""
+"""What the files of the room `formats` say of themselves; for those of `benchmarks` see `vlm.data.official`."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from vlm.data.checks import ImageRoot
 from vlm.data.examples import Example, Labelled
 from vlm.data.problems import Problem, Refused, refusal
 from vlm.errors import DataError
-from vlm.images.load import shown
+from vlm.words import shown
 
 ROOM = "vlm.data.formats"
 DEFAULT = "jsonl"

@@ -1,56 +1,105 @@
-"""Prediction files of the benchmarks, read strictly: JSON or JSONL, the format told from the keys.
+"""One JSON object of a file, every access checked; and a file of such objects.
 
-A file is never read generously. An id that occurs twice, a prediction that is no text, a record with other keys than
-its neighbours: each is refused with its place, because what is skipped here would silently change a figure.
+An official file that lacks a field, or holds another type there, is refused with the file, the place and the field;
+nothing is skipped in silence, because what is skipped would change a figure.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from vlm import words
-from vlm.data import strictjson
-from vlm.errors import ConfigError, DataError, nearest
+from vlm.errors import DataError
 
-MAX_LISTED = 10
+_NO_GOLD = "is an empty list: there is nothing to compare an answer with. Is this a file of a hidden test split?"
+_NO_TEXT = "is an empty list, so that nothing could be right; give at least one text, or leave the item out"
 
 
-@dataclass(frozen=True)
 class Row:
-    """One JSON object of a file, with its place for messages; every getter raises DataError."""
+    """One JSON object; every getter raises DataError with the place.
 
-    values: Mapping[str, Any]
-    where: str
-    line: int = 0
-    """The line in a JSONL file, from 1; 0 elsewhere."""
+    Args:
+        values: the object.
+        parent: what it lies in: the file's name, or another row.
+        step: where in there, for errors.
+        line: the line in a JSONL file, from 1; 0 elsewhere.
+        official: it comes from a benchmark's file where its makers put it, so advice is to get that file.
+    """
+
+    __slots__ = ("_parent", "_step", "line", "official", "values")
+
+    def __init__(self, values: Any, parent: str | Row, *step: object, line: int = 0, official: bool = False) -> None:
+        self._parent = parent
+        self._step = step
+        self.line = line
+        self.official: bool = official or (isinstance(parent, Row) and parent.official)
+        if not isinstance(values, dict):
+            raise DataError(f"{self.where} should be an object with keys, got {in_json(values)}")
+        self.values: dict[str, Any] = values
+
+    @property
+    def where(self) -> str:
+        """The file and the place in it. Made on demand: files have millions of places."""
+        parent = self._parent if isinstance(self._parent, str) else self._parent.where
+        return f"{parent}, {' '.join(map(str, self._step))}" if self._step else parent
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.values:
+            hint = ". Is this the official file?" if self.official else ""
+            raise DataError(f"{self.where}: no {key!r}; it has {', '.join(map(repr, self.values)) or 'no keys'}{hint}")
+        return self.values[key]
 
     def text(self, key: str) -> str:
-        return text(self._get(key), f"{self.where}: {key!r}")
+        value = self[key]
+        if isinstance(value, str):
+            return value
+        hint = "; write an empty text for no answer" if value is None and not self.official else ""
+        raise DataError(f"{self.where}: {key!r} should be text, got {in_json(value)}{hint}")
 
     def texts(self, key: str) -> tuple[str, ...]:
-        return texts(self._get(key), f"{self.where}: {key!r}")
+        """A list of text, maybe empty."""
+        value = self._of_type(key, list, "a list of text")
+        for place, item in enumerate(value):
+            if not isinstance(item, str):
+                raise DataError(f"{self.where}: {key!r} {place} should be text, got {in_json(item)}")
+        return tuple(value)
 
-    def id(self, key: str) -> str:
-        return identifier(self._get(key), f"{self.where}: {key!r}")
+    def answers(self, key: str = "answers") -> tuple[str, ...]:
+        """A list of gold texts with at least one."""
+        return self.texts(key) or self._no_gold(key)
+
+    def key(self, key: str) -> str:
+        """An id: text, or a whole number as text."""
+        value = self[key]
+        if type(value) is int or (isinstance(value, str) and value.strip()):
+            return str(value)
+        raise DataError(f"{self.where}: {key!r} should be a text or a whole number, got {in_json(value)}")
+
+    def integer(self, key: str) -> int:
+        """A whole number, or one written as text (some official files quote them)."""
+        value = self[key]
+        if isinstance(value, str) and len(value) < 20 and value.removeprefix("-").isdecimal():
+            return int(value)
+        return self._of_type(key, int, "a whole number")
 
     def index(self, key: str, size: int) -> int:
         """A whole number from 0 to size - 1."""
-        value = self._get(key)
-        if isinstance(value, str) and len(value) < 20 and value.removeprefix("-").isdecimal():
-            value = int(value)  # some official files quote them
-        if type(value) is not int or not 0 <= value < size:
-            raise DataError(f"{self.where}: {key!r} should be a whole number from 0 to {size - 1}, got {value!r}")
-        return int(value)
+        found = self.integer(key)
+        if not 0 <= found < size:
+            raise DataError(f"{self.where}: {key!r} should be a whole number from 0 to {size - 1}, got {found}")
+        return found
 
     def flag(self, key: str) -> bool:
-        value = self._get(key)
-        if value not in (0, 1):
-            raise DataError(f"{self.where}: {key!r} should be true, false, 0 or 1, got {value!r}")
-        return bool(value)
+        """A truth value; 0 and 1 count (TallyQA writes booleans, VizWiz numbers)."""
+        value = self[key]
+        if value in (0, 1):
+            return bool(value)
+        raise DataError(f"{self.where}: {key!r} should be true, false, 0 or 1, got {in_json(value)}")
 
     def one_of(self, key: str, *known: str) -> str:
         """A text that is one of these."""
@@ -59,86 +108,48 @@ class Row:
             raise DataError(f"{self.where}: {key!r} should be {' or '.join(known)}, got {value!r}")
         return value
 
+    def box(self, key: str) -> tuple[float, ...]:
+        """Four numbers."""
+        value = self._of_type(key, list, "a list of four numbers")
+        if len(value) != 4 or not all(type(number) in (int, float) for number in value):
+            raise DataError(f"{self.where}: {key!r} should be a list of four numbers, got {in_json(value)}")
+        return tuple(float(number) for number in value)
+
+    def facts(self, *names: str) -> dict[str, str]:
+        """Those of these keys that are there, as text for breakdowns; a list of kinds as "form, layout"."""
+        return {name: self._joined(name) for name in names if name in self}
+
     def row(self, key: str) -> Row:
-        return row(self._get(key), f"{self.where}: {key!r}")
+        return Row(self[key], self, repr(key))
 
     def rows(self, key: str) -> list[Row]:
-        return rows(self._get(key), f"{self.where}: {key!r}")
+        """A list of objects."""
+        value = self._of_type(key, list, "a list of objects")
+        name = repr(key)
+        return [Row(item, self, name, index) for index, item in enumerate(value)]
 
-    def _get(self, key: str) -> Any:
-        if key not in self.values:
-            raise DataError(f"{self.where}: no {key!r}; it has {', '.join(map(repr, self.values)) or 'no keys'}")
-        return self.values[key]
+    def some_rows(self, key: str) -> list[Row]:
+        """A list of objects with at least one: gold answers."""
+        return self.rows(key) or self._no_gold(key)
 
+    def _joined(self, key: str) -> str:
+        value = self[key]
+        return ", ".join(sorted(self.texts(key))) or "none" if isinstance(value, list) else str(value or "none")
 
-def text(value: Any, where: str) -> str:
-    """A text, else DataError."""
-    if not isinstance(value, str):
-        hint = "; write an empty text for no answer" if value is None else ""
-        raise DataError(f"{where} should be text, got {json.dumps(value)[:80]}{hint}")
-    return value
+    def _no_gold(self, key: str) -> Any:
+        raise DataError(f"{self.where}: {key!r} {_NO_GOLD if self.official else _NO_TEXT}")
 
-
-def texts(value: Any, where: str) -> tuple[str, ...]:
-    """A list of texts with at least one, else DataError."""
-    if value == []:
-        raise DataError(
-            f"{where} is an empty list, so that nothing could be right; give at least one text, or leave the item out"
-        )
-    if not isinstance(value, list):
-        raise DataError(f"{where} should be a list of text, got {json.dumps(value)[:80]}")
-    return tuple(text(item, f"{where}[{number}]") for number, item in enumerate(value))
+    def _of_type(self, key: str, kind: type, expected: str) -> Any:
+        value = self[key]
+        if type(value) is not kind:
+            raise DataError(f"{self.where}: {key!r} should be {expected}, got {in_json(value)}")
+        return value
 
 
-def identifier(value: Any, where: str) -> str:
-    """A text or a whole number as text, else DataError."""
-    if type(value) is int or (isinstance(value, str) and value.strip()):
-        return str(value)
-    raise DataError(f"{where} should be a text or a whole number, got {json.dumps(value)[:80]}")
-
-
-def row(value: Any, where: str) -> Row:
-    """A JSON object, else DataError."""
-    if not isinstance(value, dict):
-        raise DataError(f"{where} should be an object with keys, got {json.dumps(value)[:80]}")
-    return Row(value, where)
-
-
-def rows(value: Any, where: str) -> list[Row]:
-    """A list of JSON objects, else DataError."""
-    if not isinstance(value, list):
-        raise DataError(f"{where} should be a list, got {json.dumps(value)[:80]}")
-    return [row(item, f"{where}[{number}]") for number, item in enumerate(value)]
-
-
-def once(pairs: Iterator[tuple[str, Any]], name: str) -> dict[str, Any]:
-    """Pairs of id and value as a dict. Raises DataError that lists the ids that occur more than once."""
-    found: dict[str, Any] = {}
-    twice: dict[str, None] = {}
-    for key, value in pairs:
-        if key in found:
-            twice[key] = None
-        found[key] = value
-    if twice:
-        raise DataError(
-            f"{name}: {len(twice)} ids occur more than once: {listed(list(twice))}; one of each can be meant"
-        )
-    if not found:
-        raise DataError(f"{name}: holds no item")
-    return found
-
-
-def without_extension(image: str) -> str:
-    """The name of an image file as an id: "val_0001.jpg" -> "val_0001"."""
-    return image.rsplit(".", 1)[0]
-
-
-def listed(ids: list[str]) -> str:
-    """The first ids, quoted, and how many follow."""
-    return words.listed(ids, MAX_LISTED, show=repr)
-
-
-# --- Bytes to JSON ----------------------------------------------------------------------------------------------------
+def in_json(value: Any) -> str:
+    """A JSON value in an error message."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(frozen=True)
@@ -155,143 +166,19 @@ class Document:
         return frozenset((self.records[0] if self.object is None else self.object).values)
 
     @property
-    def first(self) -> Row | None:
-        """The first value of the object, or the first record, where that is an object."""
+    def first(self) -> Mapping[str, Any]:
+        """The first value of the object, or the first record, where that is an object; else empty."""
+        values = self.records[0].values if self.object is None else next(iter(self.object.values.values()))
+        return values if isinstance(values, dict) else {}
+
+    @property
+    def whole(self) -> Row:
+        """The object. Raises DataError where the file is none."""
         if self.object is None:
-            return self.records[0]
-        values = next(iter(self.object.values.values()))
-        return Row(values, self.name) if isinstance(values, dict) else None
+            raise DataError(f"{self.name}: a list or JSONL; this format is one object")
+        return self.object
 
-
-def open_document(path: str | Path) -> Document:
-    """Read a file as JSON, or as JSONL where it holds one object per line. Raises DataError."""
-    name = str(path)
-    content = _decode(path, name)
-    start = content.lstrip()[:1]
-    if start not in ("{", "["):
-        what = "is empty" if not start else f"starts with {start!r}"
-        raise DataError(f"{name}: {what}; expected JSON, or JSONL with one object per line")
-    try:
-        value = strictjson.parse(content)
-    except strictjson.NotJSON as error:
-        if not isinstance(error, strictjson.ExtraData) or start != "{":
-            raise DataError(f"{name}: {error.in_words()}") from error
-        return Document(name, None, list(_lines(content, name)))
-    if isinstance(value, list):
-        value = rows(value, name)
-    if not value:
-        raise DataError(f"{name}: holds no item")
-    return Document(name, None, value) if isinstance(value, list) else Document(name, Row(value, name, 1), [])
-
-
-def _decode(path: str | Path, name: str) -> str:
-    data = strictjson.read_bytes(path)
-    strictjson.refuse_other_formats(
-        data[: strictjson.HEAD_BYTES], name, expected="expected JSON, or JSONL with one object per line", documents=True
-    )
-    try:
-        return strictjson.decode(data)
-    except strictjson.NotJSON as error:
-        raise DataError(f"{name}: {error.in_words()}") from error
-
-
-def _lines(content: str, name: str) -> Iterator[Row]:
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() would cut at U+2028 inside a text
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        try:
-            value = strictjson.parse(line)
-        except strictjson.NotJSON as error:
-            raise DataError(f"{where}: {error.in_words()}") from error
-        yield Row(row(value, where).values, where, number)
-
-
-# --- Predictions ------------------------------------------------------------------------------------------------------
-
-# name -> (key of the id, key of the text), for a JSON list or JSONL; tried in this order
-RECORD_KEYS = {
-    "jsonl": ("id", "prediction"),
-    "coco": ("image_id", "caption"),
-    "gqa": ("questionId", "prediction"),
-    "rrc": ("questionId", "answer"),
-    "vqa": ("question_id", "answer"),
-    "pope": ("question_id", "text"),
-    "nlvr2": ("identifier", "prediction"),
-    "vizwiz": ("image", "answer"),
-}
-PREDICTION_FORMATS = {
-    "jsonl": 'JSONL or list of {"id", "prediction"}, such as predictions.jsonl of vlm eval',
-    "coco": 'COCO results: list of {"image_id", "caption"}',
-    "gqa": 'GQA: list of {"questionId", "prediction"}',
-    "rrc": 'DocVQA, InfographicVQA: list of {"questionId", "answer"}',
-    "vqa": 'VQA results, also TextVQA, ST-VQA, POPE: list or JSONL of {"question_id", "answer"}',
-    "pope": 'POPE and ScienceQA as LLaVA writes them: JSONL of {"question_id", "text"}',
-    "nlvr2": 'NLVR2: list or JSONL of {"identifier", "prediction"}',
-    "vizwiz": 'VizWiz: list of {"image", "answer"}',
-    "scienceqa": 'ScienceQA results: {"outputs": {id: text}}',
-    "aokvqa_da": 'A-OKVQA: {id: {"direct_answer"}}',
-    "aokvqa_mc": 'A-OKVQA: {id: {"multiple_choice"}}',
-    "mapping": "{id: text}",
-}
-
-
-def read_predictions(path: str | Path, format: str | None = None) -> tuple[dict[str, str], str]:
-    """Predictions by id, and the name of the format, told from the content unless `format` is one of
-    `PREDICTION_FORMATS`.
-
-    Raises:
-        ConfigError: unknown format.
-        DataError: the file cannot be read as such, or an id occurs twice (listed).
-    """
-    if format is not None and format not in PREDICTION_FORMATS:
-        raise ConfigError(
-            f"unknown format of predictions {format!r}{nearest(format, PREDICTION_FORMATS)}; known: "
-            f"{', '.join(PREDICTION_FORMATS)}"
-        )
-    document = open_document(path)
-    found = format or _detect(document)
-    return once(_predictions(document, found), document.name), found
-
-
-def _detect(document: Document) -> str:
-    by_keys = next((name for name, keys in RECORD_KEYS.items() if document.keys.issuperset(keys)), None)
-    if by_keys is not None:
-        return by_keys
-    if document.object is not None:
-        values = document.object.values
-        if isinstance(values.get("outputs"), dict):
-            return "scienceqa"
-        if all(isinstance(value, str) for value in values.values()):
-            return "mapping"
-        first = document.first
-        both = {"direct_answer", "multiple_choice"} & set(first.values if first else ())
-        if len(both) == 1:
-            return {"direct_answer": "aokvqa_da", "multiple_choice": "aokvqa_mc"}[both.pop()]
-        if both:
-            raise DataError(
-                f"{document.name}: holds direct_answer and multiple_choice; name one with --predictions-format "
-                "aokvqa_da or aokvqa_mc"
-            )
-    raise DataError(
-        f"{document.name}: predictions of no known format; the keys are {', '.join(sorted(document.keys)[:MAX_LISTED])}"
-        f". Known: {'; '.join(f'{name}: {about}' for name, about in PREDICTION_FORMATS.items())}"
-    )
-
-
-def _predictions(document: Document, format: str) -> Iterator[tuple[str, str]]:
-    if format in RECORD_KEYS:
-        key, answer = RECORD_KEYS[format]
-        # One JSONL line is one JSON object.
-        for record in document.records or [document.object or Row({}, document.name)]:
-            said = record.text(answer)
-            yield (without_extension(record.text(key)) if format == "vizwiz" else record.id(key)), said
-        return
-    if document.object is None:
-        raise DataError(f"{document.name}: a list; predictions of format {format} are one object by id")
-    source = document.object.row("outputs") if format == "scienceqa" else document.object
-    for key in source.values:
-        if format.startswith("aokvqa"):
-            yield key, source.row(key).text("direct_answer" if format == "aokvqa_da" else "multiple_choice")
-        else:
-            yield key, source.text(key)
+    @property
+    def rows(self) -> list[Row]:
+        """The records; a single JSONL line is one too."""
+        return self.records or [self.whole]

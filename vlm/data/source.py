@@ -1,8 +1,4 @@
-"""What a loader reads from and what it makes: official files behind checks, and `Item`s.
-
-An official file that lacks a field, or holds another type there, is refused with the file, the item and the field
-named; nothing is skipped in silence.
-"""
+"""What a reader of a benchmark reads from: the files of a split, or one file with gold texts, behind checks."""
 
 from __future__ import annotations
 
@@ -11,164 +7,18 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from vlm.data import strictjson
+from vlm.data.items import File
+from vlm.data.rows import Document, Row
 from vlm.errors import ConfigError, DataError
-from vlm.images.load import shown
+from vlm.words import shown
 
-_NO_GOLD = "is an empty list: there is nothing to compare an answer with. Is this a file of a hidden test split?"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """One file or folder that a split needs."""
-
-    path: str
-    """Where it has to lie, below the data root."""
-    url: str = ""
-    """Where it comes from: the file itself, the archive that holds it, or the page with the download."""
-    also: tuple[str, ...] = ()
-    """Other paths under which releases have had it; the first that is there is taken."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """One item as an official file has it, before the prompt is made."""
-
-    id: str
-    images: tuple[Path | Image.Image, ...]
-    """The image, or several that the prompt is about, in order; none where it is about text alone."""
-    fields: Mapping[str, str] = field(default_factory=dict)
-    """What the prompt template may name: question, choices, language, ..."""
-    suffix: str | None = None
-    references: tuple[str, ...] = ()
-    answers: tuple[str, ...] = ()
-    info: Mapping[str, Any] = field(default_factory=dict)
-    """What metrics and breakdowns read; see `Example.info`."""
-
-
-def choice_fields(choices: Sequence[str]) -> dict[str, str]:
-    """Two spellings of the choices for prompts.
-
-    `choices` joins the texts with blank, tab, blank (PaliGemma's A-OKVQA and AI2D); `lettered_choices` is
-    "(A) red, (B) blue" (ScienceQA's, and PaliGemma's for it).
-    """
-    lettered = ", ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-    return {"choices": " \t ".join(choices), "lettered_choices": lettered}
-
-
-class Row:
-    """One JSON object of an official file; every access is checked.
-
-    Args:
-        values: the object.
-        parent: what it lies in: the file's name, or another row.
-        step: where in there, for errors.
-    """
-
-    __slots__ = ("_parent", "_step", "values")
-
-    def __init__(self, values: Any, parent: str | Row, *step: object) -> None:
-        self._parent = parent
-        self._step = step
-        if not isinstance(values, dict):
-            raise DataError(f"{self.where}: expected an object with keys, got {_shown(values)}")
-        self.values: dict[str, Any] = values
-
-    @property
-    def where(self) -> str:
-        """The file and the place in it. Made on demand: files have millions of places."""
-        parent = self._parent if isinstance(self._parent, str) else self._parent.where
-        return f"{parent}, {' '.join(map(str, self._step))}" if self._step else parent
-
-    def __contains__(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.values:
-            raise DataError(
-                f"{self.where}: no {key!r}; the object has {', '.join(map(repr, self.values)) or 'no keys'}. Is this"
-                f" the official file?"
-            )
-        return self.values[key]
-
-    def text(self, key: str) -> str:
-        return self._of_type(key, str, "text")
-
-    def integer(self, key: str) -> int:
-        """A whole number, or one written as text (some official files quote them)."""
-        value = self[key]
-        if isinstance(value, str) and len(value) < 20 and value.removeprefix("-").isdecimal():
-            return int(value)
-        return self._of_type(key, int, "a whole number")
-
-    def flag(self, key: str) -> bool:
-        """A truth value; 0 and 1 count (TallyQA writes booleans, VizWiz numbers)."""
-        value = self[key]
-        if value in (0, 1):
-            return bool(value)
-        raise DataError(f"{self.where}: {key!r} should be true or false, got {_shown(value)}")
-
-    def key(self, key: str) -> str:
-        """An id: text, or a whole number as text."""
-        value = self[key]
-        if type(value) is int or (isinstance(value, str) and value.strip()):
-            return str(value)
-        raise DataError(f"{self.where}: {key!r} should be text or a whole number, got {_shown(value)}")
-
-    def answers(self, key: str = "answers") -> tuple[str, ...]:
-        """A list of gold texts with at least one."""
-        found = self.texts(key)
-        if not found:
-            raise DataError(f"{self.where}: {key!r} {_NO_GOLD}")
-        return found
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        value = self._of_type(key, list, "a list of text")
-        if not all(isinstance(item, str) for item in value):
-            raise DataError(f"{self.where}: {key!r} should be a list of text, got {_shown(value)}")
-        return tuple(value)
-
-    def box(self, key: str) -> tuple[float, ...]:
-        """Four numbers."""
-        value = self._of_type(key, list, "a list of four numbers")
-        if len(value) != 4 or not all(type(number) in (int, float) for number in value):
-            raise DataError(f"{self.where}: {key!r} should be a list of four numbers, got {_shown(value)}")
-        return tuple(float(number) for number in value)
-
-    def row(self, key: str) -> Row:
-        return Row(self[key], self, repr(key))
-
-    def rows(self, key: str) -> list[Row]:
-        """A list of objects."""
-        value = self._of_type(key, list, "a list of objects")
-        name = repr(key)
-        return [Row(item, self, name, index) for index, item in enumerate(value)]
-
-    def some_rows(self, key: str) -> list[Row]:
-        """A list of objects with at least one: gold answers."""
-        found = self.rows(key)
-        if not found:
-            raise DataError(f"{self.where}: {key!r} {_NO_GOLD}")
-        return found
-
-    def _of_type(self, key: str, kind: type, expected: str) -> Any:
-        value = self[key]
-        if type(value) is not kind:
-            raise DataError(f"{self.where}: {key!r} should be {expected}, got {_shown(value)}")
-        return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+_JSON = "expected JSON, or JSONL with one object per line"
 
 
 @dataclass(frozen=True)
@@ -212,7 +62,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one split of one task, as a loader sees them."""
+    """The files of one split of one task, or of a file that is scored, as a reader sees them."""
 
     task: str
     split: str
@@ -221,12 +71,16 @@ class Source:
     """Role -> file; which roles there are is up to the loader."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the task's file passes to the loader for this split."""
+    opened: Mapping[str, Document] = field(default_factory=dict)
+    """Files that somebody has read already, by role."""
+    alone: bool = False
+    """There is only the file with the gold texts, to score predictions with."""
 
     def path(self, role: str) -> Path:
         """A file or folder that has to be there. Raises DataError that says what to download, and to where."""
         path = self.place(role)
         if not path.exists():
-            raise DataError(f"task {self.task!r}, split {self.split!r}: {self.missing(role)}")
+            raise DataError(f"{self._who}: {self.missing(role)}")
         return path
 
     def place(self, role: str) -> Path:
@@ -236,7 +90,8 @@ class Source:
         return there[0] if there else self.root / file.path
 
     def images(self, role: str = "images") -> Folder:
-        return Folder(self.place(role))
+        """A folder of images; where a file is scored alone, nobody looks into it."""
+        return Folder(self.root if self.alone else self.place(role))
 
     def missing(self, role: str) -> str:
         """What to do about a file that is not there."""
@@ -251,15 +106,16 @@ class Source:
         """A value that the split has to give. Raises ConfigError."""
         if name not in self.options:
             given = ", ".join(map(repr, self.options)) or "none"
-            raise ConfigError(
-                f"task {self.task!r}, split {self.split!r}: the loader needs the option {name!r}; it has {given}"
-            )
+            raise ConfigError(f"{self._who}: the loader needs the option {name!r}; it has {given}")
         return self.options[name]
 
     def text(self, role: str) -> str:
         """The file as text."""
         path = self.path(role)
-        return _decode(read_file(path), str(path))
+        try:
+            return strictjson.decode(strictjson.read_bytes(path))
+        except strictjson.NotJSON as error:
+            raise DataError(f"{path}: {error}; download the file again") from error
 
     def table(self, role: str, *columns: str) -> list[dict[str, str]]:
         """The file as CSV with a first line of column names, among them `columns`."""
@@ -277,57 +133,94 @@ class Source:
                     raise DataError(f"{self.place(role)}, row {number}: no {column}; the row is cut off")
         return rows
 
-    def json(self, role: str) -> Any:
-        path = self.path(role)
-        return parse_json(read_file(path), str(path))
-
     def object(self, role: str) -> Row:
         """The file as one object."""
-        return Row(self.json(role), self.files[role].path)
+        if role not in self.opened:
+            return read_object(self.path(role), self._file(role).path)
+        return self.opened[role].whole
 
-    def rows(self, role: str) -> list[Row]:
-        """The file as a list of objects."""
-        name = self.files[role].path
-        value = self.json(role)
-        if not isinstance(value, list):
-            raise DataError(f"{name}: expected a list at the top, got {_shown(value)}. Is this the official file?")
-        return [Row(item, name, "item", index) for index, item in enumerate(value)]
+    def records(self, role: str) -> Iterator[Row]:
+        """The objects of a JSON list, or of a file with one object per line, one after the other."""
+        if role in self.opened:
+            yield from self.opened[role].rows
+            return
+        path, name = self.path(role), self._file(role).path
+        content = _content(path, str(path), official=True)
+        if content.lstrip()[:1] == "[":
+            for number, item in enumerate(_parsed(content, str(path), official=True)):
+                yield Row(item, name, "item", number, official=True)
+            return
+        yield from _lines(content, str(path), lambda number: (name, "line", number), official=True)
 
-    def lines(self, role: str) -> Iterator[Row]:
-        """The file as one object per line."""
-        path = self.path(role)
-        name = self.files[role].path
-        for number, line in enumerate(read_file(path).split(b"\n"), 1):
-            if line.strip():
-                yield Row(parse_json(line, f"{path}, line {number}"), name, "line", number)
+    @property
+    def _who(self) -> str:
+        return "references alone" if self.alone else f"task {self.task!r}, split {self.split!r}"
 
     def _file(self, role: str) -> File:
         if role not in self.files:
             raise DataError(
-                f"task {self.task!r}, split {self.split!r}: the loader needs a file called {role!r}, the task names"
+                f"{self._who}: the loader needs a file called {role!r}, the task names"
                 f" {', '.join(map(repr, self.files)) or 'none'}"
             )
         return self.files[role]
 
 
-def read_file(path: Path, max_bytes: int | None = None) -> bytes:
-    """A file of bounded size (`strictjson.MAX_DOCUMENT_BYTES`). Raises DataError."""
-    return strictjson.read_bytes(path, max_bytes)
+def open_document(path: str | Path) -> Document:
+    """Read a file as JSON, or as JSONL where it holds one object per line. Raises DataError."""
+    name = str(path)
+    content = _content(path, name)
+    start = content.lstrip()[:1]
+    if start not in ("{", "["):
+        what = "is empty" if not start else f"starts with {start!r}"
+        raise DataError(f"{name}: {what}; {_JSON}")
+    try:
+        value = strictjson.parse(content)
+    except strictjson.NotJSON as error:
+        if not isinstance(error, strictjson.ExtraData) or start != "{":
+            raise DataError(f"{name}: {error.in_words()}") from error
+        return Document(name, None, list(_lines(content, name, lambda number: (f"{name}:{number}",))))
+    if not value:
+        raise DataError(f"{name}: holds no item")
+    if isinstance(value, list):
+        return Document(name, None, [Row(item, f"{name}[{number}]") for number, item in enumerate(value)])
+    return Document(name, Row(value, name, line=1), [])
 
 
-def _decode(data: bytes, where: str) -> str:
+def read_object(path: Path, name: str) -> Row:
+    """An official file that is one object; `name` is what errors about its fields call it. Raises DataError."""
+    return Row(parse_json(strictjson.read_bytes(path), str(path)), name, official=True)
+
+
+def _content(path: str | Path, name: str, official: bool = False) -> str:
+    data = strictjson.read_bytes(path)
+    strictjson.refuse_other_formats(data[: strictjson.HEAD_BYTES], name, expected=_JSON, documents=True)
     try:
         return strictjson.decode(data)
     except strictjson.NotJSON as error:
-        raise DataError(f"{where}: {error}; download the file again") from error
+        raise DataError(f"{name}: {error.in_words()}{_again(official)}") from error
+
+
+def _lines(content: str, name: str, place: Callable[[int], tuple[Any, ...]], official: bool = False) -> Iterator[Row]:
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() would cut at U+2028 inside a text
+        if line.strip():
+            where = f"{name}, line {number}" if official else f"{name}:{number}"
+            yield Row(_parsed(line, where, official), *place(number), line=number, official=official)
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Strict JSON in UTF-8. Raises DataError that begins with `where`."""
+    """Strict JSON in UTF-8, of an official file. Raises DataError that begins with `where`."""
+    return _parsed(data, where, official=True)
+
+
+def _parsed(data: str | bytes, where: str, official: bool) -> Any:
     try:
         return strictjson.parse(data)
     except strictjson.NotJSON as error:
-        raise DataError(f"{where}: {error.in_words()}; download the file again") from error
+        raise DataError(f"{where}: {error.in_words()}{_again(official)}") from error
+
+
+def _again(official: bool) -> str:
+    return "; download the file again" if official else ""
 
 
 def read_member(archive: zipfile.ZipFile, name: str, path: Path, max_bytes: int) -> bytes:

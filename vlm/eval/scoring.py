@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm.data.gold_files import Gold, check_questions, read_gold
-from vlm.data.rows import listed, read_predictions
+from vlm.data.items import Item, check_same
 from vlm.errors import ConfigError, DataError
 from vlm.eval import metrics as all_metrics
+from vlm.eval.gold import read_gold, read_predictions, read_questions
 from vlm.eval.metrics import Metric, MetricResult, registry
 from vlm.eval.tables import constant
 from vlm.version import __version__
-from vlm.words import aligned
+from vlm.words import aligned, listed
 
 BREAKDOWNS = (
     *("question_type", "answer_type", "split", "structural", "semantic", "subject", "grade", "kind", "category"),
@@ -52,8 +52,8 @@ def score_files(
         predictions, references: the files; the formats are told from their content.
         metrics: names, as a list or comma-separated.
         questions: VQA's questions file, whose ids must be those of the annotations.
-        format, predictions_format: force the format of the references (`vlm.data.gold_files.FORMATS`) or predictions
-            (`vlm.data.rows.PREDICTION_FORMATS`).
+        format, predictions_format: force the format of the references (`vlm.eval.gold.gold_formats()`) or predictions
+            (`prediction_formats()`).
         only_predicted: leave out items without a prediction, and say how many; refused otherwise.
         split: only the items whose `split` is this.
         by: facts for the breakdown instead of those of `BREAKDOWNS` that the annotations have.
@@ -71,7 +71,7 @@ def score_files(
     gold, gold_format = read_gold(references, format)
     notes: list[str] = []
     if questions is not None:
-        check_questions(questions, gold)
+        check_same(read_questions(questions), gold, str(questions))
     if split is not None:
         gold, said = _of_split(gold, said, split, notes)
     if only_predicted:
@@ -94,8 +94,8 @@ def score_files(
 
 
 def _of_split(
-    gold: dict[str, Gold], said: dict[str, str], split: str, notes: list[str]
-) -> tuple[dict[str, Gold], dict[str, str]]:
+    gold: dict[str, Item], said: dict[str, str], split: str, notes: list[str]
+) -> tuple[dict[str, Item], dict[str, str]]:
     splits = sorted({str(item.info["split"]) for item in gold.values() if "split" in item.info})
     kept = {key: item for key, item in gold.items() if item.info.get("split") == split}
     if not kept:
@@ -105,7 +105,7 @@ def _of_split(
     return kept, {key: text for key, text in said.items() if key not in others}
 
 
-def _only_predicted(gold: dict[str, Gold], said: Mapping[str, str], notes: list[str]) -> dict[str, Gold]:
+def _only_predicted(gold: dict[str, Item], said: Mapping[str, str], notes: list[str]) -> dict[str, Item]:
     kept = {key: item for key, item in gold.items() if key in said}
     if len(kept) < len(gold):
         notes.append(
@@ -115,22 +115,26 @@ def _only_predicted(gold: dict[str, Gold], said: Mapping[str, str], notes: list[
     return kept
 
 
-def _check_ids(gold: Mapping[str, Gold], said: Mapping[str, str], files: str) -> None:
+def _check_ids(gold: Mapping[str, Item], said: Mapping[str, str], files: str) -> None:
     missing = [key for key, item in gold.items() if key not in said and not item.left_out]
     extra = [key for key in said if key not in gold]
     if missing or extra:
-        parts = [f"{len(missing)} of {len(gold)} items have no prediction: {listed(missing)}"] if missing else []
-        parts += [f"{len(extra)} of {len(said)} predictions have no annotation: {listed(extra)}"] if extra else []
+        parts = [f"{len(missing)} of {len(gold)} items have no prediction: {_ids(missing)}"] if missing else []
+        parts += [f"{len(extra)} of {len(said)} predictions have no annotation: {_ids(extra)}"] if extra else []
         raise DataError(
             f"{files}: {'; '.join(parts)}. An item without an answer needs an empty prediction, which counts as wrong; "
             "--only-predicted leaves items without a prediction out and says so"
         )
 
 
+def _ids(ids: Sequence[str]) -> str:
+    return listed(ids, show=repr)
+
+
 # --- Scores -----------------------------------------------------------------------------------------------------------
 
 
-def _compute(metric: Metric, said: Mapping[str, str], gold: Mapping[str, Gold], notes: list[str]) -> MetricResult:
+def _compute(metric: Metric, said: Mapping[str, str], gold: Mapping[str, Item], notes: list[str]) -> MetricResult:
     kept = {key: item for key, item in gold.items() if item.scored(metric.reads)}
     reasons = [item.left_out for item in gold.values() if not item.scored(metric.reads)]
     notes += [
@@ -139,14 +143,14 @@ def _compute(metric: Metric, said: Mapping[str, str], gold: Mapping[str, Gold], 
     ]
     missing = [key for key in kept if key not in said]
     if missing:
-        raise DataError(f"{metric.name}: {len(missing)} of {len(kept)} items have no prediction: {listed(missing)}")
+        raise DataError(f"{metric.name}: {len(missing)} of {len(kept)} items have no prediction: {_ids(missing)}")
     references = {key: item.texts(metric.reads) for key, item in kept.items()}
     info = {key: item.info for key, item in kept.items()}
     result = registry.compute(metric.name, {key: said[key] for key in kept}, references, info)
     return replace(result, best_constant=registry.best_constant(metric, references, info))
 
 
-def _facts(gold: Mapping[str, Gold], by: Sequence[str] | None) -> list[str]:
+def _facts(gold: Mapping[str, Item], by: Sequence[str] | None) -> list[str]:
     """Facts to break scores down by: those asked for, which every item must have, else the usual ones that all have."""
     for fact in by or ():
         lacking = [key for key, item in gold.items() if item.info.get(fact) is None]
@@ -159,7 +163,7 @@ def _facts(gold: Mapping[str, Gold], by: Sequence[str] | None) -> list[str]:
     return list(by) if by else [f for f in BREAKDOWNS if all(item.info.get(f) is not None for item in gold.values())]
 
 
-def _by(result: MetricResult, gold: Mapping[str, Gold], facts: Sequence[str]) -> dict[str, Any]:
+def _by(result: MetricResult, gold: Mapping[str, Item], facts: Sequence[str]) -> dict[str, Any]:
     """Mean per-item score and number of items for each value of each fact that has several."""
     tables: dict[str, Any] = {}
     for fact in facts:

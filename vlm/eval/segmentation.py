@@ -15,17 +15,17 @@ Architecture, tokens and score follow big_vision's `evaluators/proj/paligemma/tr
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vlm.data.rows import listed
 from vlm.errors import CheckpointError, DataError
 from vlm.eval.metrics.result import MetricResult, mean_result
 from vlm.text.locations import BINS, NUM_CODES, first_segment
+from vlm.words import listed
 
 _GRID = 4
 _AT_ONCE = 64  # masks decoded together: some 40 MB of activations
@@ -72,7 +72,7 @@ class MaskDecoder:
         needed = [_CODE_BOOK, *(f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bias"))]
         missing = [name for name in needed if name not in self._weights]
         if missing:
-            raise CheckpointError(f"{path}: {len(missing)} arrays of the mask decoder are missing: {listed(missing)}")
+            raise CheckpointError(f"{path}: {len(missing)} arrays of the mask decoder are missing: {_named(missing)}")
         if len(self._weights[_CODE_BOOK]) != NUM_CODES:
             shape = self._weights[_CODE_BOOK].shape
             raise CheckpointError(f"{path}: {_CODE_BOOK} should have {NUM_CODES} rows, got the shape {shape}")
@@ -114,6 +114,10 @@ class MaskDecoder:
                 step = np.einsum("co,nchw->nohw", weight[:, :, i, j], x, optimize=True)
                 out[:, :, i : i + 2 * height : 2, j : j + 2 * width : 2] += step
         return out[:, :, 1:-1, 1:-1] + bias[:, None, None]
+
+
+def _named(names: Sequence[str]) -> str:
+    return listed(names, show=repr)
 
 
 def _relu(x: np.ndarray) -> np.ndarray:
@@ -158,10 +162,10 @@ def mean_mask_iou(predictions: Mapping[str, str], gold: Mapping[str, np.ndarray]
     for ids, others, what in ((gold, predictions, "masks without a prediction"), (predictions, gold, "predictions")):
         alone = [key for key in ids if key not in others]
         if alone:
-            raise DataError(f"predictions and gold masks must hold the same ids; {len(alone)} {what}: {listed(alone)}")
+            raise DataError(f"predictions and gold masks must hold the same ids; {len(alone)} {what}: {_named(alone)}")
     odd = [key for key, mask in gold.items() if mask.ndim != 2 or mask.dtype != bool]
     if odd or not gold:
-        raise DataError(f"gold masks must be bool[height, width]; {len(odd)} of {len(gold)} are not: {listed(odd)}")
+        raise DataError(f"gold masks must be bool[height, width]; {len(odd)} of {len(gold)} are not: {_named(odd)}")
     segments = {key: parse(predictions[key]) for key in gold}
     scores = dict.fromkeys(gold, 0.0)
     valid = [(key, segment) for key, segment in segments.items() if segment is not None]

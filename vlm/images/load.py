@@ -32,6 +32,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from vlm.errors import ImageError
+from vlm.words import shown
 
 logger = logging.getLogger(__name__)
 
@@ -250,13 +251,6 @@ def _from_array(value: Any, limits: ImageLimits) -> tuple[Image.Image, str]:
         )
     flat = value[..., 0] if value.ndim == 3 and channels == 1 else value
     return Image.fromarray(np.ascontiguousarray(flat)), name
-
-
-def shown(path: str | Path) -> str:
-    """A path for a message: as it is when it prints on one line, else escaped (control characters, broken UTF-8)."""
-    text = str(path)
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 300 else f"{text[:150]}...{text[-150:]}"
 
 
 def _read_file(path: str | Path, name: str, max_bytes: int) -> bytes:

@@ -6,27 +6,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.data.source import Source
 from vlm.errors import ConfigError, DataError
 from vlm.files import write_bytes
-from vlm.images.load import DEFAULT_LIMITS
 
 
-def rows(source: Source, image_columns: Sequence[str]) -> Iterable[Mapping[str, Any]]:
-    """The rows of the files that the option `pattern` names in the folder `data`; images as `{"bytes": ...}` or None.
+def rows(
+    folder: Path, pattern: str, image_columns: Sequence[str], *, missing: str, task: str
+) -> Iterable[Mapping[str, Any]]:
+    """The rows of the files of a folder with names like `pattern`; images as `{"bytes": ...}` or None.
+
+    Args:
+        missing: what to do where there is none, for the error.
+        task: who reads them, for the error.
 
     Raises:
         DataError: no such file. ConfigError: the library is not installed.
     """
-    folder, pattern = source.path("data"), source.option("pattern")
     files = sorted(str(path) for path in folder.glob(pattern))
     if not files:
-        raise DataError(f"{source.missing('data')} (no {pattern} in it)")
+        raise DataError(f"{missing} (no {pattern} in it)")
     try:
         import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ConfigError(
-            f"task {source.task!r} reads parquet files with the datasets library: pip install 'vlm-backbone[datasets]'"
+            f"task {task!r} reads parquet files with the datasets library: pip install 'vlm-backbone[datasets]'"
         ) from error
     table: Any = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows")
     for name in image_columns:
@@ -42,6 +45,8 @@ def written(data: bytes, path: Path) -> Path:
 
     Decoded, all images of a data set together take gigabytes; as files they are read when they are shown.
     """
+    from vlm.images.load import DEFAULT_LIMITS  # loads Pillow, which scoring does without
+
     if len(data) > DEFAULT_LIMITS.max_bytes:
         raise DataError(f"{path}: an image of {len(data):,} bytes; at most {DEFAULT_LIMITS.max_bytes:,} are read")
     # The length, because versions before wrote in place, and a kill left the beginning of a file.

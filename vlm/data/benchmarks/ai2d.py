@@ -16,14 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
-
-from vlm.data.source import Folder, Item, Row, Source, choice_fields, parse_json, read_file
+from vlm.data.items import Item, choice_fields
+from vlm.data.official import Benchmark
+from vlm.data.rows import Row
+from vlm.data.source import Folder, Source, read_object
 from vlm.errors import DataError, ImageError
-from vlm.images.load import load_image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _LARGEST = 100  # points; shrunk until the letter fits its rectangle
+
+FORMAT = Benchmark(about="AI2D's folders of questions and annotations, and the list of test images")
 
 
 def read(source: Source) -> Iterator[Item]:
@@ -33,16 +39,15 @@ def read(source: Source) -> Iterator[Item]:
         path = folder / f"{image}.png.json"
         if not path.exists():
             raise DataError(f"{path} is missing, though the test list names image {image}; unpack ai2d-all.zip again")
-        content = Row(parse_json(read_file(path), str(path)), f"{name}/{path.name}")
+        content = read_object(path, f"{name}/{path.name}")
         questions = content.row("questions")
         for question in questions.values:
             yield _item(source, content.text("imageName"), question, questions.row(question))
 
 
 def _item(source: Source, image: str, question: str, row: Row) -> Item:
-    choices, right = row.texts("answerTexts"), row.integer("correctAnswer")
-    if not 0 <= right < len(choices):
-        raise DataError(f"{row.where}: 'correctAnswer' is {right}, but there are {len(choices)} choices")
+    choices = row.texts("answerTexts")
+    right = row.index("correctAnswer", len(choices))
     lettered = row.flag("abcLabel")
     return Item(
         id=row.key("questionId"),
@@ -59,8 +64,10 @@ def _lettered(source: Source, image: str) -> Path:
     plain = source.images() / image
     if target.exists() or not plain.exists():
         return target
+    from vlm.images.load import load_image  # loads Pillow, which scoring does without
+
     path = Folder(source.path("annotations")) / f"{image}.json"
-    texts = Row(parse_json(read_file(path), str(path)), path.name).row("text")
+    texts = read_object(path, path.name).row("text")
     try:
         drawn = load_image(plain)
     except ImageError:
@@ -74,6 +81,8 @@ def _lettered(source: Source, image: str) -> Path:
 
 def draw_letter(image: Image.Image, label: Row) -> None:
     """Write `replacementText` over `rectangle`, black on white and as large as fits."""
+    from PIL import ImageDraw, ImageFont
+
     x1, y1, x2, y2 = _corners(label)
     draw = ImageDraw.Draw(image)
     left, right = sorted((x1, x2))

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vlm.data.source import Item, Source
+from vlm.data.items import Item
+from vlm.data.official import Benchmark
+from vlm.data.source import Source
+
+FORMAT = Benchmark(about='ChartQA: lists of {"imgname", "query", "label"}, one per part')
 
 
 def read(source: Source) -> Iterator[Item]:
@@ -18,7 +22,7 @@ def read(source: Source) -> Iterator[Item]:
     for part in source.files:
         if part == "images":
             continue
-        for number, row in enumerate(source.rows(part)):
+        for number, row in enumerate(source.records(part)):
             yield Item(
                 id=f"{part}-{number}",
                 images=(folder / row.text("imgname"),),

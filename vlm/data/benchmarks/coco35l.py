@@ -11,15 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vlm.data.source import Item, Source
+from vlm.data.items import Item
+from vlm.data.official import Benchmark
+from vlm.data.source import Source
 from vlm.errors import DataError
 
 _SOURCE_OF_ENGLISH = "de"
 
+FORMAT = Benchmark(about='COCO-35L: JSONL of {"image_id", "trg_lang", "caption_tokenized", "translation_tokenized"}')
+
 
 def read(source: Source) -> Iterator[Item]:
     captions: dict[tuple[str, str], list[str]] = {}
-    for row in source.lines("captions"):
+    for row in source.records("captions"):
         image, language = row.key("image_id").split("_")[0], row.text("trg_lang")
         captions.setdefault((language, image), []).append(row.text("translation_tokenized"))
         if language == _SOURCE_OF_ENGLISH:

@@ -9,27 +9,55 @@ Files: `captions`, and the folder `images`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from vlm.data.source import Item, Source
+from vlm.data.items import Item, Shown, once
+from vlm.data.official import Benchmark, Inside, Predictions
+from vlm.data.rows import Row
+from vlm.data.source import Folder, Source
 from vlm.errors import DataError
+
+FORMAT = Benchmark(
+    about='COCO captions: {"images", "annotations": [{"image_id", "caption"}]}',
+    name="coco",
+    gold="captions",
+    recognise=Inside("annotations", ("image_id", "caption")),
+    predictions=(
+        Predictions(
+            name="coco",
+            about='COCO results: list of {"image_id", "caption"}',
+            id="image_id",
+            text="caption",
+            order=1,
+        ),
+    ),
+    order=1,
+)
 
 
 def read(source: Source) -> Iterator[Item]:
     content = source.object("captions")
-    captions: dict[str, list[str]] = {row.key("id"): [] for row in content.rows("images")}
+    images = content.rows("images") if "images" in content else None
+    captions: dict[str, list[str]] = once(((row.key("id"), []) for row in images or ()), content.where)
     for row in content.rows("annotations"):
         image = row.key("image_id")
-        if image not in captions:
-            raise DataError(f"{row.where}: image {image} is not among the images of the file")
-        captions[image].append(row.text("caption"))
+        if images is not None and image not in captions:
+            raise DataError(f"{row.where}: image {image!r} is not among the images of the file")
+        captions.setdefault(image, []).append(row.text("caption"))
+    if images is None:  # enough to score captions; which file an image is, nobody says
+        for key, texts in captions.items():
+            yield Item(id=key, references=tuple(texts), show=partial(_unknown, content))
+        return
     folder = source.images()
-    for row in content.rows("images"):
+    for row in images:
         key = row.key("id")
-        if not captions[key]:
-            raise DataError(f"{row.where}: image {key} has no caption; is this a file of the hidden test split?")
-        yield Item(
-            id=key,
-            images=(folder / row.text("file_name"),),
-            references=tuple(captions[key]),
-            info={"domain": row.text("domain")} if "domain" in row else {},
-        )
+        facts = row.facts("domain")
+        yield Item(id=key, references=tuple(captions[key]), info=facts, show=partial(_show, folder, row))
+
+
+def _show(folder: Folder, row: Row) -> Shown:
+    return Shown(images=(folder / row.text("file_name"),))
+
+
+def _unknown(content: Row) -> Shown:
+    raise DataError(f"{content.where}: no 'images', so that captions are of no file. Is this the official file?")

@@ -12,20 +12,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from vlm.data.benchmarks import _parquet
-from vlm.data.source import Folder, Item, Row, Source
+from vlm.data.items import Item
+from vlm.data.official import Benchmark
+from vlm.data.rows import Row
+from vlm.data.source import Folder, Source
 from vlm.errors import DataError
+
+FORMAT = Benchmark(about='CountBench\'s Parquet file, and a list of {"question"}')
 
 
 def read(source: Source) -> Iterator[Item]:
-    questions = source.rows("questions")
-    yield from items(_parquet.rows(source, ["image"]), questions, source.images(), source.files["data"].path)
+    questions = list(source.records("questions"))
+    rows = _parquet.rows(
+        source.path("data"), source.option("pattern"), ["image"], missing=source.missing("data"), task=source.task
+    )
+    yield from items(rows, questions, source.images(), source.files["data"].path)
 
 
 def items(rows: Iterable[Mapping[str, Any]], questions: Sequence[Row], folder: Folder, where: str) -> Iterator[Item]:
     """The questions about images that are there."""
+    from PIL import Image, UnidentifiedImageError  # scoring does without Pillow
+
     table = list(rows)
     if len(table) != len(questions):
         raise DataError(f"{where}: {len(table)} rows, but there are {len(questions)} questions")

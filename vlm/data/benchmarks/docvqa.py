@@ -11,25 +11,49 @@ Files: `questions`, and the folder `images`. Options: `any_order`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import permutations
 from pathlib import PurePosixPath
 
-from vlm.data.source import Item, Source
+from vlm.data.items import Item, Shown
+from vlm.data.official import Benchmark, Inside, Predictions
+from vlm.data.rows import Row
+from vlm.data.source import Folder, Source
+
+FORMAT = Benchmark(
+    about='DocVQA, InfographicVQA: {"data": [{"questionId", "answers"}]}',
+    name="rrc",
+    gold="questions",
+    recognise=Inside("data", ("questionId", "answers")),
+    predictions=(
+        Predictions(
+            name="rrc",
+            about='DocVQA, InfographicVQA: list of {"questionId", "answer"}',
+            id="questionId",
+            text="answer",
+            order=3,
+        ),
+    ),
+    order=4,
+)
 
 
 def read(source: Source) -> Iterator[Item]:
     folder = source.images()
     for row in source.object("questions").rows("data"):
-        image = row.text("image_local_name" if "image_local_name" in row else "image")
         answers = row.answers("answers")
-        kinds = next((row.texts(key) for key in ("question_types", "answer_type") if key in row), ())
+        kinds = row.facts("question_types", "answer_type")
         yield Item(
             id=row.key("questionId"),
-            images=(folder / PurePosixPath(image).name,),
-            fields={"question": row.text("question")},
             answers=_orders(answers) if source.options.get("any_order", False) else answers,
-            info={"question_type": ", ".join(sorted(kinds)) or "none"},
+            info={"question_type": next(iter(kinds.values()), "none"), **row.facts("answer_type")},
+            show=partial(_show, folder, row),
         )
+
+
+def _show(folder: Folder, row: Row) -> Shown:
+    image = row.text("image_local_name" if "image_local_name" in row else "image")
+    return Shown(images=(folder / PurePosixPath(image).name,), fields={"question": row.text("question")})
 
 
 def _orders(answers: tuple[str, ...]) -> tuple[str, ...]:

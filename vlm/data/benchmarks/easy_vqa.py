@@ -11,15 +11,20 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from vlm.data.source import Item, Source, parse_json, read_member
+from vlm.data.items import Item
+from vlm.data.official import Benchmark
+from vlm.data.source import Source, parse_json, read_member
 from vlm.data.strictjson import MAX_MEMBER_BYTES
 from vlm.errors import DataError, ImageError
-from vlm.images.load import DEFAULT_LIMITS, load_image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _COLOURS = frozenset("black blue brown gray green red teal yellow".split())
+
+FORMAT = Benchmark(about="the archive of easy-VQA's data folder")
 
 
 def read(source: Source) -> Iterator[Item]:
@@ -61,6 +66,8 @@ def _checked(entry: object, where: str) -> tuple[str, str, int]:
 
 
 def _decode(archive: zipfile.ZipFile, name: str, path: Path) -> Image.Image:
+    from vlm.images.load import DEFAULT_LIMITS, load_image  # loads Pillow, which scoring does without
+
     try:
         return load_image(read_member(archive, name, path, DEFAULT_LIMITS.max_bytes))
     except ImageError as error:

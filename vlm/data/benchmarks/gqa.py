@@ -13,9 +13,29 @@ Files: one or more of questions (`questions`, or a language), and the folder `im
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from vlm.data.source import Item, Row, Source
+from vlm.data.items import Item, Shown
+from vlm.data.official import Benchmark, ById, Predictions
+from vlm.data.rows import Row
+from vlm.data.source import Folder, Source
+
+FORMAT = Benchmark(
+    about='GQA questions: {id: {"question", "answer"}}',
+    gold="questions",
+    recognise=ById(("question", "answer")),
+    predictions=(
+        Predictions(
+            name="gqa",
+            about='GQA: list of {"questionId", "prediction"}',
+            id="questionId",
+            text="prediction",
+            order=2,
+        ),
+    ),
+    order=11,
+)
 
 
 def read(source: Source) -> Iterator[Item]:
@@ -27,24 +47,22 @@ def read(source: Source) -> Iterator[Item]:
         questions = source.object(role)
         for key in questions.values:
             row = questions.row(key)
-            if "isBalanced" in row and not row.flag("isBalanced"):
-                continue  # the official script scores the balanced set only
+            balanced = row.flag("isBalanced") if "isBalanced" in row else True
             yield Item(
                 id="_".join([key, *language.values()]),
-                images=(folder / f"{row.text('imageId')}.jpg",),
-                fields={"question": row.text("question")},
                 answers=(row.text("answer"),),
                 info={**language, **_kinds(row)},
+                left_out="" if balanced else "not in GQA's balanced set",
+                show=partial(_show, folder, row),
             )
 
 
+def _show(folder: Folder, row: Row) -> Shown:
+    return Shown(images=(folder / f"{row.text('imageId')}.jpg",), fields={"question": row.text("question")})
+
+
 def _kinds(row: Row) -> dict[str, Any]:
-    if "types" not in row:
-        return {}
-    types = row.row("types")
-    structural = types.text("structural")
-    return {
-        "kind": "open" if structural == "query" else "binary",
-        "structural": structural,
-        "semantic": types.text("semantic"),
-    }
+    facts = row.row("types").facts("structural", "semantic") if "types" in row else {}
+    if "structural" not in facts:
+        return facts
+    return {"kind": "open" if facts["structural"] == "query" else "binary", **facts}

@@ -16,15 +16,23 @@ import ast
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from vlm.data.benchmarks import _parquet, choices
-from vlm.data.source import Folder, Item, Row, Source
+from vlm.data.benchmarks import _parquet
+from vlm.data.items import Item, lettered
+from vlm.data.official import Benchmark
+from vlm.data.rows import Row
+from vlm.data.source import Folder, Source
 from vlm.errors import DataError
 
 _IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 
+FORMAT = Benchmark(about="MMMU's Parquet files")
+
 
 def read(source: Source) -> Iterator[Item]:
-    yield from items(_parquet.rows(source, _IMAGES), source.images(), source.files["data"].path)
+    rows = _parquet.rows(
+        source.path("data"), source.option("pattern"), _IMAGES, missing=source.missing("data"), task=source.task
+    )
+    yield from items(rows, source.images(), source.files["data"].path)
 
 
 def items(rows: Iterable[Mapping[str, Any]], images: Folder, where: str) -> Iterator[Item]:
@@ -35,15 +43,13 @@ def items(rows: Iterable[Mapping[str, Any]], images: Folder, where: str) -> Iter
             continue
         key = row.text("id")
         given = {name: row.values[name] for name in _IMAGES if row.values.get(name)}
-        yield choices.item(
-            key,
-            row.text("question"),
-            _options(row),
-            row.text("answer"),
-            tuple(_parquet.written(image["bytes"], images / f"{key}-{name}") for name, image in given.items()),
-            {"subject": key.split("_", 1)[-1].rsplit("_", 1)[0], "subfield": row.text("subfield")},
-            row.where,
+        item = Item(
+            id=key,
+            images=tuple(_parquet.written(image["bytes"], images / f"{key}-{name}") for name, image in given.items()),
+            fields={"question": row.text("question")},
+            info={"subject": key.split("_", 1)[-1].rsplit("_", 1)[0], "subfield": row.text("subfield")},
         )
+        yield lettered(item, _options(row), row.text("answer"), row.where)
 
 
 def _options(row: Row) -> tuple[str, ...]:

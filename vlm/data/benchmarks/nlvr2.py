@@ -10,22 +10,42 @@ Files: `sentences`, and the folder `images`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from vlm.data.source import Item, Source
-from vlm.errors import DataError
+from vlm.data.items import Item, Shown
+from vlm.data.official import Benchmark, Each, Predictions
+from vlm.data.source import Folder, Source
+
+FORMAT = Benchmark(
+    about='NLVR2: JSONL of {"identifier", "sentence", "label"}',
+    gold="sentences",
+    recognise=Each(("identifier", "sentence", "label")),
+    predictions=(
+        Predictions(
+            name="nlvr2",
+            about='NLVR2: list or JSONL of {"identifier", "prediction"}',
+            id="identifier",
+            text="prediction",
+            order=6,
+        ),
+    ),
+    order=8,
+)
 
 
 def read(source: Source) -> Iterator[Item]:
     folder = source.images()
-    for row in source.lines("sentences"):
-        key, label = row.text("identifier"), row.text("label")
-        if label not in ("True", "False"):
-            raise DataError(f"{row.where}: 'label' should be True or False as text, got {label!r}")
-        pair, sentence = key.rsplit("-", 1)[0], row.text("sentence")
+    for row in source.records("sentences"):
+        label = row.one_of("label", "True", "False")
+        sentence = row.text("sentence")
         yield Item(
-            id=key,
-            images=(folder / f"{pair}-img0.png", folder / f"{pair}-img1.png"),
-            fields={"sentence": sentence},
+            id=row.key("identifier"),
             answers=(label,),
             info={"label": label, "sentence": sentence},
+            show=partial(_show, folder, row.key("identifier"), sentence),
         )
+
+
+def _show(folder: Folder, key: str, sentence: str) -> Shown:
+    pair = key.rsplit("-", 1)[0]
+    return Shown(images=(folder / f"{pair}-img0.png", folder / f"{pair}-img1.png"), fields={"sentence": sentence})

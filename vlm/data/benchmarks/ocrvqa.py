@@ -12,8 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from vlm.data.source import Item, Source
+from vlm.data.items import Item
+from vlm.data.official import Benchmark
+from vlm.data.source import Source
 from vlm.errors import DataError
+
+FORMAT = Benchmark(about='OCR-VQA: {id: {"questions", "answers", "split"}}')
 
 
 def read(source: Source) -> Iterator[Item]:

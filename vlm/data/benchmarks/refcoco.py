@@ -17,9 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vlm.data.source import Item, Source
+from vlm.data.items import Item
+from vlm.data.official import Benchmark
+from vlm.data.source import Source
 from vlm.errors import DataError
 from vlm.text.locations import box_to_loc
+
+FORMAT = Benchmark(about='RefCOCO: a list of {"ann_id", "sentences"}, and COCO\'s instances.json')
 
 
 def read(source: Source) -> Iterator[Item]:
@@ -28,7 +32,7 @@ def read(source: Source) -> Iterator[Item]:
     boxes = {row.integer("id"): row.box("bbox") for row in instances.rows("annotations")}
     images = {row.integer("id"): row for row in instances.rows("images")}
     folder = source.images()
-    for ref in source.rows("refs"):
+    for ref in source.records("refs"):
         if ref.text("split") != source.option("split"):
             continue
         annotation, image = ref.integer("ann_id"), ref.integer("image_id")

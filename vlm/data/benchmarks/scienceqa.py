@@ -6,39 +6,67 @@ empty hint becomes N/A, as in the official prompt.
 
 The gold answer is the letter. `candidates` are the sentences that PaliGemma is trained to say.
 
-Files: `problems`, and the folder `images`. Options: `split`.
+Files: `problems`, and the folder `images`. Options: `split`. Read alone, the problems are those of every split, with or
+without an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from vlm.data.source import LETTERS, Item, Source, choice_fields
-from vlm.errors import DataError
+from vlm.data.items import LETTERS, Item, Shown, choice_fields
+from vlm.data.official import Benchmark, ById, Predictions
+from vlm.data.rows import Row
+from vlm.data.source import Folder, Source
+
+FORMAT = Benchmark(
+    about='ScienceQA problems.json: {id: {"choices", "answer"}}',
+    gold="problems",
+    recognise=ById(("choices", "answer")),
+    predictions=(
+        Predictions(
+            name="scienceqa",
+            about='ScienceQA results: {"outputs": {id: text}}',
+            inside="outputs",
+            order=8,
+        ),
+    ),
+    order=10,
+)
 
 
 def read(source: Source) -> Iterator[Item]:
-    split = source.option("split")
-    folder = source.images()
     problems = source.object("problems")
+    folder = source.images()
+    split = None if source.alone else source.option("split")
     for key in problems.values:
         row = problems.row(key)
-        if row.text("split") != split or "image" not in row:
-            continue
-        choices, right = row.texts("choices"), row.integer("answer")
-        if not 0 <= right < len(choices):
-            raise DataError(f"{row.where}: 'answer' is {right}, but there are {len(choices)} choices")
-        hint = row.text("hint") or "N/A"
-        yield Item(
-            id=key,
-            images=(folder / f"{split}/{key}/{row.text('image')}",),
-            fields={"question": row.text("question"), "hint": hint, **choice_fields(choices)},
-            answers=(LETTERS[right],),
-            info={
-                "choices": choices,
-                "answer_index": right,
-                "candidates": tuple(f"The answer is {letter}." for letter in LETTERS[: len(choices)]),
-                "subject": row.text("subject"),
-                "grade": row.text("grade"),
-            },
-        )
+        if split is None:
+            yield _item(key, row, folder, row.facts("split"))
+        elif row.text("split") == split and "image" in row:
+            yield _item(key, row, folder, {})
+
+
+def _item(key: str, row: Row, folder: Folder, facts: dict[str, str]) -> Item:
+    choices = row.texts("choices")
+    right = row.index("answer", len(choices))
+    return Item(
+        id=key,
+        answers=(LETTERS[right],),
+        info={
+            "choices": choices,
+            "answer_index": right,
+            "candidates": tuple(f"The answer is {letter}." for letter in LETTERS[: len(choices)]),
+            **row.facts("subject", "grade"),
+            **facts,
+        },
+        show=partial(_show, folder, key, row, choices),
+    )
+
+
+def _show(folder: Folder, key: str, row: Row, choices: tuple[str, ...]) -> Shown:
+    return Shown(
+        images=(folder / f"{row.text('split')}/{key}/{row.text('image')}",),
+        fields={"question": row.text("question"), "hint": row.text("hint") or "N/A", **choice_fields(choices)},
+    )

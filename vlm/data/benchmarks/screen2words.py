@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vlm.data.source import Item, Source
+from vlm.data.items import Item
+from vlm.data.official import Benchmark
+from vlm.data.source import Source
 from vlm.errors import DataError
+
+FORMAT = Benchmark(about="Screen2Words: a table of screenId and summary, and lists of screens")
 
 
 def read(source: Source) -> Iterator[Item]:

@@ -14,11 +14,15 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from vlm.data.source import Item, Source
+from vlm.data.items import Item
+from vlm.data.official import Benchmark
+from vlm.data.source import Source
 from vlm.errors import DataError
 
 _NAME = "PSEUDO_VAL_IMAGE_PATHS"
 _COCO = "coco-text/"
+
+FORMAT = Benchmark(about='ST-VQA: {"data": [{"question_id", "file_path", "answers"}]}')
 
 
 def read(source: Source) -> Iterator[Item]:

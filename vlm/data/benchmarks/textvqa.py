@@ -11,13 +11,25 @@ Files: `questions`, the folder `images`, and `rotation` (optional).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from vlm.data.source import Item, Source
+from vlm.data.items import Item, Shown
+from vlm.data.official import Benchmark, Inside
+from vlm.data.rows import Row
+from vlm.data.source import Folder, Source
 from vlm.errors import DataError, ImageError
-from vlm.images.load import load_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMAT = Benchmark(
+    about='TextVQA, ST-VQA: {"data": [{"question_id", "answers"}]}',
+    gold="questions",
+    recognise=Inside("data", ("question_id", "answers")),
+    order=3,
+)
 
 
 def read(source: Source) -> Iterator[Item]:
@@ -25,15 +37,19 @@ def read(source: Source) -> Iterator[Item]:
     turns = _turns(source.table("rotation", "ImageID", "Rotation")) if source.has("rotation") else {}
     upright: dict[str, Path | Image.Image] = {}
     for row in source.object("questions").rows("data"):
-        image = row.key("image_id")
-        if image not in upright:
-            upright[image] = _upright(folder / f"{image}.jpg", turns.get(image, 0))
         yield Item(
             id=row.key("question_id"),
-            images=(upright[image],),
-            fields={"question": row.text("question")},
             answers=row.answers("answers"),
+            info=row.facts("question_type", "answer_type"),
+            show=partial(_show, folder, turns, upright, row),
         )
+
+
+def _show(folder: Folder, turns: dict[str, int], upright: dict[str, Path | Image.Image], row: Row) -> Shown:
+    image = row.key("image_id")
+    if image not in upright:
+        upright[image] = _upright(folder / f"{image}.jpg", turns.get(image, 0))
+    return Shown(images=(upright[image],), fields={"question": row.text("question")})
 
 
 def _turns(table: list[dict[str, str]]) -> dict[str, int]:
@@ -50,6 +66,8 @@ def _turns(table: list[dict[str, str]]) -> dict[str, int]:
 def _upright(path: Path, turns: int) -> Path | Image.Image:
     if not turns:
         return path
+    from vlm.images.load import load_image  # loads Pillow, which scoring does without
+
     try:
         return load_image(path).rotate(90 * turns, expand=True)
     except ImageError:

@@ -9,18 +9,37 @@ Files: `questions`, and the folder `images`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from vlm.data.source import Item, Source
+from vlm.data.items import Item, Shown
+from vlm.data.official import Benchmark, Each, Predictions, without_extension
+from vlm.data.rows import Row
+from vlm.data.source import Folder, Source
+
+FORMAT = Benchmark(
+    about='VizWiz: list of {"image", "question", "answers": [{"answer"}]}',
+    gold="questions",
+    recognise=Each(("image", "question", "answers")),
+    predictions=(
+        Predictions(
+            name="vizwiz", about='VizWiz: list of {"image", "answer"}', id="image", text="answer", images=True, order=7
+        ),
+    ),
+    order=6,
+)
 
 
 def read(source: Source) -> Iterator[Item]:
     folder = source.images()
-    for row in source.rows("questions"):
-        image = row.text("image")
+    for row in source.records("questions"):
+        answerable = {"answerable": row.flag("answerable")} if "answerable" in row else {}
         yield Item(
-            id=image.rsplit(".", 1)[0],
-            images=(folder / image,),
-            fields={"question": row.text("question")},
+            id=without_extension(row.text("image")),
             answers=tuple(answer.text("answer") for answer in row.some_rows("answers")),
-            info={"answer_type": row.text("answer_type"), "answerable": row.flag("answerable")},
+            info={**row.facts("answer_type"), **answerable},
+            show=partial(_show, folder, row),
         )
+
+
+def _show(folder: Folder, row: Row) -> Shown:
+    return Shown(images=(folder / row.text("image"),), fields={"question": row.text("question")})

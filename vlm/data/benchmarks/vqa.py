@@ -4,7 +4,7 @@ Questions `{"questions": [{"question_id", "image_id", "question"}]}`, annotation
 "question_type", "answer_type", "answers": [{"answer", "answer_confidence", "answer_id"}], "multiple_choice_answer"}]}`
 (visualqa.org, and big_vision `datasets/vqa` and `datasets/okvqa`). Images are `COCO_{folder}_{image_id:012d}.jpg`.
 OK-VQA's `answers` hold stemmed text in `answer` and the typed one in `raw_answer`; like the official script, `answer`
-is compared.
+is compared. Like it too, both files have to hold the same questions.
 
 Files: `questions`, `annotations`, and the folder `images`.
 """
@@ -12,28 +12,54 @@ Files: `questions`, `annotations`, and the folder `images`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
-from vlm.data.source import Item, Row, Source
-from vlm.errors import DataError
+from vlm.data.items import Item, Shown, check_same, once
+from vlm.data.official import Benchmark, Inside, Predictions
+from vlm.data.rows import Row
+from vlm.data.source import Folder, Source
+
+FORMAT = Benchmark(
+    about='VQA v2, OK-VQA: {"annotations": [{"question_id", "answers": [{"answer"}]}]}',
+    gold="annotations",
+    recognise=Inside("annotations", ("question_id", "answers")),
+    predictions=(
+        Predictions(
+            name="vqa",
+            about='VQA results, also TextVQA, ST-VQA, POPE: list or JSONL of {"question_id", "answer"}',
+            id="question_id",
+            text="answer",
+            order=4,
+        ),
+    ),
+    order=2,
+)
 
 
 def read(source: Source) -> Iterator[Item]:
-    annotations: dict[str, Row] = {}
-    for row in source.object("annotations").rows("annotations"):
-        key = row.key("question_id")
-        if key in annotations:
-            raise DataError(f"{row.where}: question {key} is annotated twice; only one of the two can be meant")
-        annotations[key] = row
+    annotations = source.object("annotations")
+    items = (_item(row) for row in annotations.rows("annotations"))
+    if not source.has("questions"):
+        yield from items
+        return
+    gold = once(((item.id, item) for item in items), annotations.where)
+    questions = source.object("questions")
+    asked = once(((row.key("question_id"), row) for row in questions.rows("questions")), questions.where)
+    check_same(asked, gold, questions.where)
     folder = source.images()
-    for row in source.object("questions").rows("questions"):
-        key = row.key("question_id")
-        if key not in annotations:
-            raise DataError(f"{row.where}: question {key} is not in {source.files['annotations'].path}")
-        facts = annotations[key]
-        yield Item(
-            id=key,
-            images=(folder / f"COCO_{folder.path.name}_{row.integer('image_id'):012d}.jpg",),
-            fields={"question": row.text("question")},
-            answers=tuple(answer.text("answer") for answer in facts.some_rows("answers")),
-            info={name: facts.text(name) for name in ("question_type", "answer_type") if name in facts},
-        )
+    for key, row in asked.items():
+        yield replace(gold[key], show=partial(_show, folder, row))
+
+
+def _item(row: Row) -> Item:
+    return Item(
+        id=row.key("question_id"),
+        answers=tuple(answer.text("answer") for answer in row.some_rows("answers")),
+        info=row.facts("question_type", "answer_type"),
+    )
+
+
+def _show(folder: Folder, row: Row) -> Shown:
+    image = folder / f"COCO_{folder.path.name}_{row.integer('image_id'):012d}.jpg"
+    return Shown(images=(image,), fields={"question": row.text("question")})

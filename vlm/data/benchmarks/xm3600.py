@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vlm.data.source import Item, Source
+from vlm.data.items import Item
+from vlm.data.official import Benchmark
+from vlm.data.source import Source
+
+FORMAT = Benchmark(about='Crossmodal-3600: JSONL of {"image/key", language: {"caption"}}')
 
 
 def read(source: Source) -> Iterator[Item]:
     folder = source.images()
-    rows = list(source.lines("captions"))
+    rows = list(source.records("captions"))
     for language in source.option("languages"):
         for row in rows:
             key = row.text("image/key")

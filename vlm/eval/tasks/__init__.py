@@ -2,28 +2,34 @@
 
 from vlm.eval import tasks
 task = tasks.get("vqav2")
-examples = task.load(Path("data"), limit=100)
+examples = tasks.load(task, Path("data"), limit=100)
 """
 
-from vlm.data.source import File, Item, Row, Source
-from vlm.eval.tasks.catalogue import Selected, get, load_file, names, select, table
-from vlm.eval.tasks.task import POST, Published, Split, Task, TaskDecoding, fill
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "POST",
-    "File",
-    "Item",
-    "Published",
-    "Row",
-    "Selected",
-    "Source",
-    "Split",
-    "Task",
-    "TaskDecoding",
-    "fill",
-    "get",
-    "load_file",
-    "names",
-    "select",
-    "table",
-]
+from vlm.registry import door
+
+_HOMES = {
+    **dict.fromkeys(("POST", "Published", "Split", "Task", "TaskDecoding", "fill"), "task"),
+    **dict.fromkeys(("Selected", "get", "load_file", "names", "select", "table"), "catalogue"),
+    "load": "loading",
+}
+
+__all__ = list(_HOMES)
+
+if TYPE_CHECKING:
+    from vlm.eval.tasks.catalogue import Selected as Selected
+    from vlm.eval.tasks.catalogue import get as get
+    from vlm.eval.tasks.catalogue import load_file as load_file
+    from vlm.eval.tasks.catalogue import names as names
+    from vlm.eval.tasks.catalogue import select as select
+    from vlm.eval.tasks.catalogue import table as table
+    from vlm.eval.tasks.loading import load as load
+    from vlm.eval.tasks.task import POST as POST
+    from vlm.eval.tasks.task import Published as Published
+    from vlm.eval.tasks.task import Split as Split
+    from vlm.eval.tasks.task import Task as Task
+    from vlm.eval.tasks.task import TaskDecoding as TaskDecoding
+    from vlm.eval.tasks.task import fill as fill
+
+__getattr__, __dir__ = door(__name__, _HOMES)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm import settings
-from vlm.data.source import File
+from vlm.data.items import File
 from vlm.errors import ConfigError, nearest
 from vlm.eval.tasks.task import Split, Task, TaskDecoding, check_scoring
 from vlm.words import columns

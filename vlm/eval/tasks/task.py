@@ -6,21 +6,15 @@ the prompt, how answers are decoded and cleaned, the metrics, and what others ha
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from vlm.data import benchmarks as loaders
 from vlm.data.examples import Example
-from vlm.data.source import File, Item, Source
+from vlm.data.items import File
 from vlm.errors import ConfigError, DataError, nearest
 from vlm.generation.decoding import TASK_TOKENS, BeamSearch, Decoding
-
-logger = logging.getLogger(__name__)
 
 POST: dict[str, Callable[[str], str]] = {
     "none": lambda text: text,
@@ -30,7 +24,6 @@ POST: dict[str, Callable[[str], str]] = {
 }
 """Named clean-ups of an answer before it is scored."""
 _SLOT = re.compile(r"\{(\w+)\}")
-_LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +74,7 @@ class Task:
     name: str
     title: str
     format: str
-    """A loader, see `vlm.data.benchmarks`."""
+    """A file of `vlm.data.benchmarks`, or an annotation format (`vlm.data.formats`)."""
     splits: dict[str, Split]
     default_split: str
     prompt: str
@@ -117,31 +110,6 @@ class Task:
             )
         return self.splits[chosen]
 
-    def load(self, root: Path, split: str | None = None, limit: int | None = None) -> list[Example]:
-        """The items of a split, from the official files below `root`.
-
-        Images that are not there stay in the list (the harness counts them as wrong) and are counted in a warning.
-
-        Args:
-            root: the folder that all of a task's paths are relative to.
-            split: name of a split; the task's own default for None.
-            limit: only the first so many items.
-
-        Raises:
-            ConfigError: an unknown split or format, or a prompt that names a field the loader does not give.
-            DataError: a file that is missing (the message says what to download, and to where) or not as the format
-                says; no image of the split is there.
-        """
-        chosen = self.split(split)
-        source = Source(self.name, split or self.default_split, Path(root), chosen.files, chosen.options)
-        items = islice(loaders.get(self.format)(source), limit)
-        file = str(source.place(next(iter(chosen.files))))
-        examples = [self._example(item, file, number) for number, item in enumerate(items, 1)]
-        if not examples:
-            raise DataError(f"task {self.name!r}, split {source.split!r}: no item in {file}")
-        self._report_missing(examples, source)
-        return examples
-
     def candidates_of(self, example: Example) -> tuple[str, ...]:
         """What `likelihood` chooses from for one item. Raises DataError if nobody says."""
         given = self.candidates or example.info.get("candidates") or example.info.get("choices") or ()
@@ -166,37 +134,6 @@ class Task:
                 f" items have {', '.join(known) or 'nothing'}"
             )
         return {example.id: str(example.info[key]) for example in examples}
-
-    def _example(self, item: Item, file: str, number: int) -> Example:
-        return Example(
-            id=item.id,
-            image=item.images[0] if item.images else None,
-            prefix=fill(self.prompt, item.fields, where=f"task {self.name!r}, item {item.id!r}"),
-            suffix=item.suffix,
-            references=item.references,
-            answers=item.answers,
-            file=file,
-            line=number,
-            more_images=item.images[1:],
-            info=item.info,
-        )
-
-    def _report_missing(self, examples: Sequence[Example], source: Source) -> None:
-        paths = {image for ex in examples for image in ex.images if isinstance(image, Path)}
-        missing = sorted(path for path in paths if not path.is_file())
-        if not missing:
-            return
-        where = "; ".join(
-            f"{source.place(role)} from {file.url}"
-            for role, file in source.files.items()
-            if file.url and role.startswith("images")
-        )
-        hint = f"; images belong in {where}" if where else ""
-        listed = ", ".join(map(str, missing[:_LISTED])) + (", ..." if len(missing) > _LISTED else "")
-        text = f"task {self.name!r}, split {source.split!r}: {len(missing)} of {len(paths)} images are missing"
-        if len(missing) == len(paths):
-            raise DataError(f"{text}: {listed}{hint}")
-        logger.warning("%s and count as wrong: %s%s", text, listed, hint)
 
 
 def check_scoring(metrics: Sequence[str], post: str) -> None:
