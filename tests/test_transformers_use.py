@@ -4,6 +4,8 @@ mapping that such code expects."""
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -213,3 +215,20 @@ def test_a_batch_is_a_mapping() -> None:
     with pytest.raises(TypeError, match="needs attention_mask"):
         Batch(input_ids=labels)
     assert IMAGE_TOKENS * 3 == int((batch["input_ids"] == own().config.image_token_id).sum())
+
+
+def test_auto_classes_open_our_models_after_one_import() -> None:
+    """In a process of its own: here everything has been imported already."""
+    code = """
+import vlm.model
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+config = AutoConfig.for_model("vlm", image_token_id=7)
+print(type(config).__name__)
+for auto in (AutoModel, AutoModelForImageTextToText):
+    print(auto._model_mapping[type(config)].__name__)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+print(PROCESSOR_MAPPING[type(config)].__name__)
+"""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.split() == ["VLMConfig", "VLMModel", "VLM", "Processor"]

@@ -15,7 +15,7 @@ from vlm.checkpoints.image_settings import NAFLEX, SQUARES, change_transform
 from vlm.encoders._layers import feature_layers, feature_width
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
-from vlm.model import projecting
+from vlm.model import decoder, projecting
 from vlm.model.config import VLMConfig
 from vlm.model.parts import choose_layers
 from vlm.registry import part
@@ -234,7 +234,7 @@ def _transform_as(transform: ImageTransform, kind: str, config: Any) -> ImageTra
 
 def _check_context(config: VLMConfig, transform: ImageTransform) -> None:
     """Refuse images that alone fill the decoder's context."""
-    most = getattr(config.text_config, "max_position_embeddings", None)
+    most = decoder.facts(config.text_config).context
     grid = transform.grid(0, 0) if transform.mode != "naflex" else (1, transform.max_patches)
     tokens = projecting.num_tokens(config.projector_config, grid)
     if most is not None and tokens + 3 > most:  # BOS, newline, EOS

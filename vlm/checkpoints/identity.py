@@ -54,7 +54,7 @@ def of_model(model: VLM, processor: Processor) -> dict[str, Any]:
         "dtype": ", ".join(sorted({dtype_name(parameter.dtype) for parameter in model.parameters()})),
         "attention": {
             "vision_tower": getattr(model.config.vision_config, "_attn_implementation", None),
-            "decoder": getattr(model.config.text_config, "_attn_implementation", None),
+            "decoder": model.config.text_config._attn_implementation,
         },
         "generation": _generation_settings(model),
     }

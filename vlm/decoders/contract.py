@@ -31,6 +31,7 @@ class Facts:
     Attributes:
         embedding_scale: what the embedding layer multiplies token embeddings by; image tokens are not scaled.
         layer_types: of each layer, `full_attention` or `sliding_attention`.
+        context: positions that it has learnt; None where it does not say.
         window: keys that a sliding layer sees, or None.
         attention_softcap: c of `c * tanh(score / c)` on attention scores, or None.
         final_softcap: the same on logits.
@@ -41,6 +42,7 @@ class Facts:
 
     embedding_scale: float
     layer_types: tuple[str, ...]
+    context: int | None = None
     window: int | None = None
     attention_softcap: float | None = None
     final_softcap: float | None = None
@@ -63,6 +65,7 @@ class Spec:
         config, model: transformers' classes; the model without an output layer.
         blocks: names of the classes that `device_map` and FSDP keep whole.
         facts: reads the rest out of a configuration.
+        final_softcap_setting: the field of a configuration that holds the soft-cap of the logits, if there is one.
         small: settings of a configuration for tests.
         checkpoints: further `model_type`s of files that hold this decoder, beside its own.
         bos, eos, separator: tokens around a prompt, `[bos] prefix [separator] suffix [eos]`.
@@ -78,6 +81,7 @@ class Spec:
     model: type[PreTrainedModel]
     blocks: tuple[str, ...]
     facts: Callable[[Any], Facts]
+    final_softcap_setting: str | None = None
     small: Mapping[str, Any] = field(default_factory=lambda: SMALL)
     checkpoints: tuple[str, ...] = ()
     bos: str = "<bos>"

@@ -17,6 +17,7 @@ def facts(config: Any) -> Facts:
     cap = getattr(config, "attn_logit_softcapping", None)
     return Facts(
         embedding_scale=config.hidden_size**0.5,
+        context=config.max_position_embeddings or None,
         layer_types=(FULL,) * config.num_hidden_layers,
         attention_softcap=cap,
         final_softcap=getattr(config, "final_logit_softcapping", None),
@@ -31,5 +32,6 @@ SPEC = Spec(
     model=GemmaModel,
     blocks=("GemmaDecoderLayer",),
     facts=facts,
+    final_softcap_setting="final_logit_softcapping",
     in_paligemma=True,
 )

@@ -18,6 +18,7 @@ def facts(config: Any) -> Facts:
     """Layer types, window and soft-caps are settings."""
     return Facts(
         embedding_scale=config.hidden_size**0.5,
+        context=config.max_position_embeddings or None,
         layer_types=tuple(config.layer_types),
         window=config.sliding_window,
         attention_softcap=config.attn_logit_softcapping,
@@ -32,6 +33,7 @@ SPEC = Spec(
     model=Gemma2Model,
     blocks=("Gemma2DecoderLayer",),
     facts=facts,
+    final_softcap_setting="final_logit_softcapping",
     small={**SMALL, "query_pre_attn_scalar": 8, "sliding_window": 8},
     in_paligemma=True,
     window_in_paligemma=False,

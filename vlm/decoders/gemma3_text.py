@@ -16,6 +16,7 @@ def facts(config: Any) -> Facts:
     """Layer types and window are settings; so are the soft-caps, which published checkpoints leave out."""
     return Facts(
         embedding_scale=config.hidden_size**0.5,
+        context=config.max_position_embeddings or None,
         layer_types=tuple(config.layer_types),
         window=config.sliding_window,
         attention_softcap=config.attn_logit_softcapping,
@@ -30,6 +31,7 @@ SPEC = Spec(
     model=Gemma3TextModel,
     blocks=("Gemma3DecoderLayer",),
     facts=facts,
+    final_softcap_setting="final_logit_softcapping",
     small={**SMALL, "query_pre_attn_scalar": 8, "sliding_window": 8, "layer_types": [SLIDING, FULL]},
     checkpoints=("gemma3",),
     drop_window=all_full,

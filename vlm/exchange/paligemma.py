@@ -107,8 +107,9 @@ def config_values(model: VLM, dtype: torch.dtype) -> dict[str, Any]:
     config = model.config
     name = dtype_name(dtype)
     text, vision = architecture(config.text_config), architecture(config.vision_config)
-    if "final_logit_softcapping" in text and not getattr(config, "softcap_in_generation", True):
-        text["final_logit_softcapping"] = None
+    capped = decoder.spec(config.text_config).final_softcap_setting
+    if capped in text and not config.softcap_in_generation:
+        text[capped] = None
     # PaliGemmaConfig would set these three; a reader that is not transformers would not.
     text |= {"use_bidirectional_attention": True, "num_image_tokens": num_image_tokens(vision)}
     vision["projection_dim"] = text["hidden_size"]

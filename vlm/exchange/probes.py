@@ -140,19 +140,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def without_softcap(text_config: Any) -> Iterator[None]:
-    """The decoder's final soft-cap switched off: transformers trains with it from 5.23 on, this library does not."""
-    cap = getattr(text_config, "final_logit_softcapping", None)
-    if cap is not None:
-        text_config.final_logit_softcapping = None
-    try:
-        yield
-    finally:
-        if cap is not None:
-            text_config.final_logit_softcapping = cap
-
-
 # --- PaliGemma --------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +181,8 @@ def run_paligemma(source: VLM, processor: Processor, dtype: torch.dtype = torch.
             capped = decoder.facts(config.text_config).final_softcap is not None
             if capped and config.softcap_in_generation:
                 _add(out, "logits with soft-cap", model(**inputs).logits)
-            with without_softcap(config.text_config):
+            # transformers trains with it from 5.23 on, this library does not.
+            with decoder.without_final_softcap(config.text_config):
                 _add(out, "logits", model(**inputs).logits)
                 _add(out, "loss", model(**batch, labels=labels).loss[None])
             _add(out, "greedy tokens", _greedy(model, question, processor))
@@ -213,7 +201,7 @@ def run_written_paligemma(model: Any, processor: Processor) -> Outputs:
             _add(out, "tower features", features)
             _add(out, "projected features", model.get_image_features(batch["pixel_values"]).pooler_output.flatten(0, 1))
             inputs = {**batch, "use_cache": False, "logits_to_keep": labels.shape[1] - features.shape[1]}
-            with without_softcap(model.config.text_config):
+            with decoder.without_final_softcap(model.config.text_config):
                 logits = model(**inputs).logits
             _add(out, "logits", logits)
             # As its forward does, but for the text only: with an image of 4096 tokens, logits of all take gigabytes.

@@ -1,4 +1,5 @@
-"""The model: configuration, processor and batch, masks, forward and loss."""
+"""The model: configuration, processor and batch, masks, forward and loss; SigLIP's two towers; and, from a
+configuration, what the files of its parts say of them (`parts`, `projecting`, `decoder`)."""
 
 from typing import TYPE_CHECKING
 
@@ -9,20 +10,38 @@ _HOMES = {
     "VLMModel": "forward",
     "VLMConfig": "config",
     "Processor": "processor",
+    "ImageSource": "processor",
     "Batch": "batch",
+    "SigLIP": "dual",
+    "TwoTowerOutput": "dual",
+    "CACHE": "outputs",
+    "attention": "",
+    "decoder": "",
+    "lengths": "",
     "loss": "",
     "masks": "",
+    "parts": "",
+    "projecting": "",
 }
 
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
+    from vlm.model import attention as attention
+    from vlm.model import decoder as decoder
+    from vlm.model import lengths as lengths
     from vlm.model import loss as loss
     from vlm.model import masks as masks
+    from vlm.model import parts as parts
+    from vlm.model import projecting as projecting
     from vlm.model.batch import Batch as Batch
     from vlm.model.config import VLMConfig as VLMConfig
+    from vlm.model.dual import SigLIP as SigLIP
+    from vlm.model.dual import TwoTowerOutput as TwoTowerOutput
     from vlm.model.forward import VLM as VLM
     from vlm.model.forward import VLMModel as VLMModel
+    from vlm.model.outputs import CACHE as CACHE
+    from vlm.model.processor import ImageSource as ImageSource
     from vlm.model.processor import Processor as Processor
 
 __getattr__, __dir__ = door(__name__, _HOMES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -39,6 +41,19 @@ def facts(config: PreTrainedConfig) -> Facts:
 def checkpoint_types() -> list[str]:
     """The `model_type`s of files that hold a decoder."""
     return [name for kind in kinds(ROOM) for name in (kind, *named(kind).checkpoints)]
+
+
+@contextmanager
+def without_final_softcap(config: PreTrainedConfig) -> Iterator[None]:
+    """The soft-cap of the logits switched off in a configuration that a model runs with."""
+    setting, cap = spec(config).final_softcap_setting, facts(config).final_softcap
+    if setting is not None and cap is not None:
+        setattr(config, setting, None)
+    try:
+        yield
+    finally:
+        if setting is not None and cap is not None:
+            setattr(config, setting, cap)
 
 
 def read_config(values: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:

@@ -14,6 +14,7 @@ from vlm.data.examples import Example
 from vlm.data.problems import Problem, listing
 from vlm.errors import DataError, ImageError
 from vlm.images.load import ImageInput, image_size
+from vlm.model import decoder
 from vlm.model.processor import Processor
 from vlm.text.tokenizer import MAX_CHARACTERS
 
@@ -39,8 +40,7 @@ class Room:
 
 def context_of(config: Any) -> int | None:
     """The positions of a model's decoder, from its `VLMConfig`; None where it does not say."""
-    found = getattr(config.text_config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    return decoder.facts(config.text_config).context
 
 
 def too_long(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import Check, Subject, evaluating, text_logits
+from vlm.model import decoder
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest relative error of the scale: the dtype's rounding, a few times over."""
@@ -24,7 +25,7 @@ def scale(subject: Subject) -> Finding:
     The projector's output is replaced by noise, so that a fresh projector (zero) hides nothing.
     """
     model = subject.model
-    wanted = math.sqrt(model.config.text_config.hidden_size)
+    wanted = decoder.facts(model.config.text_config).embedding_scale
     tensors = subject.batch()
     ids, image = tensors["input_ids"], tensors["input_ids"] == model.config.image_token_id
     table: Any = model.get_input_embeddings()
@@ -46,7 +47,9 @@ def scale(subject: Subject) -> Finding:
     worst = max(factors, key=lambda name: abs(factors[name] - 1) if factors[name] == factors[name] else math.inf)
     error = abs(factors[worst] - 1)
     limit = LIMITS.get(model.dtype, LIMITS[torch.float32])
-    shown = f"text enters times sqrt({model.config.text_config.hidden_size}) = {wanted:.4g}, image tokens times 1"
+    width = model.config.text_config.hidden_size
+    root = f"sqrt({width}) = " if wanted == width**0.5 else ""
+    shown = f"text enters times {root}{wanted:.4g}, image tokens times 1"
     problem = "" if error <= limit else f"{worst}: {factors[worst]:.4g} times what it should be"
     return Finding(measured=error, limit=limit, detail=f"relative error of the scale; {shown}", problem=problem)
 
