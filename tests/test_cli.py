@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 import vlm
-from vlm.cli import console, main
+from vlm import children
+from vlm.cli import main
 from vlm.errors import ConfigError, DataError
 
 COMMANDS = ("new", "train", "eval", "compare", "caption", "ask", "info", "demo", "version")
@@ -152,13 +153,13 @@ def test_version_names_what_is_installed(capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_how_a_command_ends(error: BaseException, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught, console.endings():
+    with pytest.raises(SystemExit) as caught, children.endings():
         raise error
     assert (caught.value.code, capsys.readouterr().err) == (code, says)
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError), console.endings():
+    with pytest.raises(ZeroDivisionError), children.endings():
         print(1 / 0)
 
 
@@ -167,7 +168,7 @@ def test_logging_is_on_stderr_and_only_during_the_command(capsys: pytest.Capture
 
     logger = logging.getLogger("vlm.some.module")
     before = logging.getLogger("vlm").handlers[:], signal.getsignal(signal.SIGTERM)
-    with console.endings():
+    with children.endings():
         logger.info("step 1")
         logger.warning("slow")
         logger.debug("detail")
@@ -180,9 +181,9 @@ def test_logging_is_on_stderr_and_only_during_the_command(capsys: pytest.Capture
 def test_signals_end_with_their_code_and_run_finally(signum: int, code: int) -> None:
     code_text = f"""
 import os, sys
-from vlm.cli import console
+from vlm import children
 try:
-    with console.endings():
+    with children.endings():
         try:
             os.kill(os.getpid(), {int(signum)})
             for _ in range(10**9): pass
@@ -229,7 +230,7 @@ def test_a_signal_while_a_library_is_imported_ends_in_one_line(
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    code = "from vlm.cli import console\nwith console.endings():\n    while True: print('x' * 1000)"
+    code = "from vlm import children\nwith children.endings():\n    while True: print('x' * 1000)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr
     process.stdout.read(10)
@@ -260,7 +261,7 @@ def test_a_full_disk_behind_stdout_or_stderr_ends_in_2() -> None:
 
 
 def test_what_the_terminal_cannot_show_is_escaped() -> None:
-    code = "from vlm.cli import console\nwith console.endings(): print('Stra\\xdfe \\u732b \\udcff')"
+    code = "from vlm import children\nwith children.endings(): print('Stra\\xdfe \\u732b \\udcff')"
     done = run_python(code, env={**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}, encoding="latin-1")
     assert (done.returncode, done.stdout) == (0, "Straße \\u732b \\udcff\n")
 

@@ -196,8 +196,9 @@ def test_the_layer_table_is_the_one_that_is_checked() -> None:
 
 
 def test_exit_codes_are_told_where_they_are_promised() -> None:
+    from vlm import children
     from vlm.cli import check, console
 
-    codes = {console.OK, check.FAILED, console.REFUSED, console.SKIPPED, console.INTERRUPTED, console.TERMINATED}
+    codes = {console.OK, check.FAILED, children.REFUSED, console.SKIPPED, children.INTERRUPTED, children.TERMINATED}
     told = {int(code) for code in re.findall(r"(?:^  |/)(\d+)", commands.EXIT_CODES, re.M)}
     assert told == codes == {int(code) for code in re.findall(r"^ +(\d+) {2,}", console.__doc__ or "", re.M)} | {143}

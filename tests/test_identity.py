@@ -20,7 +20,7 @@ import vlm
 from vlm.build.presets import tiny
 from vlm.checkpoints import identity
 from vlm.compare.measure import labelled_digest
-from vlm.compare.runs import SOURCES, check_sources, sources
+from vlm.compare.sources import SOURCES, check_sources, sources
 from vlm.data import content
 from vlm.data.reading import read, read_labelled
 from vlm.errors import ConfigError, DataError

@@ -1,4 +1,4 @@
-"""Processes that this one starts: none lives on without it, and none holds it up at its end.
+"""Processes that this one starts: none lives on without it, and none holds it up at its end. And how this one ends.
 
 `context` is what `multiprocessing` starts them with, and torch's data loader. `run_all` runs functions in processes.
 Whatever ends the parent (an exception, a signal, SIGKILL) ends the children; however a child ends, the parent goes on.
@@ -6,6 +6,7 @@ Whatever ends the parent (an exception, a signal, SIGKILL) ends the children; ho
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,10 +15,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, popen_fork, process
 from multiprocessing.context import BaseContext, SpawnContext, SpawnProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from vlm.errors import TrainingError, VLMError
@@ -218,3 +220,140 @@ def peak_memory_bytes(device: Any = "cpu") -> int:
         return int(psutil.Process().memory_info().peak_wset)
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- how this process ends ----------------------------------------------------------------------------------------
+
+REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
+"""Exit codes: an error for people, Ctrl-C, SIGTERM."""
+_SAID: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+@contextmanager
+def endings() -> Iterator[None]:
+    """Around what a person or another process has started: the log goes to stderr, and an exception that is meant for
+    people becomes a line and an exit code.
+
+    Raises `SystemExit` with the code instead of these exceptions.
+    """
+    logger, handler, level = _log_to_stderr()
+    if hasattr(sys.stdout, "reconfigure"):
+        # A caption or file name that the terminal's encoding cannot show is no reason to lose the rest.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with _signals() as came:
+        try:
+            with _one_line(came):
+                yield
+        finally:
+            _drop_unwritable()
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+@contextmanager
+def _one_line(came: list[int]) -> Iterator[None]:
+    """Turn what ends a command into its line and its exit code; `came` are the signals that were taken."""
+    try:
+        try:
+            yield
+        except SystemExit as end:
+            if came:
+                _tell(_SAID[came[0]])
+            _flush(unless=end.code)
+            raise
+        _flush()
+    except BrokenPipeError:
+        raise SystemExit(0) from None  # the reader (`| head`) has what it wanted
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        raise SystemExit(INTERRUPTED) from None
+    except VLMError as error:
+        _tell(f"error: {error}")
+        raise SystemExit(REFUSED) from error
+    except OSError as error:  # a full disk, a folder that cannot be written, a hub that cannot be reached
+        _tell(f"error: {' '.join(str(error).split())}")
+        raise SystemExit(REFUSED) from error
+    except Exception as error:
+        if came:
+            # Libraries turn the exception of a signal that falls into their import into another one.
+            _tell(_SAID[came[0]])
+            raise SystemExit(128 + came[0]) from error
+        if not _no_memory(error):
+            raise
+        said = " ".join(str(error).split("\n")[0].split())
+        _tell(f"error: out of memory{f' ({said})' if said else ''}; take smaller batches or images, or a smaller model")
+        raise SystemExit(REFUSED) from error
+
+
+def _no_memory(error: Exception) -> bool:
+    """Python's own error, or torch's, which it raises as a RuntimeError."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Take Ctrl-C and SIGTERM as exceptions, so that files are closed and `finally` runs; afterwards the handlers are
+    what they were. Gives the list of those that came."""
+    came: list[int] = []
+
+    def take(signum: int, _frame: FrameType | None) -> None:
+        came.append(signum)
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+        raise SystemExit(TERMINATED)
+
+    previous = {}
+    for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        # A process in the background ignores Ctrl-C; a program that calls `main` may have handlers of its own. Only the
+        # main thread may set any.
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signum) == usual:
+            previous[signum] = signal.signal(signum, take)
+    try:
+        yield came
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _flush(unless: object = None) -> None:
+    """Small output meets a reader that has gone, or a full disk, only here. Not where the end has another reason."""
+    if sys.stdout is not None and not unless:
+        sys.stdout.flush()
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # stderr may be on a full disk; the exit code says it too
+        print(line, file=sys.stderr)
+
+
+def _drop_unwritable() -> None:
+    """Lead output that nobody takes into nothing: Python would complain of it again, with status 120, at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _log_to_stderr() -> tuple[logging.Logger, logging.Handler, int]:
+    """Show what the package logs; returns what is needed to undo it. Other packages keep their own ways."""
+    logger = logging.getLogger("vlm")
+    level = logger.level
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return logger, handler, level
+
+
+class _OneLine(logging.Formatter):
+    """The message alone; warnings and errors say what they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"

@@ -9,7 +9,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (`argv` without the program's name; by default that of the process) and return its exit code."""
     try:
-        from vlm.cli.console import endings
+        from vlm.children import endings
 
         with endings():
             from vlm.cli.commands import parse

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from vlm import children
 from vlm.checkpoints.opened import Opening, open_model
 from vlm.cli import console
 from vlm.errors import ImageError
@@ -63,7 +64,7 @@ def ask_about(groups: Sequence[Group], how: Asking, *, as_json: bool) -> int:
             _print(reply, how.decoding.max_new_tokens, alone=len(groups) == 1)
     if num_bad and len(groups) > 1:
         print(f"{num_bad} of {len(groups)} images could not be read", file=sys.stderr)
-    return console.OK if not num_bad else console.REFUSED if num_bad == len(groups) else console.SKIPPED
+    return console.OK if not num_bad else children.REFUSED if num_bad == len(groups) else console.SKIPPED
 
 
 def _line(prompt: str, reply: Reply) -> dict[str, Any]:

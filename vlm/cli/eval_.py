@@ -6,6 +6,7 @@ from argparse import Action, Namespace
 from pathlib import Path
 from typing import Any, Literal
 
+from vlm import children
 from vlm.cli import console
 from vlm.cli.options import (
     add_generation,
@@ -85,7 +86,7 @@ class _ListTasks(Action):
     def __call__(self, *_: Any) -> None:
         from vlm.eval.tasks.catalogue import table
 
-        with console.endings():
+        with children.endings():
             print(table())
         raise SystemExit(console.OK)
 

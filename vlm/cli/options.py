@@ -5,7 +5,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from vlm.cli import console
+from vlm import children
 from vlm.errors import nearest
 
 Run = Callable[[Namespace], int]
@@ -38,7 +38,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}\nSee `{self.prog} --help`.", file=sys.stderr)
-        raise SystemExit(console.REFUSED)
+        raise SystemExit(children.REFUSED)
 
 
 def command(commands: Any, run: Run, name: str, help: str, details: str = "") -> ArgumentParser:

@@ -12,7 +12,8 @@ from vlm.compare import match, page, table
 from vlm.compare.config import CompareConfig, ProbeConfig, make_arms, run_config
 from vlm.compare.match import How, Matched
 from vlm.compare.processes import Server, run_all, slots, visible_gpus
-from vlm.compare.runs import Spec, check_sources, claim, make_specs, sources
+from vlm.compare.runs import Spec, claim, make_specs
+from vlm.compare.sources import check_sources, sources
 from vlm.compare.summary import summarise
 from vlm.data.examples import Example
 from vlm.data.reading import read, read_labelled

@@ -6,8 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm.compare.runs import Spec
-from vlm.compare.summary import read_items
+from vlm.compare.runs import Spec, read_items
 from vlm.data.examples import Example
 from vlm.eval.items import gold_texts
 from vlm.eval.metrics import registry

@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from vlm import settings
-from vlm.build.towers import sized
-from vlm.checkpoints import identity
 from vlm.compare.config import Arm, CompareConfig, ProbeConfig, TaskConfig, run_config
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError
 from vlm.files import write_json
 from vlm.train.changes import essential
-from vlm.train.config import ModelConfig, RunConfig
+from vlm.train.config import RunConfig
 from vlm.train.rundir import differences
 
-SPEC, SOURCES, MEASUREMENTS, LOG = "spec.json", "sources.json", "measurements.json", "log.txt"
+SPEC, MEASUREMENTS, LOG = "spec.json", "measurements.json", "log.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,40 +105,20 @@ def claim(spec: Spec) -> None:
         write_json(path, new)
 
 
-def sources(model: ModelConfig, data: str) -> dict[str, str]:
-    """What a run is made of that may change behind the same path: name -> digest.
-
-    Args:
-        data: digest of the training data. Checkpoints on a hub are left out: their files do not change.
-    """
-    encoders = model.encoder if isinstance(model.encoder, list) else [model.encoder]
-    paths = [sized(one)[0] for one in encoders if isinstance(one, str)]
-    paths += [one for one in (model.decoder, model.tokenizer, model.path) if isinstance(one, str | Path)]
-    local = [Path(path) for path in paths if Path(path).exists()]
-    return {"training data": data, **{str(path): identity.of_checkpoint(path) for path in local}}
-
-
-def check_sources(spec: Spec, now: dict[str, str]) -> None:
-    """Remember what a run is made of, or refuse to go on with, or to count, one that was made of something else.
-
-    Raises `DataError`.
-    """
-    path = spec.folder / SOURCES
-    if not path.exists():
-        write_json(path, now)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if changed:
-        raise DataError(
-            f"{spec.name}: {' and '.join(changed)} changed after this run was begun; put it back, use another --out, or"
-            f" delete {spec.folder} to run it again"
-        )
-
-
 def read(path: Path) -> Spec:
     """A spec from its file."""
     return settings.from_dict(Spec, json.loads(path.read_text(encoding="utf-8")), where=str(path))
+
+
+def item_scores(folder: Path, task: str, metric: str) -> dict[str, float]:
+    """Item id -> score of a finished run."""
+    return {item["id"]: item["scores"][metric] for item in read_items(folder, task)}
+
+
+def read_items(folder: Path, task: str) -> list[dict[str, Any]]:
+    """What the evaluation of a finished run wrote about each item."""
+    lines = (folder / "eval" / task / "items.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def _identity(values: dict[str, Any]) -> dict[str, Any]:

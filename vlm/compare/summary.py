@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from vlm.compare import fixed, statistics
 from vlm.compare.match import Matched
-from vlm.compare.runs import Spec
+from vlm.compare.runs import Spec, item_scores
 
 EXECUTION = ("images_per_second", "encoder_images_per_second", "peak_memory_bytes", "seconds")
 """Figures that depend on the machine and differ from run to run."""
@@ -174,17 +172,6 @@ def _main_metric(done: Sequence[tuple[Spec, dict[str, Any]]], task: str) -> tupl
 
 def _signed(scores: Mapping[str, float], better: bool) -> Mapping[str, float]:
     return scores if better else {key: -value for key, value in scores.items()}
-
-
-def item_scores(folder: Path, task: str, metric: str) -> dict[str, float]:
-    """Item id -> score of a finished run."""
-    return {item["id"]: item["scores"][metric] for item in read_items(folder, task)}
-
-
-def read_items(folder: Path, task: str) -> list[dict[str, Any]]:
-    """What the evaluation of a finished run wrote about each item."""
-    lines = (folder / "eval" / task / "items.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
 
 
 # --- verdicts

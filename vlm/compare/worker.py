@@ -22,7 +22,7 @@ TICK_S = 0.05
 
 def main(phase: str, path: Path) -> int:
     """Run one phase; errors that are meant for people are one line on stderr and exit code 2, as in `vlm`."""
-    from vlm.cli.console import endings
+    from vlm.children import endings
 
     try:
         with endings():
