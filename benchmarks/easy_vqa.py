@@ -28,7 +28,7 @@ import vlm
 from vlm.data.examples import Example
 from vlm.errors import DataError
 from vlm.eval import evaluate
-from vlm.registry import part
+from vlm.model.parts import encoder_spec
 from vlm.text import tokenizer
 from vlm.train import DataConfig, ModelConfig, RunConfig, StageConfig, run
 
@@ -106,7 +106,7 @@ def new_tower(tower: Path, encoder: str) -> Any:
     if encoder == "siglip":
         return SiglipVisionConfig(**settings, image_size=shape.image_size, vision_use_head=False)
     patches = (shape.image_size // shape.patch_size) ** 2
-    return part("vlm.encoders", encoder).Config(**settings, num_patches=patches, vision_use_head=False)
+    return encoder_spec(encoder).config(**settings, num_patches=patches, vision_use_head=False)
 
 
 def corpus(train: Path) -> list[str]:

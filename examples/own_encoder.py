@@ -15,15 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import vlm
 from vlm.build.presets import tiny, tiny_decoder
-from vlm.encoders import check_square, square_output, square_tokens, use
-from vlm.encoders.contract import EncoderOutput
+from vlm.encoders import EncoderOutput, Spec, check_square, square_output, use
 from vlm.images.transforms import ImageTransform
 
 NAME = "own_encoder:PatchTower"
-MODEL_TYPES = ("patch_tower",)  # checkpoints that it reads,
-PREFIXES = ("",)  # what stands before the names of its tensors there,
-LEFT_OUT = r"classifier\."  # and which of them it does not have
-tokens_for = square_tokens
 
 
 class Config(PreTrainedConfig):
@@ -66,6 +61,17 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
     """Squares with values in [-1, 1]."""
     sizes = {"image_size": config.image_size, "patch_size": config.patch_size}
     return ImageTransform(**{"mode": "squash", **sizes, **settings})
+
+
+SPEC = Spec(
+    title="patch tower",
+    config=Config,
+    encoder=PatchTower,
+    transform=transform,
+    model_types=("patch_tower",),  # checkpoints that it reads,
+    prefixes=("",),  # what stands before the names of its tensors there,
+    left_out=r"classifier\.",  # and which of them it does not have
+)
 
 
 def main(folder: str) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from vlm.checkpoints import big_vision, big_vision_model
+from vlm.encoders._positions import resize_position_grid
 from vlm.encoders.siglip import resample_position_table
-from vlm.encoders.siglip2_naflex import resize_position_grid
 from vlm.generation.writing import generate_ids
-from vlm.images.transforms import ImageTransform, naflex_grid, patch_coordinates
+from vlm.images.patches import patch_coordinates
+from vlm.images.transforms import ImageTransform, naflex_grid
 from vlm.model.batch import Batch
 from vlm.model.dual import TwoTowerOutput
 from vlm.model.forward import VLM

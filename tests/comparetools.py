@@ -20,16 +20,16 @@ def save_tower(kind: str, folder: Path, seed: int = 0) -> None:
     from safetensors.torch import save_file
     from torch import random
 
-    from vlm.registry import part
+    from vlm.model.parts import encoder_spec
 
-    module = part("vlm.encoders", kind)
+    module = encoder_spec(kind)
     config = module.tiny()
     with random.fork_rng():
         random.manual_seed(seed)
-        tower = module.Encoder._from_config(config)
+        tower = module.encoder._from_config(config)
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    weights = {module.PREFIXES[0] + name: tensor.contiguous() for name, tensor in tower.state_dict().items()}
+    weights = {module.prefixes[0] + name: tensor.contiguous() for name, tensor in tower.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

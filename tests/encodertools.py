@@ -14,10 +14,11 @@ from torch import Tensor
 from vlm.errors import ConfigError
 from vlm.images.fused import FusedTransform, unpack
 from vlm.images.transforms import ImageTransform
-from vlm.registry import kinds, part
+from vlm.model.parts import encoder_spec
+from vlm.registry import kinds
 
 ENCODERS = kinds("vlm.encoders")
-FIXED = [kind for kind in ENCODERS if kind != "siglip2_naflex"]
+FIXED = [kind for kind in ENCODERS if not encoder_spec(kind).any_aspect]
 """Kinds whose images are squares."""
 each_encoder = pytest.mark.parametrize("kind", ENCODERS)
 each_fixed = pytest.mark.parametrize("kind", FIXED)
@@ -25,18 +26,17 @@ each_fixed = pytest.mark.parametrize("kind", FIXED)
 
 def needs(kind: str) -> Any:
     """The encoder's file; the test is skipped, with the reason, where its library cannot be imported."""
-    module = part("vlm.encoders", kind)
-    if hasattr(module, "EXTRA"):
-        try:
-            module.library()
-        except ConfigError as error:
-            pytest.skip(f"{kind}: {error}")
+    module = encoder_spec(kind)
+    try:
+        module.library()
+    except ConfigError as error:
+        pytest.skip(f"{kind}: {error}")
     return module
 
 
 def tower_of(kind: str, config: Any) -> torch.nn.Module:
     """A tower with loud weights, in eval mode."""
-    tower = part("vlm.encoders", kind).Encoder._from_config(config).eval()
+    tower = encoder_spec(kind).encoder._from_config(config).eval()
     shake(tower)
     return tower
 
@@ -45,7 +45,7 @@ def build(kind: str) -> tuple[Any, torch.nn.Module, ImageTransform]:
     module = needs(kind)
     config = module.tiny()
     transform = module.transform(config)
-    if transform.mode == "naflex":
+    if transform.any_aspect:
         transform = replace(transform, max_num_patches=12)
     return config, tower_of(kind, config), transform
 

@@ -15,13 +15,14 @@ from vlm.demo import learning, scenes, towers
 from vlm.demo.recipe import Size
 from vlm.demo.start import ASSETS, Choice, make
 from vlm.errors import ConfigError
-from vlm.registry import kinds, part
+from vlm.model.parts import encoder_spec
+from vlm.registry import kinds
 
 
 def available(kind: str) -> bool:
     """Its library is there."""
     try:
-        part("vlm.encoders", kind).tiny()
+        encoder_spec(kind).tiny()
     except ConfigError:
         return False
     return True
@@ -64,7 +65,7 @@ def test_the_written_tower_is_the_one_in_memory(made: Path, kind: str) -> None:
         assert whole.config.hidden_size == 128 and not any(info.values()), info
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tower = part("vlm.encoders", kind).Encoder._from_config(config)
+        tower = encoder_spec(kind).encoder._from_config(config)
     model, _ = vlm.new(made / kind, "linear", ASSETS / "gemma")
     opened = model.model.vision_tower.state_dict()
     for name, tensor in tower.state_dict().items():

@@ -17,9 +17,10 @@ from vlm.build.presets import tiny
 from vlm.build.towers import choose
 from vlm.encoders._layers import feature_width
 from vlm.encoders.contract import EncoderOutput
+from vlm.encoders.fused import fuse
 from vlm.errors import ConfigError
 from vlm.images.fused import open_transform
-from vlm.model.parts import choose_layers, read_config
+from vlm.model.parts import encoder_spec
 from vlm.registry import kinds, part
 from vlm.train import parts
 from vlm.train.config import StageConfig
@@ -140,7 +141,7 @@ def test_the_image_transform_is_the_towers_own_and_recorded(kind: str, tmp_path:
     module = needs(kind)
     model, processor = tiny(kind)
     config, transform = model.config.vision_config, processor.image_transform
-    settings = {"max_num_patches": 16} if transform.mode == "naflex" else {}
+    settings = {"max_num_patches": 16} if transform.any_aspect else {}
     assert transform == module.transform(module.tiny(), **settings)
     assert open_transform(transform.to_dict()) == transform
     processor.save_pretrained(tmp_path)
@@ -157,14 +158,13 @@ def test_patches_only(kind: str) -> None:
     features = tower(**tensors).features
     assert features.shape[1] == grids[0][0] * grids[0][1]
     side = getattr(config, "image_size", grids[0][0] * transform.patch_size)
-    assert part("vlm.encoders", kind).tokens_for(config, side) == features.shape[1]
+    assert encoder_spec(kind).tokens_for(config, side) == features.shape[1]
 
 
 def blocks_of(kind: str, tower: torch.nn.Module) -> torch.nn.ModuleList:
     """The tower's blocks, wherever they are."""
     inner: Any = getattr(tower, "trunk", getattr(tower, "visual", tower))
-    names = part("vlm.encoders", kind).BLOCKS
-    name = (names if isinstance(names, str) else names[0]).rstrip(".")
+    name = encoder_spec(kind).block_names[0].rstrip(".")
     found: Any = inner.get_submodule(name)
     return found
 
@@ -175,16 +175,16 @@ def test_feature_layers(kind: str) -> None:
     """-2 is the output of the last block but one without a norm, a list is concatenated in its order; what hooks see in
     the whole tower says so."""
     config, tower, transform = build(kind)
-    module = part("vlm.encoders", kind)
-    if not hasattr(module, "BLOCKS") and not hasattr(module, "choose_layers"):
+    module = encoder_spec(kind)
+    if not module.block_names and module.choose is None:
         with pytest.raises(ConfigError, match="gives its last layer only"):
-            choose_layers(kind, config, -2)
+            encoder_spec(kind).choose_layers(kind, config, -2)
         return
     tensors, _ = inputs(transform, [picture(i, size) for i, size in enumerate(SIZES)])
     whole = {-1: tower(**tensors).features, -2: last_but_one(kind, tower, tensors)}
     for layers in (-2, [-2, -1], [-1, -2]):
-        chosen = choose_layers(kind, config, layers)
-        again = part("vlm.encoders", kind).Encoder._from_config(chosen).eval()
+        chosen = encoder_spec(kind).choose_layers(kind, config, layers)
+        again = encoder_spec(kind).encoder._from_config(chosen).eval()
         wanted = set(again.state_dict())
         kept = {name: value for name, value in tower.state_dict().items() if name in wanted}
         again.load_state_dict(kept)
@@ -219,8 +219,8 @@ def enlarged(kind: str, config: Any) -> Any:
     """The configuration at twice its image size."""
     if kind == "fused":
         towers = [(member, enlarged(member, own)) for member, own in config.towers]
-        return part("vlm.encoders", kind).fuse(towers)
-    return read_config(kind, {**config.to_dict(), "image_size": 2 * config.image_size})
+        return fuse(towers)
+    return encoder_spec(kind).read_config({**config.to_dict(), "image_size": 2 * config.image_size})
 
 
 def resampled(kind: str, state: dict[str, Tensor], config: Any) -> tuple[dict[str, Tensor], int]:
@@ -235,9 +235,8 @@ def resampled(kind: str, state: dict[str, Tensor], config: Any) -> tuple[dict[st
             result |= {start + name: value for name, value in changed.items()}
             count += tables
         return result, count
-    module = part("vlm.encoders", kind)
-    names = getattr(module, "POSITIONS", ())
-    found = [name for name in ((names,) if isinstance(names, str) else names) if name in state]
+    module = encoder_spec(kind)
+    found = [name for name in module.positions if name in state]
     return {**state, **{name: module.resample(state[name], config) for name in found}}, len(found)
 
 
@@ -249,13 +248,13 @@ def test_another_image_size(kind: str) -> None:
     config, tower, _ = build(kind)
     bigger = enlarged(kind, config)
     state, tables = resampled(kind, dict(tower.state_dict()), bigger)
-    assert tables == (1 if kind == "fused" or hasattr(part("vlm.encoders", kind), "POSITIONS") else 0)
-    grown = part("vlm.encoders", kind).Encoder._from_config(bigger).eval()
+    assert tables == (1 if kind == "fused" or encoder_spec(kind).positions else 0)
+    grown = encoder_spec(kind).encoder._from_config(bigger).eval()
     grown.load_state_dict(state)
-    transform = part("vlm.encoders", kind).transform(bigger)
+    transform = encoder_spec(kind).transform(bigger)
     out = grown(**inputs(transform, [picture(0, (80, 60))])[0])
     assert out.grid.tolist() == [[4, 4]] and out.features.isfinite().all()
-    assert part("vlm.encoders", kind).tokens_for(bigger, bigger.image_size) == 16
+    assert encoder_spec(kind).tokens_for(bigger, bigger.image_size) == 16
     same, _ = resampled(kind, dict(tower.state_dict()), config)
     assert all(torch.equal(value, same[name]) for name, value in tower.state_dict().items())
 
@@ -295,12 +294,14 @@ DROPPING: dict[str, dict[str, Any]] = {
 
 def dropping(kind: str, config: Any) -> Any:
     if kind == "fused":
-        return part("vlm.encoders", kind).fuse([(member, dropping(member, own)) for member, own in config.towers])
+        return fuse([(member, dropping(member, own)) for member, own in config.towers])
     settings = DROPPING.get(kind, {})
     if kind == "timm":
-        args = {"model_args": {**config.model_args, **settings}}
-        return read_config(kind, {"architecture": config.architecture, "image_size": config.image_size, **args})
-    return read_config(kind, {**config.to_dict(), **settings})
+        args: dict[str, Any] = {"model_args": {**config.model_args, **settings}}
+        return encoder_spec(kind).read_config(
+            {"architecture": config.architecture, "image_size": config.image_size, **args}
+        )
+    return encoder_spec(kind).read_config({**config.to_dict(), **settings})
 
 
 @each_encoder
@@ -334,7 +335,7 @@ def test_a_frozen_tower_is_still(kind: str) -> None:
 def test_tiny_is_tiny(kind: str) -> None:
     module = needs(kind)
     config = module.tiny()
-    assert type(config) is module.Config and config.to_dict() == module.tiny().to_dict()
-    assert sum(p.numel() for p in module.Encoder._from_config(config).parameters()) < 100_000
-    again = read_config(kind, config.to_dict())
+    assert type(config) is module.config and config.to_dict() == module.tiny().to_dict()
+    assert sum(p.numel() for p in module.encoder._from_config(config).parameters()) < 100_000
+    again = encoder_spec(kind).read_config(config.to_dict())
     assert again.to_dict() == config.to_dict()

@@ -21,8 +21,7 @@ from vlm.errors import CheckpointError, ConfigError, VLMError
 from vlm.images.fused import FusedTransform, one_view, same_view, unpack
 from vlm.images.transforms import ImageTransform
 from vlm.measure.info import describe, table
-from vlm.model.parts import read_config
-from vlm.registry import part
+from vlm.model.parts import encoder_spec
 
 SIZES = [(70, 30), (25, 80), (40, 40)]
 # 28 px with patches of 14, 32 px with patches of 16: both 2 x 2.
@@ -34,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def config(kind: str) -> Any:
-    return read_config(kind, {**part("vlm.encoders", kind).tiny().to_dict(), **SHAPES[kind]})
+    return encoder_spec(kind).read_config({**encoder_spec(kind).tiny().to_dict(), **SHAPES[kind]})
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +169,12 @@ def test_resampled_features_are_announced(folders: Path, caplog: pytest.LogCaptu
 def test_sizes_of_their_own(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
     """`A@56+B@64` gives both 4 x 4; one image_size for all; cells that drift apart are said."""
     model, processor = new(f"{folders / 'siglip'}@56+{folders / 'dinov2'}@64")
-    assert [member.image_size for member in processor.image_transform.members] == [56, 64]  # type: ignore[attr-defined]
+    assert [member.image_size for member in processor.image_transform.members] == [56, 64]
     assert model.config.vision_config.grid == [4, 4] and processor.max_image_tokens == 16
     _, processor = new([folders / "siglip", config("siglip")], image_size=56)
     assert processor.image_transform.grid(0, 0) == (4, 4)
     with pytest.raises(ConfigError, match="each member of a fused tower has its own"):
-        new(part("vlm.encoders", "fused").tiny(), image_size=56)
+        new(encoder_spec("fused").tiny(), image_size=56)
     for given in (f"{folders / 'siglip'}@56", f"{folders / 'siglip'}@56+{folders / 'dinov2'}@64"):
         with pytest.raises(ConfigError, match="image_size=28: .* says its image size after the @"):
             choose(given, image_size=28)
@@ -201,11 +200,11 @@ def test_all_members_see_the_same_part(folders: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING, "vlm.encoders.fused"):
         chosen = choose(both(folders))
     assert "dinov2 was trained with crop, here it gets squash" in caplog.text
-    assert [member.mode for member in chosen.transform.members] == ["squash", "squash"]  # type: ignore[attr-defined]
+    assert [member.mode for member in chosen.transform.members] == ["squash", "squash"]
     caplog.clear()
     for mode in ("crop", "letterbox"):
         chosen = choose(both(folders), image={"mode": mode, "background": [1, 2, 3]})
-        members = chosen.transform.members  # type: ignore[attr-defined]
+        members = chosen.transform.members
         assert {(member.mode, member.resize_shortest, member.background) for member in members} == {
             (mode, None, (1, 2, 3))
         }
@@ -214,7 +213,7 @@ def test_all_members_see_the_same_part(folders: Path, caplog: pytest.LogCaptureF
         with pytest.raises(ConfigError, match="belongs to each member"):
             choose(both(folders), image=setting)
     same = choose([config("dinov2"), config("dinov2")])
-    assert {(member.mode, member.resize_shortest) for member in same.transform.members} == {("crop", 37)}  # type: ignore[attr-defined]
+    assert {(member.mode, member.resize_shortest) for member in same.transform.members} == {("crop", 37)}
 
 
 def test_one_part_of_an_image() -> None:
@@ -232,15 +231,15 @@ def test_one_part_of_an_image() -> None:
 
 
 def test_members_that_cannot_be(folders: Path) -> None:
-    naflex, fused = (part("vlm.encoders", kind).tiny() for kind in ("siglip2_naflex", "fused"))
+    naflex, fused = (encoder_spec(kind).tiny() for kind in ("siglip2_naflex", "fused"))
     with pytest.raises(ConfigError, match="siglip2_naflex gives each image a grid of its own"):
         new([naflex, naflex])
     with pytest.raises(ConfigError, match="cannot be a member of another"):
         new([fused, config("siglip")])
     with pytest.raises(ConfigError, match="two members or more"):
-        part("vlm.encoders", "fused").Config(members=[{"encoder": "siglip", "config": {}}])
+        encoder_spec("fused").config(members=[{"encoder": "siglip", "config": {}}])
     with pytest.raises(ConfigError, match="unknown encoder 'os'"):
-        part("vlm.encoders", "fused").Config(members=[{"encoder": "os", "config": {}}] * 2)
+        encoder_spec("fused").config(members=[{"encoder": "os", "config": {}}] * 2)
     with pytest.raises(ConfigError, match="there are several"):
         new(both(folders), encoder_kind="siglip2_naflex")
 

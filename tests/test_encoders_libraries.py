@@ -19,8 +19,7 @@ from vlm.encoders._libraries import without
 from vlm.errors import CheckpointError, ConfigError, VLMError
 from vlm.measure.info import describe
 from vlm.model.config import VLMConfig
-from vlm.model.parts import read_config
-from vlm.registry import part
+from vlm.model.parts import encoder_spec
 
 STAGES = {"depths": [1, 1, 1, 1]}
 SMALL = {"patch_size": 14, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 2}
@@ -213,16 +212,20 @@ def test_a_timm_configuration_cannot_choose_code(timm_folders: Path, tmp_path: P
     """Names outside the registry, places to download from, files and classes are refused before anything is built."""
     for name in ("hf-hub:timm/vit", "local-dir:/x", "os.path", "../vit", "no_such_model", "vit_tiny_patch16_224/x", ""):
         with pytest.raises(ConfigError, match="is not in timm's registry"):
-            read_config("timm", {"architecture": name})
+            encoder_spec("timm").read_config({"architecture": name})
     wrong: list[dict[str, Any]] = [{"checkpoint_path": "x.pth"}, {"pretrained": True}, {"pretrained_cfg": {}}]
     for args in (*wrong, {"features_only": True}, {"in_chans": 4}):
         with pytest.raises(ConfigError, match=f"model_args.{next(iter(args))} is not an argument"):
-            read_config("timm", {"architecture": "vit_tiny_patch16_224", "model_args": args})
+            encoder_spec("timm").read_config({"architecture": "vit_tiny_patch16_224", "model_args": args})
     with pytest.raises(ConfigError, match="expected plain values"):
-        read_config("timm", {"architecture": "vit_tiny_patch16_224", "model_args": {"norm_layer": torch.nn.Identity}})
+        encoder_spec("timm").read_config(
+            {"architecture": "vit_tiny_patch16_224", "model_args": {"norm_layer": torch.nn.Identity}}
+        )
     with pytest.raises(ConfigError, match="timm cannot build"):
-        read_config("timm", {"architecture": "vit_tiny_patch16_224", "model_args": {"no_such_argument": 1}})
-    complete = {**part("vlm.encoders", "timm").tiny().to_dict(), "architecture": "hf-hub:timm/vit"}
+        encoder_spec("timm").read_config(
+            {"architecture": "vit_tiny_patch16_224", "model_args": {"no_such_argument": 1}}
+        )
+    complete = {**encoder_spec("timm").tiny().to_dict(), "architecture": "hf-hub:timm/vit"}
     with pytest.raises(ConfigError, match="is not in timm's registry"):
         vlm.VLM(VLMConfig(encoder="timm", vision_config=complete, image_token_id=3))
 
@@ -358,8 +361,8 @@ def test_open_clips_transform(mode: str) -> None:
 
     image: dict[str, Any] = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "resize_mode": mode, "fill_color": 7}
     theirs: Any = image_transform_v2(PreprocessCfg(size=28, **image), is_train=False)
-    config = read_config("open_clip", {"vision_cfg": CLIP, "embed_dim": 16, **image})
-    own = part("vlm.encoders", "open_clip").transform(config)
+    config = encoder_spec("open_clip").read_config({"vision_cfg": CLIP, "embed_dim": 16, **image})
+    own = encoder_spec("open_clip").transform(config)
     for seed, shape in enumerate([(40, 40), (56, 28), (28, 84), (84, 56)]):
         if mode == "shortest" and shape == (84, 56):
             continue
@@ -371,18 +374,18 @@ def test_an_open_clip_configuration_cannot_choose_code() -> None:
     needs("open_clip")
     for name in ("hf-hub:timm/vit", "os.path", "no_such_model"):
         with pytest.raises(ConfigError, match="is not in timm's registry"):
-            read_config("open_clip", {"vision_cfg": {**CLIP, "timm_model_name": name}, "embed_dim": 16})
+            encoder_spec("open_clip").read_config({"vision_cfg": {**CLIP, "timm_model_name": name}, "embed_dim": 16})
     with pytest.raises(ConfigError, match=r"vision_cfg.hf_model_name is 'x'; open_clip knows"):
-        read_config("open_clip", {"vision_cfg": {"hf_model_name": "x"}, "embed_dim": 16})
+        encoder_spec("open_clip").read_config({"vision_cfg": {"hf_model_name": "x"}, "embed_dim": 16})
 
 
 @pytest.mark.parametrize("kind", ["timm", "open_clip"])
 def test_numbers_that_are_not_the_towers(kind: str) -> None:
     """What was measured is recorded; changed by hand, the tower says so and drops no patch."""
     needs(kind)
-    module = part("vlm.encoders", kind)
+    module = encoder_spec(kind)
     for change in ({"num_prefix_tokens": 0}, {"num_prefix_tokens": 4}, {"layout": "NCHW"}, {"hidden_size": 31}):
-        tower = module.Encoder(read_config(kind, {**module.tiny().to_dict(), **change}))
+        tower = module.encoder(encoder_spec(kind).read_config({**module.tiny().to_dict(), **change}))
         with pytest.raises(ConfigError, match="is not the architecture's"):
             tower(pixels(28))
 
@@ -408,4 +411,4 @@ def test_a_missing_library_is_named(kind: str, extra: str, monkeypatch: pytest.M
 
     monkeypatch.setitem(sys.modules, kind, None)
     with pytest.raises(ConfigError, match=rf"needs {kind}, .*pip install 'vlm-backbone\[{extra}\]'"):
-        part("vlm.encoders", kind).tiny()
+        encoder_spec(kind).tiny()

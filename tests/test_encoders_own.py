@@ -50,7 +50,7 @@ def test_a_configuration_never_imports(built: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(VLMError, match=rf"no configuration can load.*vlm.encoders.use\('{NAME}'\).*--encoder-class"):
         vlm.load(built)
     assert not mark.exists() and "own_encoder" not in sys.modules
-    with pytest.raises(VLMError, match="own_encoder has no Config, transform"):
+    with pytest.raises(VLMError, match="own_encoder has no SPEC"):
         use(NAME)
     assert mark.exists()
     sys.modules.pop("own_encoder")
@@ -71,10 +71,10 @@ def test_one_file_is_all_that_an_encoder_of_the_library_needs(tmp_path: Path) ->
     """The example's tower as a file in `vlm/encoders`: found by `vlm.new`, `load`, `info`, `check`, and by the contract
     tests, which know nothing of it."""
     source = (ROOT / "examples" / "own_encoder.py").read_text(encoding="utf-8")
-    source = source[: source.index("def main(")].replace("class PatchTower", "class Encoder")
+    source = source[: source.index("def main(")].replace("    title=", "    tiny=Config,\n    title=")
     source = source.replace('"own_encoder:PatchTower"', '"patchwork"').replace('"patch_tower"', '"patchwork"')
     source = source.replace("import vlm\n", "").replace("from vlm.build.presets import tiny, tiny_decoder\n", "")
-    (tmp_path / "patchwork.py").write_text(source + "def tiny() -> Config:\n    return Config()\n", encoding="utf-8")
+    (tmp_path / "patchwork.py").write_text(source, encoding="utf-8")
     code = f"""
 import sys, vlm.encoders
 vlm.encoders.__path__.append({str(tmp_path)!r})

@@ -35,8 +35,8 @@ from vlm.encoders._layers import feature_width
 from vlm.errors import CheckpointError, ConfigError
 from vlm.measure.info import describe
 from vlm.model.config import VLMConfig
-from vlm.model.parts import choose_layers, model_types, read_config
-from vlm.registry import kinds, part
+from vlm.model.parts import encoder_spec, model_types
+from vlm.registry import kinds
 
 SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28}
 SIZE |= {"patch_size": 14}
@@ -143,9 +143,9 @@ def test_bad_layers(folders: Path) -> None:
             new(folders, "clip", layer=layer)
     with pytest.raises(ConfigError, match="siglip2_naflex tower gives its last layer only"):
         new(folders, "siglip", layer=-2, encoder_kind="siglip2_naflex", image={"max_num_patches": 4})
-    config = choose_layers("clip", part("vlm.encoders", "clip").tiny(), -2)
+    config = encoder_spec("clip").choose_layers("clip", encoder_spec("clip").tiny(), -2)
     with pytest.raises(ConfigError, match=r"has its choice of layers, \[1\]"):
-        choose_layers("clip", config, [-1, -2])
+        encoder_spec("clip").choose_layers("clip", config, [-1, -2])
 
 
 @pytest.mark.parametrize("name", ["clip", "clip_full", "dinov2", "registers", "dinov3"])
@@ -166,7 +166,7 @@ def test_another_image_size_as_transformers_does_it(folders: Path, name: str) ->
 def test_tensors_that_do_not_belong_are_refused(folders: Path) -> None:
     """Blocks above the feature layers are left out on request only."""
     values = {**theirs("dinov2", folders).config.to_dict(), "num_hidden_layers": 2}
-    tower = part("vlm.encoders", "dinov2").Encoder._from_config(read_config("dinov2", values))
+    tower = encoder_spec("dinov2").encoder._from_config(encoder_spec("dinov2").read_config(values))
     with pytest.raises(CheckpointError, match=r"unexpected: encoder.layer.2"):
         load_tower(tower, folders / "dinov2")
 
@@ -175,12 +175,12 @@ def test_dropout_is_off_when_frozen(folders: Path) -> None:
     """Drop-path, dropout and DINOv3's random positions: none in eval mode; positions stay in training too."""
     config = Dinov2WithRegistersConfig(**SIZE, mlp_ratio=2, drop_path_rate=0.5, hidden_dropout_prob=0.5)
     for module, given in (("dinov2", config), ("dinov3", DINOv3ViTConfig(**WIDE, drop_path_rate=0.5))):
-        tower = part("vlm.encoders", module).Encoder._from_config(read_config(module, given.to_dict()))
+        tower = encoder_spec(module).encoder._from_config(encoder_spec(module).read_config(given.to_dict()))
         shake(tower)
         outputs = {mode: [tower.train(mode)(pixels()).features for _ in range(4)] for mode in (False, True)}
         assert all(torch.equal(outputs[False][0], other) for other in outputs[False])
         assert not all(torch.equal(outputs[True][0], other) for other in outputs[True])
-    quiet = part("vlm.encoders", "dinov3").Encoder._from_config(read_config("dinov3", WIDE))
+    quiet = encoder_spec("dinov3").encoder._from_config(encoder_spec("dinov3").read_config(WIDE))
     assert torch.equal(quiet.train()(pixels()).features, quiet.eval()(pixels()).features)
 
 
@@ -213,7 +213,7 @@ def test_crop_is_transformers_clip_preprocessing(size: tuple[int, int]) -> None:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     image = picture(5, size)
-    own = part("vlm.encoders", "clip").transform(part("vlm.encoders", "clip").tiny(), resize_shortest=32)
+    own = encoder_spec("clip").transform(encoder_spec("clip").tiny(), resize_shortest=32)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
     want = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
     assert (own([image]).pixel_values[0] - want).abs().max() < 1e-5
@@ -221,14 +221,14 @@ def test_crop_is_transformers_clip_preprocessing(size: tuple[int, int]) -> None:
 
 def test_crop_of_a_line_needs_little_memory() -> None:
     """At its scale the whole line would be 8.4 million pixels long."""
-    module = part("vlm.encoders", "clip")
+    module = encoder_spec("clip")
     line = Image.new("RGB", (300_000, 1), "red")
     values = module.transform(module.tiny())([line]).pixel_values
     assert values.shape == (1, 3, 28, 28) and float((values - values[..., :1, :1]).abs().max()) == 0
 
 
 def test_crop_settings_are_checked() -> None:
-    module = part("vlm.encoders", "clip")
+    module = encoder_spec("clip")
     for settings in ({"resize_shortest": 20}, {"resize_shortest": 32, "mode": "squash"}):
         with pytest.raises(ConfigError, match="resize_shortest is"):
             module.transform(module.tiny(), **settings)
@@ -263,15 +263,15 @@ def test_each_tower_learns(kind: str, tmp_path: Path) -> None:
 
 def test_contract_constants() -> None:
     """Each file names its checkpoints; no two files read the same one; tokens_for agrees with the transform."""
-    names = [name for kind in kinds("vlm.encoders") for name in part("vlm.encoders", kind).MODEL_TYPES]
+    names = [name for kind in kinds("vlm.encoders") for name in encoder_spec(kind).model_types]
     assert len(names) == len(set(names)) and set(names) == set(model_types())
     for kind in kinds("vlm.encoders"):
-        module = part("vlm.encoders", kind)
-        assert module.Config.model_type in module.MODEL_TYPES or kind in ("siglip2_naflex", "dinov2")
-        if hasattr(module, "EXTRA"):
+        module = encoder_spec(kind)
+        assert module.config.model_type in module.model_types or kind in ("siglip2_naflex", "dinov2")
+        if module.extra:
             continue  # its tiny() needs its library; tests/test_encoders_contract.py has the rest
         config = module.tiny()
-        if hasattr(config, "image_size"):
+        if not module.any_aspect:
             patch = config.patch_size
             for size in (2 * patch, 2 * patch + 13, 5 * patch):
                 assert module.tokens_for(config, size) == (size // patch) ** 2

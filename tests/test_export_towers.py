@@ -251,8 +251,8 @@ def test_open_clips_projection(tmp_path: Path) -> None:
 def test_a_tower_whose_file_says_no_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "examples"))
     name = "own_encoder:PatchTower"
-    module = use(name)
-    model, processor = made(module.Config(), encoder_kind=name)
+    spec = use(name).SPEC
+    model, processor = made(spec.config(), encoder_kind=name)
     with pytest.raises(ConfigError, match=r"does not say in which format it stands alone.*`vlm new --encoder` reads"):
         vlm.export(model, processor, tmp_path / "out", to="tower")
     vlm.save(model, processor, tmp_path / "model")

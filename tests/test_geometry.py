@@ -24,7 +24,7 @@ from vlm.build.presets import tiny
 from vlm.checkpoints.geometry import with_geometry
 from vlm.cli import main
 from vlm.errors import CheckpointError, ConfigError
-from vlm.registry import part
+from vlm.model.parts import encoder_spec
 
 POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
 PROJECTOR = "model.multi_modal_projector."
@@ -113,7 +113,7 @@ def test_other_towers_resample_as_new_ones_do(kind: str, tmp_path: Path) -> None
     assert len(tables) == (0 if kind == "dinov3" else 1)
     assert all(torch.equal(tower[name], old[name]) for name in old if name not in tables)
     assert reader.image_transform.grid(0, 0) == (3, 3) and reader.image_transform.mode == processor.image_transform.mode
-    module = part("vlm.encoders", config.towers[0][0] if len(sizes) > 1 else kind)
+    module = encoder_spec(config.towers[0][0] if len(sizes) > 1 else kind)
     after: Any = members[0] if len(sizes) == 1 else made.config.vision_config.towers[0][1]
     for name in tables:
         assert torch.equal(

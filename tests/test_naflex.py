@@ -17,7 +17,8 @@ import vlm
 from vlm.build.presets import tiny_decoder
 from vlm.encoders import siglip2_naflex
 from vlm.errors import ConfigError
-from vlm.images.transforms import ImageTransform, naflex_grid, resize_float
+from vlm.images.patches import resize_float
+from vlm.images.transforms import ImageTransform, naflex_grid
 
 WIDE, TALL, SQUARE = (90, 20), (25, 80), (40, 40)
 

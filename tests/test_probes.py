@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from vlm.errors import ConfigError, DataError
 from vlm.measure import probes
 from vlm.measure.probes import Labelled, features, fit, held_out, knn, linear, probe, read_labelled
-from vlm.registry import part
+from vlm.model.parts import encoder_spec
 
 
 def tower(kind: str) -> tuple[Any, Any]:
     """A tiny tower with noise on its weights, and its image transform."""
-    module = part("vlm.encoders", kind)
-    encoder = module.Encoder(module.tiny())
+    module = encoder_spec(kind)
+    encoder = module.encoder(module.tiny())
     shake(encoder)
     settings = {"max_num_patches": 16} if kind == "siglip2_naflex" else {}
     return encoder, module.transform(encoder.config, **settings)

@@ -13,8 +13,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vlm.errors import ConfigError
+from vlm.images.patches import patch_coordinates, patchify, resize_float
 from vlm.images.resize import resize_bilinear
-from vlm.images.transforms import ImageTransform, patch_coordinates, patchify, resize_float
+from vlm.images.transforms import ImageTransform
 
 GOLDEN = Path(__file__).parent / "data" / "big_vision_resize"
 SQUASH: dict[str, Any] = {"mode": "squash", "patch_size": 14, "image_size": 28, "resample": "bilinear"}

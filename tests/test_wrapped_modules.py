@@ -20,10 +20,11 @@ from vlm.build.presets import tiny
 from vlm.errors import ConfigError
 from vlm.model import loss
 from vlm.model.forward import VLM
-from vlm.registry import kinds, part
+from vlm.model.parts import encoder_spec
+from vlm.registry import kinds
 
 ROWS = [[sample(3, 2, 1)], [sample(5, 9, 2)], [sample(1, 1, 3)]]
-OWN_ENCODERS = [kind for kind in kinds("vlm.encoders") if not hasattr(part("vlm.encoders", kind), "EXTRA")]
+OWN_ENCODERS = [kind for kind in kinds("vlm.encoders") if encoder_spec(kind).extra is None]
 
 
 def model_and_batch(encoder: str = "siglip", decoder: str = "gemma") -> tuple[VLM, dict[str, Tensor]]:

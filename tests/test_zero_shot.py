@@ -17,8 +17,7 @@ from vlm.build.presets import tiny
 from vlm.checkpoints.parts import load_tower
 from vlm.errors import CheckpointError, DataError
 from vlm.measure.probes import Labelled
-from vlm.model.parts import read_config
-from vlm.registry import part
+from vlm.model.parts import encoder_spec
 from vlm.siglip import text as siglip
 from vlm.siglip.zero_shot import class_embeddings, pooled, text_ids, why_no_zero_shot, zero_shot
 from vlm.text.tokenizer import build
@@ -30,7 +29,7 @@ TEMPLATES = ("{}", "a photo of a {}.")
 
 def write(path: Path, kind: str) -> Any:
     """A tiny checkpoint with both towers and a Gemma tokenizer, and transformers' model of it."""
-    vision = part("vlm.encoders", kind).tiny().to_dict()
+    vision = encoder_spec(kind).tiny().to_dict()
     vision.pop("vision_use_head")
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"vocab_size": 300, "max_position_embeddings": 12, "projection_size": 32}
@@ -46,8 +45,8 @@ def write(path: Path, kind: str) -> Any:
 
 def tower(path: Path, kind: str) -> tuple[Any, Any]:
     values = json.loads((path / "config.json").read_text())["vision_config"]
-    module = part("vlm.encoders", kind)
-    encoder = module.Encoder(read_config(kind, {**values, "vision_use_head": False}))
+    module = encoder_spec(kind)
+    encoder = module.encoder(encoder_spec(kind).read_config({**values, "vision_use_head": False}))
     load_tower(encoder, path)
     return encoder, module.transform(encoder.config, **({"max_num_patches": 16} if "naflex" in kind else {}))
 
@@ -80,10 +79,10 @@ def test_a_naflex_tower_read_from_a_fixed_size_checkpoint(tmp_path: Path) -> Non
     """Its square image, patch for patch the same, gets the same embedding; the head leaves padding out."""
     theirs = write(tmp_path, "siglip")
     square, squares = tower(tmp_path, "siglip")
-    module = part("vlm.encoders", "siglip2_naflex")
+    module = encoder_spec("siglip2_naflex")
     values = {**square.config.to_dict(), "num_patches": 4}
     del values["image_size"]
-    encoder = module.Encoder(read_config("siglip2_naflex", values))
+    encoder = module.encoder(encoder_spec("siglip2_naflex").read_config(values))
     load_tower(encoder, tmp_path)
     images = [picture(1), picture(2, (14, 56))]
     model = siglip.load(tmp_path)

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,14 +55,14 @@ def use(room: str, name: str) -> Any:
 
     Args:
         room: one that takes such parts, such as `vlm.encoders`.
-        name: `MODULE:CLASS`, such as `mylab.towers:MyTower`. The module is a file as the room's `contract` describes
-            it; the class stands for its `Encoder`.
+        name: `MODULE:CLASS`, such as `mylab.towers:MyTower`. The module declares `SPEC` as the room's `contract` says;
+            the class stands in the place of the one that is named there.
 
     Returns:
-        The part, with the attributes of its module.
+        What stands for the part's file: its `SPEC`.
 
     Raises:
-        ConfigError: it cannot be imported, or lacks a part of the contract.
+        ConfigError: it cannot be imported, or declares no `SPEC` of this room.
     """
     what = room.rsplit(".", 1)[-1].rstrip("s")
     module_name, _, class_name = name.partition(":")
@@ -71,11 +72,17 @@ def use(room: str, name: str) -> Any:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f"{what} {name!r} cannot be imported ({error}); install it, or set PYTHONPATH") from error
-    wanted = importlib.import_module(f"{room}.contract").CONTRACT
-    missing = [entry for entry in (*wanted, class_name) if not hasattr(module, entry)]
+    found = vars(module)
+    missing = [entry for entry in ("SPEC", class_name) if entry not in found]
     if missing:
         raise ConfigError(f"{what} {name!r}: {module_name} has no {', '.join(missing)}; see docs/{what}s.md")
-    OWN[room][name] = SimpleNamespace(**{**vars(module), what.capitalize(): getattr(module, class_name)})
+    contract = importlib.import_module(f"{room}.contract")
+    if not isinstance(found["SPEC"], contract.Spec):
+        raise ConfigError(
+            f"{what} {name!r}: SPEC of {module_name} is a {type(found['SPEC']).__name__}, expected a {room}.Spec; see"
+            f" docs/{what}s.md"
+        )
+    OWN[room][name] = SimpleNamespace(SPEC=replace(found["SPEC"], **{what: found[class_name]}))
     return OWN[room][name]
 
 

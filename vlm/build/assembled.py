@@ -18,9 +18,9 @@ from vlm.checkpoints.tower_head import head_of
 from vlm.model import decoder as decoders
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
 from vlm.model.projecting import init_weights
-from vlm.registry import part
 from vlm.text.tokenizer import Tokenizer, add_image_tokens, image_token_id
 
 VOCABULARY_MULTIPLE = 64
@@ -88,16 +88,16 @@ def _fill_towers(tower: Any, choice: Choice, seed: int) -> dict[str, Tensor]:
     alone = len(choice.members) == 1
     towers = [tower] if alone else list(tower.members)
     for number, (module, member) in enumerate(zip(towers, choice.members, strict=True)):
-        kind = part("vlm.encoders", member.kind)
+        spec = encoder_spec(member.kind)
         if isinstance(member.source, Path):
             load_tower(module, member.source, resize_positions=member.resized)
             prefix = "" if alone else f"members.{number}."
-            transform = choice.transform if alone else choice.transform.members[number]  # type: ignore[attr-defined]
-            beside = head_of(module, kind, transform, member.source)
+            transform = choice.transform if alone else choice.transform.members[number]
+            beside = head_of(module, spec, transform, member.source)
             head |= {prefix + name: tensor for name, tensor in beside.items()}
             continue
         name = "encoder" if alone else f"encoder {number}"
-        build, config = kind.Encoder._from_config, member.config
+        build, config = spec.encoder._from_config, member.config
         _load_fresh(module, name, lambda: build(config), seed)  # noqa: B023
     return head
 

@@ -55,7 +55,7 @@ def new(
         image: settings of the image transform to change, such as `{"max_num_patches": 64}` or `{"resample":
             "bicubic"}`.
         layer: of the tower, whose output is the features: -1 the last with the final norm, -2 the one before it without
-            a norm, or a list, concatenated along the channels (`vlm.model.parts.choose_layers`).
+            a norm, or a list, concatenated along the channels (`vlm.encoders.Spec.choose_layers`).
         fuse: of several towers whose grids differ: `{"grid": [rows, columns], "resample": "bilinear"}`.
         seed: of the new weights. Each part has its own stream, so swapping one part leaves the others' weights as they
             were.

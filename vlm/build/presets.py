@@ -10,8 +10,8 @@ from vlm.build.assembled import assemble
 from vlm.build.towers import choose
 from vlm.model.decoder import small
 from vlm.model.forward import VLM
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
-from vlm.registry import part
 from vlm.text import tokenizer as tokenizers
 
 TINY_CORPUS = [
@@ -52,8 +52,9 @@ def tiny(
         decoder: `gemma`, `gemma2` or `gemma3_text`; `decoder_settings` change its configuration.
         image: settings of the image transform; a NaFlex tower gets a budget of 16 patches unless told otherwise.
     """
-    vision = part("vlm.encoders", encoder).tiny()
-    if not hasattr(vision, "image_size"):
+    spec = encoder_spec(encoder)
+    vision = spec.tiny()
+    if spec.any_aspect:
         image = {"max_num_patches": 16, **(image or {})}
     tokenizer = tokenizers.build(TINY_CORPUS * 20, vocab_size=400)
     text_config = tiny_decoder(decoder, **decoder_settings)

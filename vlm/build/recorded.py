@@ -10,9 +10,10 @@ from vlm.checkpoints.checks import guarded
 from vlm.checkpoints.files import read_json
 from vlm.checkpoints.image_settings import OWN_TRANSFORM, change_transform, check_settings, recorded
 from vlm.checkpoints.preprocessing import checked_image_settings, resample_name
+from vlm.encoders.contract import Spec
 from vlm.images.fused import open_transform
 from vlm.images.transforms import ImageTransform
-from vlm.registry import part
+from vlm.model.parts import encoder_spec
 
 
 def image_transform(member: Member, settings: dict[str, Any]) -> ImageTransform:
@@ -24,8 +25,8 @@ def image_transform(member: Member, settings: dict[str, Any]) -> ImageTransform:
     kind, config = member.kind, member.config
     if member.transform is not None:
         return change_transform(member.transform, kind, config, settings)
-    check_settings(settings, config)
-    transform: ImageTransform = part("vlm.encoders", kind).transform(
+    check_settings(settings, kind, config)
+    transform: ImageTransform = encoder_spec(kind).transform(
         config, **{**recorded_settings(member, settings), **settings}
     )
     return transform
@@ -33,16 +34,17 @@ def image_transform(member: Member, settings: dict[str, Any]) -> ImageTransform:
 
 def recorded_settings(member: Member, settings: dict[str, Any]) -> dict[str, Any]:
     """What the checkpoint records and the settings leave open."""
-    module, config = part("vlm.encoders", member.kind), member.config
+    spec = encoder_spec(member.kind)
+    size = spec.image_size(member.config)
     if member.transform is not None:
-        return recorded(member.transform, config)
-    own = written_transform(member.source, module)
-    if own is not None and (own.mode == "naflex") == (not hasattr(config, "image_size")):
-        return recorded(own, config)
-    if not isinstance(member.source, Path) or hasattr(module, "recognise"):
+        return recorded(member.transform, size)
+    own = written_transform(member.source, spec)
+    if own is not None and own.any_aspect == spec.any_aspect:
+        return recorded(own, size)
+    if not isinstance(member.source, Path) or spec.recognise is not None:
         return {}  # new weights, or a configuration that holds the transform
-    found = recorded_transform(member.source, getattr(config, "image_size", None))
-    if not hasattr(config, "image_size"):
+    found = recorded_transform(member.source, size)
+    if spec.any_aspect:
         # NaFlex resizes in float with its own filter; a FixRes checkpoint's resize does not apply.
         return {key: value for key, value in found.items() if key not in ("resample", "rounding", *_SQUARE)}
     if "mode" in settings:
@@ -50,9 +52,9 @@ def recorded_settings(member: Member, settings: dict[str, Any]) -> dict[str, Any
     return found
 
 
-def written_transform(source: Any, module: Any) -> ImageTransform | None:
+def written_transform(source: Any, spec: Spec) -> ImageTransform | None:
     """The image transform of a tower that `vlm export --to tower` wrote: all that other formats cannot say."""
-    names = (getattr(module, "CONFIG_FILE", "config.json"), "preprocessor_config.json")
+    names = (spec.config_file, "preprocessor_config.json")
     for file in [source / name for name in names] if isinstance(source, Path) and source.is_dir() else ():
         values = read_json(file).get(OWN_TRANSFORM) if file.is_file() else None
         if values is not None:

@@ -19,12 +19,14 @@ from vlm.checkpoints.geometry_plan import Tower, change_tower, read_as, set_imag
 from vlm.checkpoints.image_settings import known_settings
 from vlm.checkpoints.locate import locate
 from vlm.checkpoints.preprocessing import own_transform
+from vlm.encoders.fused import KIND as FUSED
+from vlm.encoders.fused import fuse as fuse_towers
 from vlm.errors import ConfigError, nearest
 from vlm.images.fused import FusedTransform, cells_shown
 from vlm.images.transforms import ImageTransform
 from vlm.model.config import VLMConfig
-from vlm.model.parts import choose_layers, model_types, read_config
-from vlm.registry import kinds, part
+from vlm.model.parts import encoder_spec, model_types
+from vlm.registry import kinds
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +58,15 @@ def choose(
     if encoder_kind is not None:
         raise ConfigError(f"encoder_kind={encoder_kind!r} reads one tower as another kind, and there are several")
     members = [_member(source, size, None, image_size, layer) for source, size in sources]
-    module = part("vlm.encoders", "fused")
     known = ("grid", "resample")
     for key in fuse or {}:
         if key not in known:
             raise ConfigError(f"unknown fuse setting {key!r}{nearest(key, known)}; known: {', '.join(known)}")
-    config = module.fuse([(member.kind, member.config) for member in members], **(fuse or {}))
+    config = fuse_towers([(member.kind, member.config) for member in members], **(fuse or {}))
     notes = [recorded_settings(member, image or {}) for member in members]
-    transform = module.transform(config, recorded=notes, **known_settings(image or {}))
+    transform = encoder_spec(FUSED).transform(config, recorded=notes, **known_settings(image or {}))
     _say_resampled(config, transform)
-    return Choice("fused", config, members, transform)
+    return Choice(FUSED, config, members, transform)
 
 
 def several(encoder: Any) -> list[Any]:
@@ -102,7 +103,7 @@ def _member(
         made.config.dtype = None
         return Member(source, made.kind, made.config, wanted is not None, made.transform)
     kind, config = _vision(source, encoder_kind, wanted)
-    return Member(source, kind, choose_layers(kind, config, layer), wanted is not None)
+    return Member(source, kind, encoder_spec(kind).choose_layers(kind, config, layer), wanted is not None)
 
 
 def _whole_model(folder: Path) -> Tower | None:
@@ -151,9 +152,9 @@ def located(source: Any) -> Any:
 
 def _vision(encoder: Any, kind: str | None, image_size: int | None) -> tuple[str, PreTrainedConfig]:
     if kind is not None and ":" in kind:
-        part("vlm.encoders", kind)  # refused with the way to make it known
+        encoder_spec(kind)  # refused with the way to make it known
     source, config = _own_vision(encoder, kind)
-    for name, value in getattr(part("vlm.encoders", source), "FIXED", {}).items():
+    for name, value in encoder_spec(source).fixed.items():
         setattr(config, name, value)
     config.dtype = None
     name = type(encoder).__name__ if isinstance(encoder, PreTrainedConfig) else str(encoder)
@@ -173,11 +174,10 @@ def _own_vision(encoder: Any, own: str | None) -> tuple[str, PreTrainedConfig]:
         kind = model_types(own).get(encoder.model_type)
         if kind is None:
             raise ConfigError(f"no encoder takes a {type(encoder).__name__}; known: {', '.join(kinds('vlm.encoders'))}")
-        if type(encoder) is part("vlm.encoders", kind).Config and not hasattr(
-            part("vlm.encoders", kind), "read_config"
-        ):
+        spec = encoder_spec(kind)
+        if type(encoder) is spec.config and spec.read is None:
             return kind, copy.deepcopy(encoder)
-        return kind, read_config(kind, {key: value for key, value in encoder.to_dict().items() if key not in NOTES})
+        return kind, spec.read_config({key: value for key, value in encoder.to_dict().items() if key not in NOTES})
     if encoder.suffix == ".npz":
         with big_vision.open_npz(encoder) as arrays:
             config = big_vision_configs.vision_config(big_vision.headers(arrays, str(encoder))[0], origin=str(encoder))
@@ -198,7 +198,7 @@ def _own_vision(encoder: Any, own: str | None) -> tuple[str, PreTrainedConfig]:
     vision = values.get("vision_config", values)
     check_numbers(vision, f"{encoder}: vision_config")
     settings = {key: value for key, value in vision.items() if key not in (*NOTES, "model_type")}
-    return source, guarded(lambda: read_config(source, settings), f"{encoder}: vision_config")
+    return source, guarded(lambda: encoder_spec(source).read_config(settings), f"{encoder}: vision_config")
 
 
 def _from_settings(values: dict[str, Any], own: str | None) -> tuple[str, PreTrainedConfig]:
@@ -209,7 +209,7 @@ def _from_settings(values: dict[str, Any], own: str | None) -> tuple[str, PreTra
             f"encoder: model_type is {stated!r}{nearest(str(stated), known)}; known: {', '.join(sorted(known))}"
         )
     settings = {key: value for key, value in values.items() if key != "model_type"}
-    return known[stated], guarded(lambda: read_config(known[stated], settings), "encoder", ConfigError)
+    return known[stated], guarded(lambda: encoder_spec(known[stated]).read_config(settings), "encoder", ConfigError)
 
 
 def _foreign(folder: Path) -> tuple[str, PreTrainedConfig] | None:
@@ -217,13 +217,13 @@ def _foreign(folder: Path) -> tuple[str, PreTrainedConfig] | None:
     if (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json"):
         return None
     for kind in kinds("vlm.encoders"):
-        module = part("vlm.encoders", kind)
-        file = folder / getattr(module, "CONFIG_FILE", "config.json")
-        if not hasattr(module, "recognise") or not file.is_file():
+        spec = encoder_spec(kind)
+        file = folder / spec.config_file
+        if spec.recognise is None or not file.is_file():
             continue
-        settings = module.recognise(read_json(file))
+        settings = spec.recognise(read_json(file))
         if settings is not None:
-            config: PreTrainedConfig = guarded(lambda: read_config(kind, settings), str(file))  # noqa: B023
+            config: PreTrainedConfig = guarded(lambda: spec.read_config(settings), str(file))  # noqa: B023
             return kind, config
     return None
 

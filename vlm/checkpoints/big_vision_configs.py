@@ -19,7 +19,7 @@ from vlm.checkpoints.checks import guarded
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.model import decoder
 from vlm.model.config import VLMConfig
-from vlm.registry import part
+from vlm.model.parts import encoder_spec
 
 VOCABULARY_MULTIPLE = 64
 EMBEDDING = "llm/embedder/input_embedding"
@@ -170,9 +170,9 @@ def vision_config(
         side = math.isqrt(positions[1]) * kernel[0]
         if image_size is not None and image_size // kernel[0] * kernel[0] != side:
             raise CheckpointError(f"{origin}: image_size {image_size} does not give the position grid of {side} px")
-        return part("vlm.encoders", "siglip").Config(**values, image_size=image_size or side)
+        return encoder_spec("siglip").config(**values, image_size=image_size or side)
     values |= {"patch_size": math.isqrt(kernel[0] // 3), "num_patches": positions[0] * positions[1]}
-    return part("vlm.encoders", "siglip2_naflex").Config(**values)
+    return encoder_spec("siglip2_naflex").config(**values)
 
 
 def text_config(shapes: Shapes, origin: str) -> SiglipTextConfig:

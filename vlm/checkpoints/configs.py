@@ -10,7 +10,7 @@ from vlm.checkpoints.checks import NOTES, check_numbers, check_text, guarded
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model import decoder
 from vlm.model.config import VLMConfig
-from vlm.registry import part
+from vlm.model.parts import encoder_spec
 
 
 def check_layers(config: VLMConfig, names: Iterable[str], origin: str) -> None:
@@ -122,7 +122,7 @@ def _paligemma(values: dict[str, Any], text: dict[str, Any], vision: dict[str, A
         spec.drop_window(text_config, None)
     return VLMConfig(
         encoder="siglip",
-        vision_config=part("vlm.encoders", "siglip").Config(**{**vision, "vision_use_head": False}),
+        vision_config=encoder_spec("siglip").config(**{**vision, "vision_use_head": False}),
         projector_config={"kind": "linear"},
         text_config=text_config,
         image_token_id=values.get("image_token_index", values.get("image_token_id")),

@@ -21,13 +21,12 @@ from vlm.checkpoints.names import PROJECTOR, TOWER
 from vlm.checkpoints.parts import as_tower
 from vlm.checkpoints.source import Source, check_fit, expected_shapes, put
 from vlm.checkpoints.streams import seeded
-from vlm.encoders._layers import feature_width
 from vlm.errors import ConfigError
 from vlm.model import projecting
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
-from vlm.registry import part
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +105,8 @@ def _source(model: VLM, made: VLM, seed: int) -> Source:
     tower = {name.removeprefix(TOWER): tensor for name, tensor in state.items() if name.startswith(TOWER)}
     if new.vision_config is not old.vision_config:
         wanted = expected_shapes(made.model.vision_tower)
-        module = part("vlm.encoders", new.encoder)
-        fitted = as_tower(_of(tower), module, new.vision_config, wanted, resize_positions=True)
+        spec = encoder_spec(new.encoder)
+        fitted = as_tower(_of(tower), spec, new.vision_config, wanted, resize_positions=True)
         tower = {name: fitted.read(name) for name in fitted.shapes}
     state = {name: tensor for name, tensor in state.items() if not name.startswith(TOWER)}
     state |= {TOWER + name: tensor for name, tensor in tower.items()}
@@ -122,7 +121,7 @@ def _source(model: VLM, made: VLM, seed: int) -> Source:
 def new_projector(config: VLMConfig, seed: int) -> dict[str, Tensor]:
     """Initial weights of a configuration's projector, from its own random stream."""
     weights: dict[str, Tensor] = {}
-    width, decoder = feature_width(config.vision_config), config.text_config.hidden_size
+    width, decoder = encoder_spec(config.encoder).width(config.vision_config), config.text_config.hidden_size
 
     def draw() -> None:
         weights.update(projecting.build(config.projector_config, width, decoder).state_dict())
@@ -139,7 +138,8 @@ def _of(tensors: Mapping[str, Tensor]) -> Source:
 
 def _say(old: VLMConfig, new: VLMConfig) -> None:
     """What has changed, for people."""
-    before, after = image_sizes(old.vision_config), image_sizes(new.vision_config)
+    before = image_sizes(old.encoder, old.vision_config)
+    after = image_sizes(new.encoder, new.vision_config)
     if before != after and None not in before + after:
         shown = (" and ".join(map(str, sizes)) for sizes in (before, after))
         logger.info("image size %s -> %s px: position tables are resampled, all other weights stay", *shown)

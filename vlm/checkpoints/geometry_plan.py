@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from typing import Any, NamedTuple
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.checkpoints.checks import NOTES
-from vlm.checkpoints.image_settings import NAFLEX, SQUARES, change_transform
-from vlm.encoders._layers import feature_layers, feature_width
+from vlm.checkpoints.image_settings import change_transform
+from vlm.encoders.contract import Spec
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
 from vlm.model import decoder, projecting
 from vlm.model.config import VLMConfig
-from vlm.model.parts import choose_layers
-from vlm.registry import part
+from vlm.model.parts import encoder_spec, known_encoders, towers
 
 logger = logging.getLogger(__name__)
 SETTINGS = ("image_size", "image", "layer", "projector", "encoder_kind")
@@ -59,7 +57,8 @@ def planned(
     wanted = config.projector_config if projector is None else projector
     wanted = {"kind": wanted} if isinstance(wanted, str) else dict(wanted)
     same = projecting.full_settings(wanted) == projecting.full_settings(config.projector_config)
-    width, old = feature_width(after.config), feature_width(config.vision_config)
+    width = encoder_spec(after.kind).width(after.config)
+    old = encoder_spec(config.encoder).width(config.vision_config)
     if same and width != old:
         raise ConfigError(
             f"layer={layer}: the features would be {width} wide, the model's projector reads {old}; choose as many"
@@ -96,7 +95,7 @@ def change_tower(
     if image_size is not None:
         resized = copy.deepcopy(config)
         set_image_size(resized, kind, image_size)
-        config = config if image_sizes(resized) == image_sizes(config) else resized
+        config = config if image_sizes(kind, resized) == image_sizes(kind, config) else resized
     if layer is not None:
         config = _with_layer(kind, config, layer)
     if config is not tower.config:
@@ -110,14 +109,14 @@ def _with_layer(kind: str, config: Any, layer: int | list[int]) -> Any:
     Raises:
         ConfigError: blocks or a norm that this model has given up.
     """
-    towers = [member for _, member in getattr(config, "towers", ())]
-    chosen = next((one for one in towers or [config] if getattr(one, "feature_layers", None)), None)
-    if chosen is None:
-        return choose_layers(kind, config, layer)
-    blocks = ", ".join(map(str, feature_layers(chosen)))
+    chosen = [(one, numbers) for own, one in towers(kind, config) if (numbers := encoder_spec(own).chosen_layers(one))]
+    if not chosen:
+        return encoder_spec(kind).choose_layers(kind, config, layer)
+    one, numbers = chosen[0]
+    blocks = ", ".join(map(str, numbers))
     raise ConfigError(
-        f"layer={layer}: this model's features are the outputs of block {blocks} of {chosen.num_hidden_layers}"
-        f"{'' if chosen.feature_norm else ', without the final norm'}; what it does not use is no part of it, so the"
+        f"layer={layer}: this model's features are the outputs of block {blocks} of {one.num_hidden_layers}"
+        f"{'' if one.feature_norm else ', without the final norm'}; what it does not use is no part of it, so the"
         f" choice cannot be changed: build the model anew from its tower's checkpoint"
     )
 
@@ -131,10 +130,11 @@ def set_image_size(config: Any, kind: str, image_size: int | list[int] | None) -
     Raises:
         ConfigError: a tower of any aspect ratio, a fused tower without a size for each member, or no size.
     """
-    if getattr(config, "towers", None):
-        _set_member_sizes(config, image_size)
+    spec = encoder_spec(kind)
+    if spec.with_members is not None:
+        _set_member_sizes(spec, config, image_size)
         return
-    if not hasattr(config, "image_size"):
+    if spec.any_aspect:
         if image_size is not None:
             shown = image_size if isinstance(image_size, int) else config.patch_size
             raise ConfigError(
@@ -152,29 +152,29 @@ def set_image_size(config: Any, kind: str, image_size: int | list[int] | None) -
     say_unseen(config)
 
 
-def _set_member_sizes(config: Any, image_size: int | list[int] | None) -> None:
-    towers = config.towers
+def _set_member_sizes(spec: Spec, config: Any, image_size: int | list[int] | None) -> None:
+    members = spec.members(config)
     if image_size is None:
-        for _, member in towers:
+        for _, member in members:
             say_unseen(member)
         return
     sizes = image_size if isinstance(image_size, list) else [image_size]
-    if len(sizes) != len(towers):
-        now = ", ".join(f"{kind} {member.image_size}" for kind, member in towers)
+    if len(sizes) != len(members):
+        now = ", ".join(f"{kind} {member.image_size}" for kind, member in members)
         raise ConfigError(
-            f"image_size={image_size}: each member of a fused tower has its own ({now}); give {len(towers)} sizes, one"
+            f"image_size={image_size}: each member of a fused tower has its own ({now}); give {len(members)} sizes, one"
             f" for each, or build it from the members: A@{sizes[0]}+B@{sizes[0]}"
         )
-    for (kind, member), size in zip(towers, sizes, strict=True):
+    for (kind, member), size in zip(members, sizes, strict=True):
         set_image_size(member, kind, size)
-    made = part("vlm.encoders", "fused").fuse(towers, config.grid if config.resample else None, config.resample)
+    assert spec.with_members is not None
+    made = spec.with_members(config, members)
     config.members, config.grid = made.members, made.grid
 
 
-def image_sizes(config: Any) -> list[Any]:
+def image_sizes(kind: str, config: Any) -> list[int | None]:
     """Of each tower; None where there is none, as for NaFlex."""
-    towers = [member for _, member in getattr(config, "towers", ())]
-    return [getattr(member, "image_size", None) for member in towers or [config]]
+    return [encoder_spec(own).image_size(one) for own, one in towers(kind, config)]
 
 
 def say_unseen(config: Any) -> None:
@@ -201,7 +201,8 @@ def read_as(
     Raises:
         ConfigError: other kinds, or a tower of which only some layers are there.
     """
-    if {source, kind} != {SQUARES, NAFLEX}:
+    spec, weights = known_encoders().get(kind), encoder_spec(source).weights
+    if spec is None or spec.adopt is None or kind == source or spec.weights != weights:
         raise ConfigError(
             f"{name} is a {source!r} tower and cannot be read as {kind!r}; only siglip -> siglip2_naflex is possible,"
             f" and back"
@@ -211,32 +212,25 @@ def read_as(
         raise ConfigError(
             f"{name} gives other layers than the last, which a {kind} tower cannot; leave the kind as it is"
         )
-    settings = {
-        key: value for key, value in values.items() if key not in (*NOTES, "model_type", "image_size", "num_patches")
-    }
-    if kind == NAFLEX:
-        settings["num_patches"] = (values["image_size"] // values["patch_size"]) ** 2
-    else:
-        own = math.isqrt(values["num_patches"]) * values["patch_size"]
-        settings["image_size"] = image_size if isinstance(image_size, int) else own
-    return part("vlm.encoders", kind).Config(**settings)
+    settings = {key: value for key, value in values.items() if key not in (*NOTES, "model_type")}
+    return spec.config(**spec.adopt(settings, image_size if isinstance(image_size, int) else None))
 
 
 def _transform_as(transform: ImageTransform, kind: str, config: Any) -> ImageTransform:
     """Normalisation and background stay, the geometry is the other kind's. A NaFlex tower gets as many patches as its
     squares had."""
     kept: dict[str, Any] = {"mean": transform.mean, "std": transform.std, "background": transform.background}
-    if kind == NAFLEX:
+    spec = encoder_spec(kind)
+    if spec.any_aspect:
         kept["max_num_patches"] = transform.max_patches
-    made: ImageTransform = part("vlm.encoders", kind).transform(config, **kept)
+    made: ImageTransform = spec.transform(config, **kept)
     return made
 
 
 def _check_context(config: VLMConfig, transform: ImageTransform) -> None:
     """Refuse images that alone fill the decoder's context."""
     most = decoder.facts(config.text_config).context
-    grid = transform.grid(0, 0) if transform.mode != "naflex" else (1, transform.max_patches)
-    tokens = projecting.num_tokens(config.projector_config, grid)
+    tokens = projecting.num_tokens(config.projector_config, transform.widest_grids()[0])
     if most is not None and tokens + 3 > most:  # BOS, newline, EOS
         raise ConfigError(
             f"an image would be {tokens:,} tokens, and the decoder has {most:,} positions for image and text; choose a"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from vlm.errors import ConfigError, nearest
 from vlm.images.fused import FusedTransform, one_view
-from vlm.images.transforms import ImageTransform
+from vlm.images.transforms import ImageTransform, any_aspect
+from vlm.model.parts import encoder_spec, towers
 
 OWN_TRANSFORM = "vlm_image_transform"
 """In a configuration file: the image transform as this library has it, with what other formats cannot say."""
-NAFLEX, SQUARES = "siglip2_naflex", "siglip"
-"""The two ways of reading SigLIP's weights."""
 
 
 def known_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -28,20 +27,22 @@ def known_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def check_settings(settings: dict[str, Any], config: Any) -> None:
+def check_settings(settings: dict[str, Any], kind: str, config: Any) -> None:
     """Refuse image settings that are the tower's, or that it does not have.
 
     Raises:
         ConfigError: with what to set instead.
     """
+    size = encoder_spec(kind).image_size(config)
+    owned = {"image_size": size, "patch_size": config.patch_size}
     for key, value in known_settings(settings).items():
-        own = getattr(config, key, value) if key in ("image_size", "patch_size") else value
-        if own != value:
+        own = owned.get(key)
+        if own is not None and own != value:
             advice = f"use image_size={value}, which resamples the tower" if key == "image_size" else "leave it out"
             raise ConfigError(f"image setting {key} is {value!r}, the tower has {own}; {advice}")
-    if "max_num_patches" in settings and hasattr(config, "image_size"):
+    if "max_num_patches" in settings and size is not None:
         raise ConfigError(
-            f"max_num_patches is a budget of NaFlex towers; this one reads squares of {config.image_size} px: use"
+            f"max_num_patches is a budget of NaFlex towers; this one reads squares of {size} px: use"
             f" image_size, or read it as encoder_kind='siglip2_naflex'"
         )
 
@@ -53,36 +54,23 @@ def change_transform(transform: ImageTransform, kind: str, config: Any, settings
         ConfigError: settings that the tower cannot have.
     """
     if isinstance(transform, FusedTransform):
-        towers = config.towers
-        members = [_at_size(one, member) for one, (_, member) in zip(transform.members, towers, strict=True)]
+        sizes = [encoder_spec(own).image_size(member) for own, member in towers(kind, config)]
+        members = [one.at_size(size) for one, size in zip(transform.members, sizes, strict=True)]
         known_settings(settings)
         return FusedTransform.of(one_view(members, settings), tuple(config.grid))
-    check_settings(settings, config)
+    check_settings(settings, kind, config)
     mode = settings.get("mode", transform.mode)
-    if (mode == "naflex") != (kind == NAFLEX):
+    spec = encoder_spec(kind)
+    if any_aspect(mode) != spec.any_aspect:
         raise ConfigError(
             f"image mode {mode!r} does not fit a {kind} tower; a SigLIP tower is read the other way with encoder_kind"
-            f" ({NAFLEX} or {SQUARES})"
+            f" (siglip2_naflex or siglip)"
         )
-    changes = dict(settings)
-    if mode != "crop":
-        changes.setdefault("resize_shortest", None)
-    return replace(_at_size(transform, config), **changes)
+    return transform.at_size(spec.image_size(config)).changed(settings)
 
 
-def _at_size(transform: ImageTransform, config: Any) -> ImageTransform:
-    """The transform with the tower's image size; a crop keeps its proportion."""
-    size, old = getattr(config, "image_size", None), transform.image_size
-    if size is None or size == old or old is None:
-        return transform
-    shortest = transform.resize_shortest
-    if shortest is not None:
-        shortest = max(size, round(size * shortest / old))
-    return replace(transform, image_size=size, resize_shortest=shortest)
-
-
-def recorded(transform: ImageTransform, config: Any) -> dict[str, Any]:
+def recorded(transform: ImageTransform, image_size: int | None) -> dict[str, Any]:
     """An image transform as settings of its encoder's `transform`, at the tower's image size."""
-    own = _at_size(transform, config)
+    own = transform.at_size(image_size)
     names = [field.name for field in fields(ImageTransform) if field.name not in ("image_size", "patch_size")]
     return {name: getattr(own, name) for name in names}

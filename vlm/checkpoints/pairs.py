@@ -7,6 +7,7 @@ from typing import Any
 from vlm.errors import CheckpointError
 from vlm.images.transforms import ImageTransform
 from vlm.model.config import VLMConfig
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
 from vlm.model.projecting import full_settings
 
@@ -31,9 +32,9 @@ def check_pair(path: str, config: VLMConfig, processor: Processor) -> None:
             f" the tokenizer that belongs to the model"
         )
     transform = processor.image_transform
-    _check_sizes(path, config.vision_config, transform)
-    _check_members(path, config.vision_config, transform)
-    if (transform.mode == "naflex") != (config.encoder == "siglip2_naflex"):
+    _check_sizes(path, config.encoder, config.vision_config, transform)
+    _check_members(path, config, transform)
+    if transform.any_aspect != encoder_spec(config.encoder).any_aspect:
         raise CheckpointError(f"{path}: image mode {transform.mode!r} does not fit encoder {config.encoder!r}")
     if full_settings(processor.projector) != full_settings(config.projector_config):
         raise CheckpointError(
@@ -42,28 +43,29 @@ def check_pair(path: str, config: VLMConfig, processor: Processor) -> None:
         )
 
 
-def _check_sizes(path: str, vision: Any, transform: ImageTransform) -> None:
-    for name in ("patch_size", "image_size"):
-        wanted, got = getattr(vision, name, None), getattr(transform, name)
+def _check_sizes(path: str, kind: str, vision: Any, transform: ImageTransform) -> None:
+    sizes = {"patch_size": vision.patch_size, "image_size": encoder_spec(kind).image_size(vision)}
+    for name, wanted in sizes.items():
+        got = getattr(transform, name)
         if wanted is not None and got is not None and wanted != got:
             raise CheckpointError(
                 f"{path}: the tower has {name} {wanted}, the processor's image_transform {got}; they must be equal"
             )
 
 
-def _check_members(path: str, vision: Any, transform: ImageTransform) -> None:
+def _check_members(path: str, config: VLMConfig, transform: ImageTransform) -> None:
     """A fused tower's members, one by one, and the grid of the features."""
-    towers = [config for _, config in getattr(vision, "towers", ())]
-    members = getattr(transform, "members", ())
+    spec = encoder_spec(config.encoder)
+    towers, members = spec.members(config.vision_config), transform.members
     if len(towers) != len(members):
         raise CheckpointError(
             f"{path}: the tower has {len(towers)} fused members, the processor's image_transform {len(members)}; they"
             f" must be equal"
         )
-    for tower, member in zip(towers, members, strict=True):
-        _check_sizes(path, tower, member)
-    if towers and tuple(vision.grid) != transform.grid(0, 0):
+    for (kind, tower), member in zip(towers, members, strict=True):
+        _check_sizes(path, kind, tower, member)
+    if towers and spec.grid(config.vision_config) != transform.grid(0, 0):
         raise CheckpointError(
-            f"{path}: the tower has the grid {tuple(vision.grid)}, the processor's image_transform"
+            f"{path}: the tower has the grid {spec.grid(config.vision_config)}, the processor's image_transform"
             f" {transform.grid(0, 0)}; they must be equal"
         )

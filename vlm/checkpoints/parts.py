@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,8 +20,9 @@ from vlm.checkpoints.locate import locate
 from vlm.checkpoints.names import DECODER, TOWER
 from vlm.checkpoints.source import Source, check_fit, expected_shapes, finite, live_source
 from vlm.checkpoints.weights import Weights
+from vlm.encoders.contract import Spec
 from vlm.errors import CheckpointError
-from vlm.registry import part
+from vlm.model.parts import encoder_spec, kind_of
 
 NEW_ROW_STD = 0.02
 """New vocabulary rows are N(0, 0.02): better than the average embedding (PaliGemma, section 5.3)."""
@@ -47,8 +47,9 @@ def load_tower(
     Raises:
         CheckpointError: tensors are missing, unexpected, mis-shaped, quantised or not finite.
     """
-    module: Any = sys.modules[type(tower).__module__]
-    config, wanted = tower.config, expected_shapes(tower)
+    spec = encoder_spec(kind_of(tower))
+    config: Any = tower.config
+    wanted = expected_shapes(tower)
     if Path(path).suffix == ".npz":
         with big_vision.open_npz(path) as arrays:
             shapes, dtypes = big_vision.headers(arrays, str(path))
@@ -57,18 +58,18 @@ def load_tower(
             }
             found = rules(kept, two_towers=False, origin=str(path))
             source = big_vision.array_source(arrays, kept, dtypes, found, str(path))
-            source = as_tower(source, module, config, wanted, (TOWER,), resize_positions=resize_positions)
+            source = as_tower(source, spec, config, wanted, (TOWER,), resize_positions=resize_positions)
             fill(tower, source, allow_nonfinite=allow_nonfinite)
         return
-    weights = directory_source(path, getattr(module, "WEIGHTS", SINGLE))
-    prefixes = (TOWER, *module.PREFIXES)
-    source = as_tower(weights, module, config, wanted, prefixes, resize_positions=resize_positions)
+    weights = directory_source(path, spec.weights_file)
+    prefixes = (TOWER, *spec.prefixes)
+    source = as_tower(weights, spec, config, wanted, prefixes, resize_positions=resize_positions)
     fill(tower, source, allow_nonfinite=allow_nonfinite)
 
 
 def as_tower(
     source: Source,
-    module: Any,
+    spec: Spec,
     config: Any,
     wanted: Mapping[str, tuple[int, ...]],
     prefixes: tuple[str, ...] = ("",),
@@ -78,7 +79,7 @@ def as_tower(
     """The tensors of a tower under the names and in the shapes of a configuration.
 
     Args:
-        module: the encoder's file.
+        spec: what the encoder's file says.
         config: the configuration that they are for.
         wanted: name -> shape of its tensors.
         prefixes: what may stand before the tower's names in the source.
@@ -87,11 +88,10 @@ def as_tower(
     Raises:
         CheckpointError: no name starts with any prefix.
     """
-    if getattr(config, "towers", None):
-        return _as_members(source, config, wanted, prefixes, resize_positions)
-    rename = renaming(module)
-    source = part_of(source, prefixes, _left_out(module, config), rename)
-    own = {rename(name): name for name in wanted}
+    if members := spec.members(config):
+        return _as_members(source, members, wanted, prefixes, resize_positions)
+    source = part_of(source, prefixes, spec.not_read(config), spec.rename)
+    own = {spec.rename(name): name for name in wanted}
     source = _renamed(source, {own.get(name, name): name for name in source.shapes})
     from_squares, from_naflex = _kernels(source, wanted)
     for name in from_squares:
@@ -99,10 +99,10 @@ def as_tower(
         source = _changed(source, name, wanted[name], lambda kernel: kernel.permute(0, 2, 3, 1).flatten(1))
     for name in from_naflex:
         source = _changed(source, name, wanted[name], partial(_as_kernel, shape=wanted[name]))
-    resample = _naflex_positions if from_naflex else getattr(module, "resample", None)
-    for positions in _names(module, "POSITIONS") if resize_positions else ():
+    resample = (spec.adopt_positions if from_naflex else None) or spec.resample
+    for positions in spec.positions if resize_positions else ():
         if positions in wanted and source.shapes.get(positions, ())[-1:] == wanted[positions][-1:]:
-            source = _changed(source, positions, wanted[positions], lambda table: resample(table, config))  # type: ignore
+            source = _changed(source, positions, wanted[positions], lambda table: resample(table, config))
     return source
 
 
@@ -124,25 +124,22 @@ def _as_kernel(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
     return matrix.unflatten(1, (rows, columns, channels)).permute(0, 3, 1, 2).contiguous()
 
 
-def _naflex_positions(table: Tensor, config: Any) -> Tensor:
-    """The positions that a NaFlex tower gives a square image, as a table: float[n, E] -> float[rows * rows, E]."""
-    side, rows = math.isqrt(table.shape[0]), int(config.image_size) // int(config.patch_size)
-    resize: Callable[..., Tensor] = part("vlm.encoders", "siglip2_naflex").resize_position_grid
-    return resize(table.reshape(side, side, -1), rows, rows)
-
-
 def _as_members(
-    source: Source, config: Any, wanted: Mapping[str, tuple[int, ...]], prefixes: tuple[str, ...], resize: bool
+    source: Source,
+    members: list[tuple[str, Any]],
+    wanted: Mapping[str, tuple[int, ...]],
+    prefixes: tuple[str, ...],
+    resize: bool,
 ) -> Source:
     """The members of a fused tower, each by itself."""
     source = part_of(source, prefixes, r"(?!)")
     pieces: dict[str, tuple[Source, str]] = {}
-    for number, (kind, member) in enumerate(config.towers):
+    for number, (kind, member) in enumerate(members):
         prefix = f"members.{number}."
         own = {name.removeprefix(prefix): shape for name, shape in wanted.items() if name.startswith(prefix)}
-        piece = as_tower(source, part("vlm.encoders", kind), member, own, (prefix,), resize_positions=resize)
+        piece = as_tower(source, encoder_spec(kind), member, own, (prefix,), resize_positions=resize)
         pieces |= {prefix + name: (piece, name) for name in piece.shapes}
-    known = tuple(f"members.{number}." for number in range(len(config.towers)))
+    known = tuple(f"members.{number}." for number in range(len(members)))
     pieces |= {name: (source, name) for name in source.shapes if not name.startswith(known)}  # refused as unexpected
     return Source(
         source.origin,
@@ -150,35 +147,6 @@ def _as_members(
         {name: piece.dtypes[own] for name, (piece, own) in pieces.items()},
         lambda name: pieces[name][0].read(pieces[name][1]),
     )
-
-
-def _left_out(module: Any, config: Any) -> str:
-    """Names that the tower does not have: those of the encoder's file, and what lies above its feature layers."""
-    patterns = [module.LEFT_OUT]
-    patterns += [rf"{re.escape(name)}(\.|$)" for name in getattr(config, "unused", None) or ()]
-    if getattr(config, "feature_layers", None):
-        used = "|".join(map(str, range(config.num_hidden_layers)))
-        patterns += [rf"{re.escape(blocks)}(?!({used})\.)\d+\." for blocks in _names(module, "BLOCKS")]
-        if not config.feature_norm:
-            patterns += [re.escape(norm) for norm in _names(module, "NORM")]
-    return "|".join(patterns)
-
-
-def _names(module: Any, constant: str) -> tuple[str, ...]:
-    """An encoder's constant that is a name or several."""
-    value = getattr(module, constant, ())
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def renaming(module: Any) -> Callable[[str], str]:
-    """One spelling for names that files and versions of transformers spell differently."""
-
-    def rename(name: str) -> str:
-        for pattern, replacement in getattr(module, "RENAMES", ()):
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    return rename
 
 
 def load_decoder(decoder: nn.Module, path: str | Path, old_rows: int, *, allow_nonfinite: bool = False) -> None:

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from vlm.checkpoints import big_vision
 from vlm.checkpoints.big_vision_names import rules
-from vlm.checkpoints.files import SINGLE
 from vlm.checkpoints.names import TOWER
-from vlm.checkpoints.parts import directory_source, renaming
+from vlm.checkpoints.parts import directory_source
 from vlm.checkpoints.source import Source
 from vlm.checkpoints.weights import Weights
-from vlm.encoders.contract import Published
+from vlm.encoders.contract import Published, Spec
 from vlm.images.transforms import ImageTransform
 
 
 def fitting(
-    module: Any,
+    spec: Spec,
     config: Any,
     transform: ImageTransform,
     own: Iterable[str],
@@ -33,8 +32,9 @@ def fitting(
 ) -> tuple[Published, list[str]]:
     """The library's format with a pooling head if all that it needs beside the tower's own tensors is available, else
     without; and the names of what it takes."""
+    assert spec.published is not None
     for head in (available, None):
-        published: Published = module.published(config, transform, head)
+        published = spec.published(config, transform, head)
         written = {published.rename(name) for name in own}
         absent = {name: shape for name, shape in needed(published).items() if name not in written}
         if all(available.get(name) == shape for name, shape in absent.items()):
@@ -55,23 +55,23 @@ COUNTER = "num_batches_tracked"
 
 
 def _kept(
-    tower: Any, module: Any, transform: ImageTransform, source: Source, names: Mapping[str, str]
+    tower: Any, spec: Spec, transform: ImageTransform, source: Source, names: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint that belong to a tower in its library's format, but are no part of it here.
 
     Args:
         names: name as the tower would have it, or as the whole checkpoint has it -> name in the source.
     """
-    if not hasattr(module, "published"):
+    if spec.published is None:
         return {}
-    rename = module.published(tower.config, transform, None).rename
+    rename = spec.published(tower.config, transform, None).rename
     spelled = {rename(name): stored for name, stored in names.items()} | dict(names)
     shapes = {name: tuple(source.shapes[stored]) for name, stored in spelled.items()}
-    _, beside = fitting(module, tower.config, transform, tower.state_dict(), shapes)
+    _, beside = fitting(spec, tower.config, transform, tower.state_dict(), shapes)
     return {name: source.read(spelled[name]) for name in beside}
 
 
-def head_of(tower: Any, module: Any, transform: ImageTransform, path: Path) -> dict[str, Tensor]:
+def head_of(tower: Any, spec: Spec, transform: ImageTransform, path: Path) -> dict[str, Tensor]:
     """What the checkpoint of a tower has beside it and its library's format takes, by its name in the library's file.
 
     Args:
@@ -80,16 +80,15 @@ def head_of(tower: Any, module: Any, transform: ImageTransform, path: Path) -> d
     if (path / HEAD_FILE).is_file():
         return read_head(path)
     if path.suffix == ".npz":
-        return _head_of_npz(tower, module, transform, path)
-    source = directory_source(path, getattr(module, "WEIGHTS", SINGLE))
+        return _head_of_npz(tower, spec, transform, path)
+    source = directory_source(path, spec.weights_file)
     names = {name: name for name in source.shapes}
-    prefix = next((p for p in (TOWER, *module.PREFIXES) if any(name.startswith(p) for name in names)), "")
-    rename = renaming(module)
-    names |= {rename(name.removeprefix(prefix)): name for name in source.shapes if name.startswith(prefix)}
-    return _kept(tower, module, transform, source, names)
+    prefix = next((p for p in (TOWER, *spec.prefixes) if any(name.startswith(p) for name in names)), "")
+    names |= {spec.rename(name.removeprefix(prefix)): name for name in source.shapes if name.startswith(prefix)}
+    return _kept(tower, spec, transform, source, names)
 
 
-def _head_of_npz(tower: Any, module: Any, transform: ImageTransform, path: Path) -> dict[str, Tensor]:
+def _head_of_npz(tower: Any, spec: Spec, transform: ImageTransform, path: Path) -> dict[str, Tensor]:
     with big_vision.open_npz(path) as arrays:
         shapes, dtypes = big_vision.headers(arrays, str(path))
         kept = {name: shape for name, shape in shapes.items() if name.startswith("img/MAPHead_0/")}
@@ -98,7 +97,7 @@ def _head_of_npz(tower: Any, module: Any, transform: ImageTransform, path: Path)
         found = rules(kept, two_towers=True, origin=str(path))
         source = big_vision.array_source(arrays, kept, dtypes, found, str(path))
         names = {name.removeprefix("vision_model."): name for name in source.shapes}
-        return _kept(tower, module, transform, source, names)
+        return _kept(tower, spec, transform, source, names)
 
 
 HEAD_FILE = "tower_head.safetensors"

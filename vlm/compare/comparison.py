@@ -184,7 +184,7 @@ def _check_budgets(config: CompareConfig, arms: Sequence[Matched], how: How) -> 
             f"run.data.max_num_patches would train towers on other numbers of patches than they are matched to ({how});"
             f" leave it out, or give --match none"
         )
-    squares = [item.arm.name for item in arms if item.transform.mode != "naflex"]
+    squares = [item.arm.name for item in arms if not item.transform.any_aspect]
     if squares:
         raise ConfigError(
             f"run.data.max_num_patches is a budget of NaFlex towers, and {', '.join(squares)} read squares; leave it"

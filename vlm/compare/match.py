@@ -29,7 +29,6 @@ from vlm.train.stages import make_tower
 from vlm.words import aligned
 
 How = Literal["tokens", "resolution", "none"]
-FUSED = "fused"
 """Kind of several towers in one, whose image sizes belong together."""
 MOST_PATCHES = 1 << 14
 """No tower is brought to more than this."""
@@ -84,26 +83,19 @@ class _Tower:
         self.tokens = self._mean(self.transform)
 
     @property
-    def naflex(self) -> bool:
-        return self.transform.mode == "naflex"
-
-    @property
     def pinned(self) -> bool:
         model, image = self.arm.model, self.arm.model.get("image") or {}
         given = model.get("image_size") is not None or sized(model["encoder"])[1] is not None
-        return self.kind == FUSED or given or image.get("max_num_patches") is not None
+        return bool(self.transform.members) or given or image.get("max_num_patches") is not None
 
     @property
     def why_pinned(self) -> str:
-        return "fused towers keep their sizes" if self.kind == FUSED else "size given in its settings"
+        return "fused towers keep their sizes" if self.transform.members else "size given in its settings"
 
     @property
     def side(self) -> int:
         """Of a square image, in pixels."""
-        if self.naflex:
-            return round(math.sqrt(self.transform.max_patches)) * self.transform.patch_size
-        assert self.transform.image_size is not None
-        return self.transform.image_size
+        return self.transform.square_side
 
     def as_is(self, note: str, exact: bool = True) -> Matched:
         return Matched(self.arm, self.kind, self.transform, self.tokens, note, exact)
@@ -115,7 +107,9 @@ class _Tower:
             return self._checked(self.as_is(self.why_pinned), wanted)
         if self._constant():
             return self._checked(self.as_is(f"the projector gives {self.tokens:.0f} tokens at any size"), wanted)
-        return self._checked(self._budget_for(wanted) if self.naflex else self._square_for(wanted), wanted)
+        return self._checked(
+            self._budget_for(wanted) if self.transform.any_aspect else self._square_for(wanted), wanted
+        )
 
     def with_side(self, side: int) -> Matched:
         """Images of `side` pixels, rounded to whole patches."""
@@ -125,7 +119,7 @@ class _Tower:
             return self.as_is("its own")
         patch = self.transform.patch_size
         rows = max(1, round(side / patch))
-        made = self._changed({"max_num_patches": rows * rows} if self.naflex else {"image_size": rows * patch})
+        made = self._changed(self.transform.size_of(rows))
         note = made.note if rows * patch == side else f"{made.note}; {side} px is no multiple of its {patch} px patches"
         return replace(made, note=note, exact=rows * patch == side)
 
@@ -147,7 +141,7 @@ class _Tower:
             return abs(tokens - wanted), n != own, tokens == self.count((n + 1, n + 1)), abs(n - own)
 
         rows = min(sides, key=cost)
-        return self.as_is("its own") if rows == own else self._changed({"image_size": rows * self.transform.patch_size})
+        return self.as_is("its own") if rows == own else self._changed(self.transform.size_of(rows))
 
     def _budget_for(self, wanted: float) -> Matched:
         own = self.transform.max_patches
@@ -209,19 +203,12 @@ def table(matched: Sequence[Matched], how: How) -> str:
     """What each arm reads, for people."""
     rows = [("run", "kind", "image", "tokens", "match")]
     for item in matched:
-        rows.append((item.arm.name, item.kind, short(item.transform), f"{item.tokens:.4g}", item.note))
+        rows.append((item.arm.name, item.kind, item.transform.short(), f"{item.tokens:.4g}", item.note))
     lines = aligned(rows)
     rest = [item.arm.name for item in matched if not item.exact]
     if how != "none" and rest:
         lines.append(f"not matched exactly ({how}): {', '.join(rest)}")
     return "\n".join(lines)
-
-
-def short(transform: ImageTransform) -> str:
-    """Size and patches in a few words."""
-    if transform.mode == "naflex":
-        return f"NaFlex, {transform.max_patches} patches of {transform.patch_size} px"
-    return f"{transform.image_size} px, {transform.mode}, patches of {transform.patch_size} px"
 
 
 def sizes_of(paths: Sequence[Path | Image.Image], most: int = 200) -> Counter[tuple[int, int]]:

@@ -22,7 +22,7 @@ import yaml
 from vlm import files
 from vlm.demo import dataset, scenes
 from vlm.demo.recipe import Size, read_recipe
-from vlm.demo.start import ASSETS, NAFLEX, of_kind
+from vlm.demo.start import ASSETS, NAFLEX, SHIPPED, of_kind
 from vlm.errors import ConfigError, nearest
 from vlm.registry import kinds
 
@@ -111,7 +111,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 
 def reads_siglip(kind: str, encoders: Sequence[str]) -> bool:
     """Is this the SigLIP, read as NaFlex, and no tower of its own?"""
-    return kind == NAFLEX["encoder_kind"] and "siglip" in encoders
+    return bool(SHIPPED.get(kind)) and "siglip" in encoders
 
 
 def comparison(encoders: Sequence[str]) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from vlm.registry import kinds
 log = logging.getLogger("vlm")
 
 ASSETS = Path(__file__).parent / "assets"
-NAFLEX = {"encoder_kind": "siglip2_naflex", "image": {"max_num_patches": 36}}
+NAFLEX: dict[str, Any] = {"encoder_kind": "siglip2_naflex", "image": {"max_num_patches": 36}}
 """The SigLIP read as NaFlex, at as many patches as it has."""
+SHIPPED: dict[str, dict[str, Any]] = {"siglip": {}, "siglip2_naflex": NAFLEX}
+"""Kinds with weights in the package, all of one SigLIP, and how it is read as each."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,10 @@ def make(choice: Choice, folder: Path, seed: int) -> Start:
         made = f"pretrained here for {steps} steps" if steps else NEW
         return Start({**of_kind(choice.encoder, folder), **decoder}, choice.encoder, made, steps)
     shipped = {"encoder": str(ASSETS / "siglip"), **decoder}
-    if choice.encoder == "siglip":
-        return Start(shipped, "siglip", "those of the package", shipped=True)
-    if choice.encoder == NAFLEX["encoder_kind"]:
-        return Start({**shipped, **NAFLEX}, choice.encoder, "those of the package's siglip, read as NaFlex")
+    if choice.encoder in SHIPPED:
+        how = SHIPPED[choice.encoder]
+        what = "those of the package's siglip, read as NaFlex" if how else "those of the package"
+        return Start({**shipped, **how}, choice.encoder, what, shipped=not how)
     _new(choice.encoder, folder, seed)
     return Start({**of_kind(choice.encoder, folder), **decoder}, choice.encoder, NEW, 0)
 
@@ -105,8 +107,10 @@ NEW = "NEW weights, the tower has learnt nothing before this run (--pretrain-enc
 def of_kind(kind: str, folder: Path | str) -> dict[str, Any]:
     """The settings of a model with the tower in `folder/KIND`: it sees whole pictures, the demo's things stand at their
     edges."""
-    naflex = kind == NAFLEX["encoder_kind"]
-    return {"encoder": f"{folder}/{kind}", "image": NAFLEX["image"] if naflex else {"mode": "squash"}}
+    from vlm.model.parts import encoder_spec
+
+    any_aspect = encoder_spec(kind).any_aspect
+    return {"encoder": f"{folder}/{kind}", "image": NAFLEX["image"] if any_aspect else {"mode": "squash"}}
 
 
 def _pretrained(choice: Choice, folder: Path, seed: int) -> int:

@@ -20,16 +20,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MODEL_MAPPING, AutoModel, SiglipConfig, SiglipModel
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm.checkpoints.checks import NOTES
 from vlm.demo import captions, scenes
-from vlm.demo.learning import MOST_THINGS, WEIGHTS, Words, fit, pad, save
+from vlm.demo.learning import MOST_THINGS, Words, fit, pad, save
 from vlm.exchange.hub_files import preprocessor_values
 from vlm.images.transforms import ImageTransform
-from vlm.model.parts import read_config
-from vlm.registry import part
+from vlm.model.parts import encoder_spec
 from vlm.text import tokenizer as tokenizers
 
 CONTEXT = 24
@@ -82,26 +80,25 @@ TEXT: dict[str, Any] = {
 # --- Towers of any kind ---------------------------------------------------------------------------------------------
 
 
-def config(kind: str) -> PreTrainedConfig:
+def config(kind: str) -> Any:
     """A tower of the demo's size: the kind's `small(...)` where it has one, else its `tiny()` with other numbers.
 
     Raises:
         ConfigError: no such kind, or its library is missing.
     """
-    module = part("vlm.encoders", kind)
-    if hasattr(module, "small"):
-        made: PreTrainedConfig = module.small(*(VISION[name] for name in NUMBERS))
-        return made
-    values = module.tiny().to_dict()
+    spec = encoder_spec(kind)
+    if spec.small is not None:
+        return spec.small(*(VISION[name] for name in NUMBERS))
+    values = spec.tiny().to_dict()
     ours = {name: value for name, value in SIZE.items() if name in values}
-    return read_config(kind, {**{name: value for name, value in values.items() if name not in NOTES}, **ours})
+    return spec.read_config({**{name: value for name, value in values.items() if name not in NOTES}, **ours})
 
 
 def image_transform(kind: str) -> ImageTransform:
     """The kind's own normalisation, and the whole picture: the demo's things stand at its edges too."""
-    module, shape = part("vlm.encoders", kind), config(kind)
-    own = {"mode": "squash"} if hasattr(shape, "image_size") else {"max_num_patches": GRID**2}
-    transform: ImageTransform = module.transform(shape, **own)
+    spec = encoder_spec(kind)
+    own = {"max_num_patches": GRID**2} if spec.any_aspect else {"mode": "squash"}
+    transform: ImageTransform = spec.transform(config(kind), **own)
     return transform
 
 
@@ -111,7 +108,7 @@ class AnyTower(nn.Module):
     def __init__(self, kind: str, head: nn.Module) -> None:
         super().__init__()
         self.transform = image_transform(kind)
-        self.tower = part("vlm.encoders", kind).Encoder._from_config(config(kind))
+        self.tower = encoder_spec(kind).encoder._from_config(config(kind))
         self.head = head
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
@@ -134,21 +131,15 @@ def as_transformers(kind: str, tower: nn.Module) -> nn.Module:
     """
     if type(tower.config) not in MODEL_MAPPING:
         return tower
-    module: Any = part("vlm.encoders", kind)
-
-    def name_of(name: str) -> str:
-        for pattern, replacement in getattr(module, "RENAMES", ()):
-            name = re.sub(pattern, replacement, name)
-        return name
-
+    spec = encoder_spec(kind)
     theirs: nn.Module = AutoModel.from_config(tower.config)
-    own = {name_of(name): tensor for name, tensor in tower.state_dict().items()}
+    own = {spec.rename(name): tensor for name, tensor in tower.state_dict().items()}
     with torch.no_grad():
         for name, tensor in theirs.state_dict().items():
-            if name_of(name) in own:
-                tensor.copy_(own.pop(name_of(name)))
+            if spec.rename(name) in own:
+                tensor.copy_(own.pop(spec.rename(name)))
             else:
-                assert re.match(module.LEFT_OUT, name_of(name)), name
+                assert re.match(spec.left_out, spec.rename(name)), name
                 tensor.zero_()
     assert not own, sorted(own)
     return theirs
@@ -231,7 +222,7 @@ def new_tower(kind: str, folder: Path, seed: int) -> None:
     """Write a checkpoint of a tower with new weights, in the same format."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tower = part("vlm.encoders", kind).Encoder._from_config(config(kind))
+        tower = encoder_spec(kind).encoder._from_config(config(kind))
         save_tower(kind, tower, folder)
 
 
@@ -239,14 +230,13 @@ def save_tower(kind: str, tower: nn.Module, folder: Path) -> None:
     """Write the tower alone (float16), in transformers' format where it has one."""
     transform = image_transform(kind)
     # A transform of several towers has no such file; its kind's default is what is meant.
-    plain = type(transform) is ImageTransform
-    files = {"preprocessor_config.json": preprocessor_values(transform)} if plain else {}
+    files = {} if transform.members else {"preprocessor_config.json": preprocessor_values(transform)}
     save(as_transformers(kind, tower), folder, files, weights_file(kind))
 
 
 def weights_file(kind: str) -> str:
     """The name of the file of weights in a checkpoint of this kind; it is written last."""
-    return str(getattr(part("vlm.encoders", kind), "WEIGHTS", WEIGHTS))
+    return encoder_spec(kind).weights_file
 
 
 def pair(kind: str, vocabulary: int) -> tuple[SiglipModel, PlaceCaptioner]:

@@ -17,19 +17,25 @@ def runs(module: nn.Module, method: Callable[..., Any]) -> None:
     module.forward = method
 
 
+def chosen_layers(config: Any) -> list[int]:
+    """The blocks whose outputs are the features, counted from 1; none where the last one's are."""
+    # A choice is an attribute beside the fields of transformers' classes, and a file without a choice does not have it.
+    return list(getattr(config, "feature_layers", None) or [])
+
+
 def feature_layers(config: Any) -> list[int]:
     """The blocks whose outputs are the features, counted from 1."""
-    return list(getattr(config, "feature_layers", None) or [config.num_hidden_layers])
+    return chosen_layers(config) or [config.num_hidden_layers]
 
 
 def feature_width(config: Any) -> int:
     """Channels of the features."""
-    return int(config.hidden_size) * len(getattr(config, "feature_layers", None) or [0])
+    return int(config.hidden_size) * len(chosen_layers(config) or [0])
 
 
 def final_norm(config: Any, norm: nn.Module) -> nn.Module:
     """The tower's final norm, or nothing where no feature goes through it."""
-    return norm if getattr(config, "feature_norm", True) else nn.Identity()
+    return norm if not chosen_layers(config) or config.feature_norm else nn.Identity()
 
 
 def run_blocks(config: Any, blocks: Iterable[nn.Module], norm: nn.Module, hidden: Tensor, **inputs: Any) -> Tensor:
@@ -61,21 +67,24 @@ def join_layers(config: Any, found: Iterable[Tensor], norm: nn.Module) -> Tensor
     return torch.cat([outputs[block] for block in blocks], dim=-1)
 
 
-def hidden_features(config: Any, model: Any, norm: nn.Module | None, prefix: int, **inputs: Tensor) -> Tensor:
+def hidden_features(
+    config: Any, model: Any, norm: nn.Module, prefix: int = 0, *, normed: bool = True, **inputs: Tensor
+) -> Tensor:
     """What `run_blocks` gives, from a model of transformers.
 
     Args:
-        norm: the final norm, where `last_hidden_state` comes without it.
+        norm: the final norm.
         prefix: class and register tokens before the patches.
+        normed: `last_hidden_state` comes with the norm.
 
     Returns:
         float[M, P, E * number of feature layers].
     """
-    if not getattr(config, "feature_layers", None):
+    chosen = chosen_layers(config)
+    if not chosen:
         last = model(**inputs).last_hidden_state
-        return (last if norm is None else norm(last))[:, prefix:]
+        return (last if normed else norm(last))[:, prefix:]
     states = list(model(**inputs, output_hidden_states=True).hidden_states)  # the embeddings are the first
     if config.feature_norm:
-        own = next(getattr(model, name) for name in ("post_layernorm", "layernorm", "norm") if hasattr(model, name))
-        states[config.num_hidden_layers] = own(states[config.num_hidden_layers])
-    return torch.cat([states[number] for number in config.feature_layers], dim=-1)[:, prefix:]
+        states[config.num_hidden_layers] = norm(states[config.num_hidden_layers])
+    return torch.cat([states[number] for number in chosen], dim=-1)[:, prefix:]

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.encoders._layers import feature_layers, feature_width
 from vlm.errors import ConfigError
+
+TIMM_BLOCKS = ("Block", "EvaBlock", "ConvNeXtBlock", "SwinTransformerBlock")
+"""Classes of timm's blocks, for `device_map` and FSDP."""
 
 
 def missing_extra(library: str, extra: str, error: Exception) -> ConfigError:
@@ -22,14 +24,14 @@ def missing_extra(library: str, extra: str, error: Exception) -> ConfigError:
     )
 
 
-def count_flops(tower: Any, config: PreTrainedConfig) -> int:
+def count_flops(tower: Any, config: Any) -> int:
     """Floating-point operations of one image, counted while the tower runs on nothing (meta tensors): 2 per
     multiply-add of matrix products, convolutions and attention.
 
     Args:
         tower: the `Encoder` class.
     """
-    side: Any = getattr(config, "image_size", None)
+    side = config.image_size
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         tower(config).eval()(torch.empty(1, 3, side, side))
     return int(counter.get_total_flops())

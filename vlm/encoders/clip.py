@@ -13,40 +13,28 @@ the class token alone, and transformers' `last_hidden_state` comes without it; a
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import CLIPVisionConfig as Config
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
 from vlm.encoders._layers import final_norm, hidden_features, run_blocks, runs
-from vlm.encoders.contract import EncoderOutput, Published, check_square, square_output, stated
-from vlm.encoders.contract import square_tokens as tokens_for
+from vlm.encoders._positions import resample_after
+from vlm.encoders.contract import EncoderOutput, Published, Spec, check_square, square_grid, square_output, stated
 from vlm.images.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "published", "resample", "tiny", "tokens_for", "transform"]
+__all__ = ["SPEC"]
 
-MODEL_TYPES = ("clip", "clip_vision_model")
-PREFIXES = ("vision_model.", "")
-LEFT_OUT = r"(text_model\.|text_projection\.|visual_projection\.|logit_scale|embeddings\.position_ids)"
-POSITIONS = "embeddings.position_embedding.weight"
-BLOCKS, NORM = "encoder.layers.", "post_layernorm."
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of OpenAI's training images."""
 
 
-def resample(table: Tensor, config: Config) -> Tensor:
+def resample(table: Tensor, config: Any) -> Tensor:
     """float[1 + n, E], the class token's row first, to the configuration's image size."""
-    old, new = math.isqrt(table.shape[0] - 1), math.isqrt(tokens_for(config, int(config.image_size)))  # type: ignore[arg-type]
-    if old == new:
-        return table
-    grid = table[1:].float().view(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], grid.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)])
+    return resample_after(table, 1, square_grid(config)[0])
 
 
 class Encoder(CLIPVisionModel):
@@ -105,7 +93,7 @@ def published(config: Config, transform: ImageTransform, head: Mapping[str, tupl
 
     def features(model: Any, **inputs: Tensor) -> Tensor:
         inner = getattr(model, "vision_model", model)
-        return hidden_features(config, inner, inner.post_layernorm, 1, **inputs)
+        return hidden_features(config, inner, inner.post_layernorm, 1, normed=False, **inputs)
 
     return Published(
         architecture=kind.__name__,
@@ -126,3 +114,22 @@ def tiny() -> Config:
         image_size=28,
         patch_size=14,
     )
+
+
+SPEC = Spec(
+    title="CLIP",
+    config=Config,
+    encoder=Encoder,
+    transform=transform,
+    model_types=("clip", "clip_vision_model"),
+    prefixes=("vision_model.", ""),
+    left_out=r"(text_model\.|text_projection\.|visual_projection\.|logit_scale|embeddings\.position_ids)",
+    extra_tokens=lambda config: 1,
+    blocks=("CLIPEncoderLayer",),
+    block_names=("encoder.layers.",),
+    norm_names=("post_layernorm.",),
+    positions=("embeddings.position_embedding.weight",),
+    resample=resample,
+    published=published,
+    tiny=tiny,
+)

@@ -13,40 +13,41 @@ with registers and without for the others; the class token's row stays.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Dinov2Model, Dinov2PreTrainedModel, Dinov2WithRegistersModel
 from transformers import Dinov2WithRegistersConfig as Config
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer, Dinov2PatchEmbeddings
 
 from vlm.encoders._layers import final_norm, hidden_features, run_blocks, runs
-from vlm.encoders.contract import EncoderOutput, Published, check_square, square_output, stated
-from vlm.encoders.contract import square_tokens as tokens_for
+from vlm.encoders._positions import resample_after
+from vlm.encoders.contract import (
+    EncoderOutput,
+    Published,
+    Spec,
+    check_square,
+    square_grid,
+    square_output,
+    square_tokens,
+    stated,
+)
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "published", "read_config", "resample", "tiny", "tokens_for", "transform"]
+__all__ = ["SPEC"]
 
-MODEL_TYPES = ("dinov2", "dinov2_with_registers")
-PREFIXES = ("dinov2.", "dinov2_with_registers.", "")
-LEFT_OUT = r"(embeddings\.mask_token|classifier\.)"
-RENAMES = (
-    (r"attention\.attention\.query\.", "attention.q_proj."),
-    (r"attention\.attention\.key\.", "attention.k_proj."),
-    (r"attention\.attention\.value\.", "attention.v_proj."),
-    (r"attention\.output\.dense\.", "attention.o_proj."),
-)
-POSITIONS = "embeddings.position_embeddings"
-BLOCKS, NORM = "encoder.layer.", "layernorm."
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet."""
 # Derived from the number of layers, and of backbones for detection only.
 BACKBONE = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "use_mask_token")
+
+
+def extra_tokens(config: Any) -> int:
+    """The class token and the registers, which stand before the patches."""
+    return 1 + int(config.num_register_tokens)
 
 
 def read_config(values: dict[str, Any]) -> Config:
@@ -61,15 +62,9 @@ def read_config(values: dict[str, Any]) -> Config:
     return Config(**{"num_register_tokens": 0, **kept})
 
 
-def resample(table: Tensor, config: Config) -> Tensor:
+def resample(table: Tensor, config: Any) -> Tensor:
     """float[1, 1 + n, E], the class token's row first, to the configuration's image size."""
-    old, new = math.isqrt(table.shape[1] - 1), math.isqrt(tokens_for(config, int(config.image_size)))  # type: ignore[arg-type]
-    if old == new:
-        return table
-    grid = table[:, 1:].float().view(1, old, old, -1).permute(0, 3, 1, 2)
-    smooth = config.num_register_tokens > 0
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=smooth)
-    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+    return resample_after(table[0], 1, square_grid(config)[0], smooth=config.num_register_tokens > 0)[None]
 
 
 def embed(patch_embeddings: Any, pixel_values: Tensor) -> Tensor:
@@ -84,7 +79,7 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        width, patches = config.hidden_size, tokens_for(config, int(config.image_size))  # type: ignore[arg-type]
+        width, patches = config.hidden_size, square_tokens(config, int(config.image_size))  # type: ignore[arg-type]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embeddings = Dinov2PatchEmbeddings(config)  # type: ignore[arg-type]
         runs(self.patch_embeddings, functools.partial(embed, self.patch_embeddings))
@@ -140,7 +135,7 @@ class Encoder(Dinov2PreTrainedModel):
         check_square(self.config, pixel_values, "dinov2")
         hidden = self.embeddings(pixel_values.to(self.dtype))
         features = run_blocks(self.config, self.encoder["layer"], self.layernorm, hidden)  # type: ignore[arg-type]
-        return square_output(self.config, features[:, 1 + self.config.num_register_tokens :])
+        return square_output(self.config, features[:, extra_tokens(self.config) :])
 
 
 def transform(config: Config, **settings: Any) -> ImageTransform:
@@ -162,7 +157,7 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
 
 def published(config: Config, transform: ImageTransform, head: Mapping[str, tuple[int, ...]] | None) -> Published:
     """As transformers' `Dinov2Model` or `Dinov2WithRegistersModel`, under the names of the published checkpoints."""
-    registers = int(config.num_register_tokens)
+    registers, prefix = int(config.num_register_tokens), extra_tokens(config)
     kind: Any = Dinov2WithRegistersModel if registers else Dinov2Model
     # A tower for detection names its stages there, which belong to a number of layers.
     values = {key: value for key, value in stated(config).items() if key not in BACKBONE}
@@ -180,7 +175,7 @@ def published(config: Config, transform: ImageTransform, head: Mapping[str, tupl
         config=values,
         rename=rename,
         build=lambda: kind(kind.config_class(**{k: v for k, v in values.items() if k != "model_type"})),
-        features=lambda model, **inputs: hidden_features(config, model, None, 1 + registers, **inputs),
+        features=lambda model, **inputs: hidden_features(config, model, model.layernorm, prefix, **inputs),
     )
 
 
@@ -204,3 +199,29 @@ def tiny() -> Config:
         patch_size=14,
         num_register_tokens=2,
     )
+
+
+SPEC = Spec(
+    title="DINOv2",
+    config=Config,
+    encoder=Encoder,
+    transform=transform,
+    model_types=("dinov2", "dinov2_with_registers"),
+    prefixes=("dinov2.", "dinov2_with_registers.", ""),
+    left_out=r"(embeddings\.mask_token|classifier\.)",
+    extra_tokens=extra_tokens,
+    blocks=("Dinov2Layer",),
+    block_names=("encoder.layer.",),
+    norm_names=("layernorm.",),
+    read=read_config,
+    renames=(
+        (r"attention\.attention\.query\.", "attention.q_proj."),
+        (r"attention\.attention\.key\.", "attention.k_proj."),
+        (r"attention\.attention\.value\.", "attention.v_proj."),
+        (r"attention\.output\.dense\.", "attention.o_proj."),
+    ),
+    positions=("embeddings.position_embeddings",),
+    resample=resample,
+    published=published,
+    tiny=tiny,
+)

@@ -25,21 +25,20 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
 )
 
 from vlm.encoders._layers import final_norm, hidden_features, run_blocks
-from vlm.encoders.contract import EncoderOutput, Published, check_square, square_output, stated
-from vlm.encoders.contract import square_tokens as tokens_for
+from vlm.encoders.contract import EncoderOutput, Published, Spec, check_square, square_output, stated
 from vlm.images.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "published", "read_config", "tiny", "tokens_for", "transform"]
+__all__ = ["SPEC"]
 
-MODEL_TYPES = ("dinov3_vit",)
-PREFIXES = ("",)
-LEFT_OUT = r"(embeddings\.mask_token|rope_embeddings\.)"
-RENAMES = ((r"^layer\.", "model.layer."),)
-BLOCKS, NORM = "model.layer.", "norm."
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet."""
 # Derived from the number of layers, and of backbones for detection only.
 BACKBONE = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
+
+
+def extra_tokens(config: Any) -> int:
+    """The class token and the registers, which stand before the patches."""
+    return 1 + int(config.num_register_tokens)
 
 
 def read_config(values: dict[str, Any]) -> Config:
@@ -105,7 +104,7 @@ class Encoder(DINOv3ViTPreTrainedModel):
             self.embeddings(pixel_values),
             position_embeddings=positions,
         )
-        return square_output(self.config, features[:, 1 + self.config.num_register_tokens :])
+        return square_output(self.config, features[:, extra_tokens(self.config) :])
 
 
 def transform(config: Config, **settings: Any) -> ImageTransform:
@@ -130,9 +129,7 @@ def published(config: Config, transform: ImageTransform, head: Mapping[str, tupl
         config=values,
         rename=lambda name: name.removeprefix("model."),
         build=lambda: DINOv3ViTModel(Config(**values)),
-        features=lambda model, **inputs: hidden_features(
-            config, model, None, 1 + int(config.num_register_tokens), **inputs
-        ),
+        features=lambda model, **inputs: hidden_features(config, model, model.norm, extra_tokens(config), **inputs),
     )
 
 
@@ -149,3 +146,22 @@ def tiny() -> Config:
             "num_register_tokens": 2,
         }
     )
+
+
+SPEC = Spec(
+    title="DINOv3",
+    config=Config,
+    encoder=Encoder,
+    transform=transform,
+    model_types=("dinov3_vit",),
+    prefixes=("",),
+    left_out=r"(embeddings\.mask_token|rope_embeddings\.)",
+    extra_tokens=extra_tokens,
+    blocks=("DINOv3ViTLayer",),
+    block_names=("model.layer.",),
+    norm_names=("norm.",),
+    read=read_config,
+    renames=((r"^layer\.", "model.layer."),),
+    published=published,
+    tiny=tiny,
+)

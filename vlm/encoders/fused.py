@@ -11,7 +11,7 @@ grid are resized to it (half-pixel centres, antialias where an axis shrinks, in 
 `vlm info` say so.
 
 Departure from Prismatic: the features are each member's own choice of layer with its own norm (there: the second to
-last block of both). This file finds its members through `vlm.registry.part`, where alone an encoder uses others.
+last block of both). This file finds its members through `vlm.registry.part`: no other encoder uses others.
 """
 
 from __future__ import annotations
@@ -25,22 +25,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.encoders import contract
-from vlm.encoders._layers import feature_width
-from vlm.encoders.contract import EncoderOutput
-from vlm.encoders.contract import square_tokens as tokens_for
+from vlm.encoders.contract import EncoderOutput, Spec
 from vlm.errors import ConfigError
 from vlm.images.fused import FusedTransform, one_view, unpack
-from vlm.images.transforms import ImageTransform, resize_float
+from vlm.images.patches import resize_float
+from vlm.images.transforms import ImageTransform
 from vlm.registry import part
 
-__all__ = ["Config", "Encoder", "tiny", "tokens_for", "transform"]
+__all__ = ["SPEC"]
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = ("vlm_fused",)
-PREFIXES = ("",)
-LEFT_OUT = r"(?!)"  # nothing
+KIND = "fused"
 RESAMPLING = ("bilinear",)
 
 
@@ -68,15 +64,16 @@ class Config(PreTrainedConfig):
     @property
     def towers(self) -> list[tuple[str, PreTrainedConfig]]:
         """(kind, configuration) of each member."""
+        kinds = [member["encoder"] for member in self.members or ()]
         return [
-            (member["encoder"], contract.read_config(part("vlm.encoders", member["encoder"]), _with_fixed(member)))
-            for member in self.members or ()
+            (kind, _spec(kind).read_config({**member["config"], **_spec(kind).fixed}))
+            for kind, member in zip(kinds, self.members or (), strict=True)
         ]
 
     @property
     def hidden_size(self) -> int:
         """Channels of all members together."""
-        return sum(feature_width(config) for _, config in self.towers)
+        return sum(_spec(kind).width(config) for kind, config in self.towers)
 
     @property
     def image_size(self) -> int:
@@ -111,9 +108,15 @@ def fuse(
     )
 
 
-def _with_fixed(member: dict[str, Any]) -> dict[str, Any]:
-    """A member's settings, and those that its kind always has."""
-    return {**member["config"], **getattr(part("vlm.encoders", member["encoder"]), "FIXED", {})}
+def _spec(kind: str) -> Spec:
+    """What a member's file says of it."""
+    found: Spec = part("vlm.encoders", kind).SPEC
+    return found
+
+
+def with_members(config: Config, members: list[tuple[str, Any]]) -> Config:
+    """The same tower with other configurations of its members; a common grid that was not asked for is theirs again."""
+    return fuse(members, config.grid if config.resample else None, config.resample)
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
@@ -166,10 +169,11 @@ def _check_members(members: Any) -> None:
             raise ConfigError(
                 f'a member of a fused tower is {{"encoder": kind, "config": {{...}}}}, got {str(member)[:200]}'
             )
-        if member["encoder"] == "fused":
+        if member["encoder"] == KIND:
             raise ConfigError("a fused tower cannot be a member of another; list its members instead")
-        config = contract.read_config(part("vlm.encoders", member["encoder"]), member["config"])
-        if not hasattr(config, "image_size"):
+        spec = _spec(member["encoder"])
+        spec.read_config(member["config"])
+        if spec.any_aspect:
             raise ConfigError(
                 f"{member['encoder']} gives each image a grid of its own, and the members of a fused tower share one:"
                 f" take a fixed-resolution checkpoint (SigLIP 2 has both)"
@@ -178,10 +182,7 @@ def _check_members(members: Any) -> None:
 
 def choose_layers(config: Config, layer: int | list[int]) -> Config:
     """The same choice of feature layers for every member."""
-    chosen = [
-        (kind, contract.choose_layers(part("vlm.encoders", kind), kind, member, layer))
-        for kind, member in config.towers
-    ]
+    chosen = [(kind, _spec(kind).choose_layers(kind, member, layer)) for kind, member in config.towers]
     return fuse(chosen, config.grid, config.resample)
 
 
@@ -198,7 +199,7 @@ class Encoder(PreTrainedModel):
         towers = config.towers
         configs: list[Any] = [member for _, member in towers]
         self.sizes = [int(member.image_size) for member in configs]
-        self.members = nn.ModuleList(part("vlm.encoders", kind).Encoder._from_config(own) for kind, own in towers)
+        self.members = nn.ModuleList(_spec(kind).encoder._from_config(own) for kind, own in towers)
         self.post_init()
 
     @classmethod
@@ -245,7 +246,7 @@ def transform(config: Config, *, recorded: Sequence[dict[str, Any]] | None = Non
     """
     towers = config.towers
     own = [
-        part("vlm.encoders", kind).transform(member, **values)
+        _spec(kind).transform(member, **values)
         for (kind, member), values in zip(towers, recorded or [{}] * len(towers), strict=True)
     ]
     members = one_view(own, settings)
@@ -273,9 +274,22 @@ def small(image_size: int, patch_size: int, width: int, depth: int, heads: int) 
     same |= {"num_attention_heads": heads}
     other = {**same, "patch_size": patch_size + 2, "image_size": rows * (patch_size + 2), "num_register_tokens": 2}
     siglip = {**same, "patch_size": patch_size, "image_size": image_size, "vision_use_head": False}
-    return fuse(
-        [
-            (kind, contract.read_config(part("vlm.encoders", kind), values))
-            for kind, values in (("siglip", siglip), ("dinov3", other))
-        ]
-    )
+    members = (("siglip", siglip), ("dinov3", other))
+    return fuse([(kind, _spec(kind).read_config(values)) for kind, values in members])
+
+
+SPEC = Spec(
+    title="several towers side by side",
+    config=Config,
+    encoder=Encoder,
+    transform=transform,
+    model_types=("vlm_fused",),
+    prefixes=("",),
+    left_out=r"(?!)",  # nothing
+    grid=lambda config: (int(config.grid[0]), int(config.grid[1])),
+    members=lambda config: config.towers,
+    with_members=with_members,
+    choose=choose_layers,
+    tiny=tiny,
+    small=small,
+)

@@ -21,19 +21,18 @@ from __future__ import annotations
 import functools
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.encoders._layers import feature_layers, join_layers, runs
 from vlm.encoders._libraries import (
+    TIMM_BLOCKS,
     check_measured,
     check_whole_cells,
     count_flops,
@@ -44,22 +43,23 @@ from vlm.encoders._libraries import (
     unused_names,
     without,
 )
-from vlm.encoders.contract import EncoderOutput, Published, check_square, choose_blocks, square_output
-from vlm.encoders.contract import square_tokens as tokens_for
+from vlm.encoders._positions import resample_after
+from vlm.encoders.contract import (
+    EncoderOutput,
+    Published,
+    Spec,
+    check_square,
+    choose_blocks,
+    square_grid,
+    square_output,
+)
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "published", "read_config", "tiny", "tokens_for", "transform"]
+__all__ = ["SPEC"]
 
-EXTRA = "open-clip"
-MODEL_TYPES = ("vlm_open_clip",)
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
-PREFIXES = ("visual.",)
-LEFT_OUT = r".*\.num_batches_tracked$"
-RENAMES = ((r"^visual\.", ""),)
-POSITIONS = ("visual.positional_embedding", "visual.trunk.pos_embed")
-BLOCKS, NORM = ("transformer.resblocks.", "trunk.blocks."), ("ln_post.", "trunk.norm.")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of OpenAI's training images, the library's default."""
 MODES = {"shortest": "crop", "longest": "letterbox", "squash": "squash"}
@@ -248,20 +248,14 @@ def choose_layers(config: Config, layer: int | list[int]) -> PreTrainedConfig:
     """
     if config.layout != "NLC":
         raise ConfigError(f"layer={layer}: an open_clip ConvNet gives its last stage only; leave it out")
-    return choose_blocks(sys.modules[__name__], "open_clip", config, layer)
+    return choose_blocks(SPEC, "open_clip", config, layer)
 
 
 def resample(table: Tensor, config: Config) -> Tensor:
     """float[1 + n, E], or a timm model's float[1, prefix + n, E], to the configuration's image size."""
-    rows, line = config.image_size // config.patch_size, table if table.ndim == 2 else table[0]
-    old = math.isqrt(len(line))
-    prefix = 0 if old * old == len(line) else config.num_prefix_tokens
-    old = math.isqrt(len(line) - prefix)
-    if old == rows:
-        return table
-    grid = line[prefix:].float().view(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(rows, rows), mode="bicubic", align_corners=False, antialias=True)
-    line = torch.cat([line[:prefix], grid.permute(0, 2, 3, 1).flatten(0, 2).to(line.dtype)])
+    line = table if table.ndim == 2 else table[0]
+    prefix = 0 if math.isqrt(len(line)) ** 2 == len(line) else config.num_prefix_tokens
+    line = resample_after(line, prefix, square_grid(config)[0], smooth=True)
     return line if table.ndim == 2 else line[None]
 
 
@@ -428,3 +422,34 @@ def small(image_size: int, patch_size: int, width: int, depth: int, heads: int) 
     settings: dict[str, Any] = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": depth}
     settings |= {"head_width": width // heads, "mlp_ratio": 2.0}
     return read_config({"vision_cfg": settings, "embed_dim": width})
+
+
+SPEC = Spec(
+    title="open_clip",
+    config=Config,
+    encoder=Encoder,
+    transform=transform,
+    model_types=("vlm_open_clip",),
+    prefixes=("visual.",),
+    left_out=r".*\.num_batches_tracked$",
+    unused=lambda config: config.unused or (),
+    extra_tokens=lambda config: int(config.num_prefix_tokens),
+    blocks=("ResidualAttentionBlock", *TIMM_BLOCKS),
+    block_names=("transformer.resblocks.", "trunk.blocks."),
+    norm_names=("ln_post.", "trunk.norm."),
+    choose=choose_layers,
+    read=read_config,
+    renames=((r"^visual\.", ""),),
+    positions=("visual.positional_embedding", "visual.trunk.pos_embed"),
+    resample=resample,
+    config_file=CONFIG_FILE,
+    weights_file=WEIGHTS,
+    recognise=recognise,
+    flops=flops,
+    published=published,
+    tiny=tiny,
+    small=small,
+    library_name="open_clip",
+    extra="open-clip",
+    library=library,
+)

@@ -17,24 +17,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
+from transformers import SiglipConfig, SiglipModel, SiglipVisionModel
 from transformers import SiglipVisionConfig as Config
-from transformers import SiglipVisionModel
 
 from vlm.encoders._layers import final_norm, hidden_features, run_blocks, runs
-from vlm.encoders.contract import EncoderOutput, Published, check_square, square_output, stated
-from vlm.encoders.contract import square_tokens as tokens_for
+from vlm.encoders._positions import resample_square, resize_position_grid
+from vlm.encoders.contract import (
+    EncoderOutput,
+    Published,
+    Spec,
+    TextTower,
+    check_square,
+    square_grid,
+    square_output,
+    square_tokens,
+    stated,
+)
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "published", "resample_position_table", "tiny", "tokens_for", "transform"]
-
-MODEL_TYPES = ("siglip", "siglip_vision_model")
-PREFIXES = ("vision_tower.vision_model.", "vision_model.", "model.vision_model.", "")
-LEFT_OUT = r"(head\.|text_model\.|logit_|embeddings\.position_ids)"
-FIXED = {"vision_use_head": False}  # the pooling head would never get a gradient
-POSITIONS = "embeddings.position_embedding.weight"
-BLOCKS, NORM = "encoder.layers.", "post_layernorm."
+__all__ = ["SPEC"]
 
 
 def resample_position_table(table: Tensor, positions: int) -> Tensor:
@@ -60,16 +62,12 @@ def resample_position_table(table: Tensor, positions: int) -> Tensor:
                 f"position embeddings can be resampled between square grids only, got {table.shape[0]} ->"
                 f" {positions}: {count} is no square number; choose an image size for a square grid of patches"
             )
-    if old == new:
-        return table
-    grid = table.detach().float().view(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=True)
-    return grid.permute(0, 2, 3, 1).reshape(positions, -1).to(table.dtype)
+    return resample_square(table.detach(), new, "bilinear", align_corners=True)
 
 
-def resample(table: Tensor, config: Config) -> Tensor:
+def resample(table: Tensor, config: Any) -> Tensor:
     """The position table at the configuration's image size (`resample_position_table`)."""
-    return resample_position_table(table, tokens_for(config, int(config.image_size)))  # type: ignore[arg-type]
+    return resample_position_table(table, square_tokens(config, int(config.image_size)))
 
 
 class Encoder(SiglipVisionModel):
@@ -116,6 +114,19 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
     return ImageTransform(**{**values, **settings})
 
 
+def adopt(values: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+    """A NaFlex tower's settings in squares: of the size whose patches are the position table's, or of another."""
+    own = math.isqrt(values["num_patches"]) * values["patch_size"]
+    kept = {key: value for key, value in values.items() if key != "num_patches"}
+    return {**kept, "image_size": own if image_size is None else image_size}
+
+
+def adopt_positions(table: Tensor, config: Any) -> Tensor:
+    """The positions that a NaFlex tower gives a square image, as a table: float[n, E] -> float[rows * rows, E]."""
+    side, (rows, columns) = math.isqrt(table.shape[0]), square_grid(config)
+    return resize_position_grid(table.reshape(side, side, -1), rows, columns)
+
+
 def published(config: Config, transform: ImageTransform, head: Mapping[str, tuple[int, ...]] | None) -> Published:
     """As transformers' `SiglipVisionModel`; version 4 knows the names with their prefix only, 5 knows both."""
     values = stated(config, vision_use_head=head is not None)
@@ -124,7 +135,7 @@ def published(config: Config, transform: ImageTransform, head: Mapping[str, tupl
         config=values,
         rename="vision_model.{}".format,
         build=lambda: SiglipVisionModel(Config(**values)),
-        features=lambda model, **inputs: hidden_features(config, model, None, 0, **inputs),
+        features=lambda model, **inputs: hidden_features(config, model, model.post_layernorm, **inputs),
     )
 
 
@@ -139,3 +150,27 @@ def tiny() -> Config:
         patch_size=14,
         vision_use_head=False,
     )
+
+
+SPEC = Spec(
+    title="SigLIP",
+    config=Config,
+    encoder=Encoder,
+    transform=transform,
+    model_types=("siglip", "siglip_vision_model"),
+    prefixes=("vision_tower.vision_model.", "vision_model.", "model.vision_model.", ""),
+    left_out=r"(head\.|text_model\.|logit_|embeddings\.position_ids)",
+    blocks=("SiglipEncoderLayer",),
+    block_names=("encoder.layers.",),
+    norm_names=("post_layernorm.",),
+    fixed={"vision_use_head": False},  # the pooling head would never get a gradient
+    positions=("embeddings.position_embedding.weight",),
+    resample=resample,
+    weights="siglip",
+    adopt=adopt,
+    adopt_positions=adopt_positions,
+    text_tower=TextTower(config=SiglipConfig, model=SiglipModel, model_type="siglip"),
+    in_paligemma=True,
+    published=published,
+    tiny=tiny,
+)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import Siglip2Config, Siglip2Model, Siglip2VisionModel
 from transformers import Siglip2VisionConfig as Config
-from transformers import Siglip2VisionModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.siglip2.modeling_siglip2 import (
     Siglip2Attention,
@@ -23,37 +23,17 @@ from transformers.models.siglip2.modeling_siglip2 import (
     eager_attention_forward,
 )
 
-from vlm.encoders.contract import EncoderOutput, Published, stated
-from vlm.encoders.contract import square_tokens as tokens_for
+from vlm.encoders._positions import resize_position_grid
+from vlm.encoders.contract import EncoderOutput, Published, Spec, TextTower, stated
 from vlm.errors import ConfigError
-from vlm.images.transforms import ImageTransform, resize_float
+from vlm.images.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "published", "resize_position_grid", "tiny", "tokens_for", "transform"]
-
-MODEL_TYPES = ("siglip2", "siglip2_vision_model")
-PREFIXES = ("vision_tower.vision_model.", "vision_model.", "model.vision_model.", "")
-LEFT_OUT = r"(head\.|text_model\.|logit_|embeddings\.position_ids)"
-FIXED = {"vision_use_head": False}  # the pooling head would never get a gradient
+__all__ = ["SPEC"]
 
 DEFAULT_MAX_NUM_PATCHES = 256
 """The patch budget of Google's NaFlex demo; an explicit setting wherever a model is built."""
 CPU_PATCHES = 2048
 """Patches that go through the layers together on a CPU: more fall out of its caches between two operations."""
-
-
-def resize_position_grid(table: Tensor, rows: int, columns: int) -> Tensor:
-    """Position embeddings of a rows x columns patch grid (bilinear, antialiased, half-pixel centres).
-
-    Args:
-        table: float[A, A, E], the learned square grid.
-
-    Returns:
-        float[rows * columns, E], row order, in the dtype of `table`.
-    """
-    # Antialiased resize has no half-precision kernel on the CPU, and the original computes it in float32.
-    image = table.permute(2, 0, 1).float()
-    resized = resize_float(image, (rows, columns), "bilinear")
-    return resized.permute(1, 2, 0).reshape(rows * columns, -1).to(table.dtype)
 
 
 class Embeddings(Siglip2VisionEmbeddings):
@@ -224,6 +204,17 @@ def transform(config: Config, **settings: Any) -> ImageTransform:
     return ImageTransform(**{**values, **settings})
 
 
+def adopt(values: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+    """A square SigLIP tower's settings: its position table is the grid that is resized for each image."""
+    kept = {key: value for key, value in values.items() if key != "image_size"}
+    return {**kept, "num_patches": (values["image_size"] // values["patch_size"]) ** 2}
+
+
+def adapt(model: Any) -> None:
+    """Both towers with positions resized as here, before weights are read."""
+    model.vision_model.embeddings = Embeddings(model.config.vision_config)
+
+
 def published(config: Config, transform: ImageTransform, head: Mapping[str, tuple[int, ...]] | None) -> Published:
     """As transformers' `Siglip2VisionModel`; version 4 knows the names with their prefix only, 5 knows both."""
     values = stated(config, vision_use_head=head is not None)
@@ -247,3 +238,22 @@ def tiny() -> Config:
         num_patches=16,
         vision_use_head=False,
     )
+
+
+SPEC = Spec(
+    title="SigLIP 2 NaFlex",
+    config=Config,
+    encoder=Encoder,
+    transform=transform,
+    model_types=("siglip2", "siglip2_vision_model"),
+    prefixes=("vision_tower.vision_model.", "vision_model.", "model.vision_model.", ""),
+    left_out=r"(head\.|text_model\.|logit_|embeddings\.position_ids)",
+    any_aspect=True,
+    blocks=("Siglip2EncoderLayer",),
+    fixed={"vision_use_head": False},  # the pooling head would never get a gradient
+    weights="siglip",
+    adopt=adopt,
+    text_tower=TextTower(config=Siglip2Config, model=Siglip2Model, model_type="siglip2", adapt=adapt),
+    published=published,
+    tiny=tiny,
+)

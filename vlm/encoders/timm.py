@@ -20,7 +20,6 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +30,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.encoders._layers import join_layers, runs
 from vlm.encoders._libraries import (
+    TIMM_BLOCKS,
     check_measured,
     check_whole_cells,
     count_flops,
@@ -41,20 +41,12 @@ from vlm.encoders._libraries import (
     unused_names,
     without,
 )
-from vlm.encoders.contract import EncoderOutput, Published, check_square, choose_blocks, square_output
-from vlm.encoders.contract import square_tokens as tokens_for
+from vlm.encoders.contract import EncoderOutput, Published, Spec, check_square, choose_blocks, square_output
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
 
-__all__ = ["Config", "Encoder", "published", "read_config", "tiny", "tokens_for", "transform"]
+__all__ = ["SPEC"]
 
-EXTRA = "timm"
-MODEL_TYPES = ("vlm_timm",)
-PREFIXES = ("",)
-LEFT_OUT = r"((head|head_dist|fc|classifier|last_linear|fc_norm|attn_pool)\.|.*\.num_batches_tracked$)"
-RENAMES = ((r"^trunk\.", ""),)
-POSITIONS = "trunk.pos_embed"
-BLOCKS, NORM = "blocks.", "norm."
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
 TAKEN = {"in_chans", "features_only", "out_indices", "device", "dtype"}
 """Arguments of timm's models that would change what a model is."""
@@ -245,7 +237,7 @@ def choose_layers(config: Config, layer: int | list[int]) -> PreTrainedConfig:
     """
     if config.layout != "NLC":
         raise ConfigError(f"layer={layer}: {config.architecture} gives its last stage only; leave it out")
-    return choose_blocks(sys.modules[__name__], "timm", config, layer)
+    return choose_blocks(SPEC, "timm", config, layer)
 
 
 def resample(table: Tensor, config: Config) -> Tensor:
@@ -412,3 +404,32 @@ def small(image_size: int, patch_size: int, width: int, depth: int, heads: int) 
     args = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": 2}
     values = {"architecture": "vit_tiny_patch16_224", "model_args": {**args, "reg_tokens": 2}}
     return read_config({**values, "image_size": image_size})
+
+
+SPEC = Spec(
+    title="timm",
+    config=Config,
+    encoder=Encoder,
+    transform=transform,
+    model_types=("vlm_timm",),
+    prefixes=("",),
+    left_out=r"((head|head_dist|fc|classifier|last_linear|fc_norm|attn_pool)\.|.*\.num_batches_tracked$)",
+    unused=lambda config: config.unused or (),
+    extra_tokens=lambda config: int(config.num_prefix_tokens),
+    blocks=TIMM_BLOCKS,
+    block_names=("blocks.",),
+    norm_names=("norm.",),
+    choose=choose_layers,
+    read=read_config,
+    renames=((r"^trunk\.", ""),),
+    positions=("trunk.pos_embed",),
+    resample=resample,
+    recognise=recognise,
+    flops=flops,
+    published=published,
+    tiny=tiny,
+    small=small,
+    library_name="timm",
+    extra="timm",
+    library=library,
+)

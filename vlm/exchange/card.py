@@ -15,6 +15,7 @@ from vlm.exchange.towers import parts
 from vlm.model.decoder import facts as decoder_facts
 from vlm.model.decoder import spec as decoder_spec
 from vlm.model.forward import VLM
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -114,7 +115,7 @@ def front_matter(model: VLM, report: ParityReport, origin: str, provenance: dict
 
 def _library(model: VLM) -> str:
     """The Hub's name of the library that opens the tower."""
-    return {"timm": "timm", "open_clip": "open_clip"}.get(model.config.encoder, "transformers")
+    return encoder_spec(model.config.encoder).library_name
 
 
 def _base_models(origin: str, provenance: dict[str, Any]) -> list[str]:
@@ -139,12 +140,13 @@ def _provenance(origin: str) -> dict[str, Any]:
 def _what(model: VLM, processor: Processor, report: ParityReport) -> str:
     vision, text = model.config.vision_config, model.config.text_config
     numbers = sum(parameter.numel() for parameter in model.model.vision_tower.parameters())
-    kind = _TOWER_NAMES.get(model.config.encoder, model.config.encoder)
+    spec = encoder_spec(model.config.encoder)
+    members = spec.members(vision)
     tower = (
-        f"a {kind} vision tower ({vision.num_hidden_layers} layers, width"
+        f"a {spec.title} vision tower ({vision.num_hidden_layers} layers, width"
         f" {vision.hidden_size}, patches of {vision.patch_size} px)"
-        if not getattr(vision, "towers", None)
-        else f"several vision towers side by side ({', '.join(kind for kind, _ in vision.towers)})"
+        if not members
+        else f"several vision towers side by side ({', '.join(kind for kind, _ in members)})"
     )
     images = f"Images: {processor.image_transform.describe()}."
     written = f"Written by vlm in {report.dtype}."
@@ -157,10 +159,6 @@ def _what(model: VLM, processor: Processor, report: ParityReport) -> str:
         f" {numbers:,} parameters. {images} {written}\n\n"
         f"The licences and terms of the weights and data it was made from apply.\n"
     )
-
-
-_TOWER_NAMES = {"siglip": "SigLIP", "siglip2_naflex": "SigLIP 2 NaFlex", "clip": "CLIP"}
-_TOWER_NAMES |= {"dinov2": "DINOv2", "dinov3": "DINOv3", "timm": "timm", "open_clip": "open_clip"}
 
 
 def _training(provenance: dict[str, Any]) -> str:
@@ -199,13 +197,12 @@ def _tower_use(model: VLM, processor: Processor, title: str) -> str:
     published = towers[0].published
     if not published.transformers:
         return "## Use\n\n" + NEW_MODEL.format(path=title)
-    naflex = model.config.encoder == "siglip2_naflex"
     kind = str(preprocessor_values(processor.image_transform)["image_processor_type"])
     use = TOWER_USE.format(
         path=title,
         architecture=published.architecture,
         processor=f"{kind}Pil",
-        padding=", padding rows included" if naflex else "",
+        padding=", padding rows included" if encoder_spec(model.config.encoder).any_aspect else "",
     )
     return f"{use}\n{NEW_MODEL.format(path=title)}"
 

@@ -200,13 +200,13 @@ def _their_failure(folder: Path) -> Iterator[None]:
 def inexact_transform(reader: Processor | ImageTransform) -> str | None:
     """What of the image transform transformers' image processors do differently, or None."""
     transform = reader.image_transform if isinstance(reader, Processor) else reader
-    if transform.mode == "naflex":
+    if transform.any_aspect:
         return "NaFlex images are resized in float here, as in the original; transformers rounds them to 8 bit"
-    if transform.mode == "crop" and not isinstance(reader, Processor):
+    if transform.crops and not isinstance(reader, Processor):
         return (
             "the middle is cut out here, before or after the resize, whichever is cheaper; transformers cuts it after"
         )
-    if transform.mode != "squash":
+    if not transform.squashes:
         return f"images are prepared by {transform.mode!r} here; transformers squashes them to a square"
     if not transform.antialias:
         return "images are shrunk without antialias here; transformers always antialiases"
@@ -226,7 +226,7 @@ def _notes(report: ParityReport, model: VLM, parts: list[tuple[str, Any, Any]], 
         if difference is not None:
             label = f"{name}: pixels" if name else "pixels"
             measured = next((row.max_abs for row in report.rows if row.name == label), None)
-            if report.to == "tower" and getattr(reader, "mode", "") == "crop" and not measured:
+            if report.to == "tower" and isinstance(reader, ImageTransform) and reader.crops and not measured:
                 continue  # the same numbers, or another library's crop
             shown = "" if measured is None else f"; largest difference of a normalised value: {measured:.2g}"
             start = f"{name}: " if name else ""

@@ -42,14 +42,14 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
 def preprocessor_values(transform: ImageTransform) -> dict[str, Any]:
     """Settings of transformers' SiglipImageProcessor, which squashes; of CLIPImageProcessor, which crops the middle; or
     of Siglip2ImageProcessor for NaFlex."""
-    if transform.mode == "naflex":
+    if transform.any_aspect:
         return {
             **common_image_values(transform),
             "image_processor_type": "Siglip2ImageProcessor",
             "max_num_patches": transform.max_num_patches,
             "patch_size": transform.patch_size,
         }
-    if transform.mode == "crop":
+    if transform.crops:
         side = transform.image_size
         return {
             **common_image_values(transform),

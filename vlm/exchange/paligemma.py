@@ -24,6 +24,7 @@ from vlm.exchange.hub_files import image_values, write_json
 from vlm.model import decoder, projecting
 from vlm.model.dtypes import dtype_name
 from vlm.model.forward import VLM
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
 from vlm.text.tokens import LOC_TOKENS, SEG_TOKENS
 
@@ -41,18 +42,19 @@ def check(model: VLM, processor: Processor) -> None:
         ConfigError: what, why, and the nearest thing that works.
     """
     config, transform = model.config, processor.image_transform
+    encoder = encoder_spec(config.encoder)
     reason = None
-    if config.encoder == "siglip2_naflex":
+    if encoder.any_aspect:
         reason = "its NaFlex tower reads images of any aspect ratio, PaliGemma's reads one square size"
-    elif config.encoder != "siglip":
+    elif not encoder.in_paligemma:
         reason = f"its vision tower is {config.encoder!r}, PaliGemma's is SigLIP at a fixed resolution"
-    elif getattr(config.vision_config, "feature_layers", None):
+    elif encoder.chosen_layers(config.vision_config):
         reason = "its features are other layers of the tower than the last, PaliGemma's are the last with its norm"
     elif not projecting.named(config.projector_config["kind"]).in_paligemma:
         reason = f"its projector is {config.projector_config['kind']!r}, PaliGemma's is one linear layer on each patch"
     elif not decoder.spec(config.text_config).in_paligemma:
         reason = f"its decoder is {config.text_config.model_type!r}, PaliGemma has Gemma 1 and Gemma 2"
-    elif transform.mode != "squash":
+    elif not transform.squashes:
         reason = f"its images are prepared by {transform.mode!r}, PaliGemma's image processor resizes to a square"
     if reason is not None:
         raise ConfigError(f"PaliGemma's format cannot hold this model: {reason}; {KEEP}")

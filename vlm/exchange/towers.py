@@ -25,12 +25,11 @@ from vlm.checkpoints.tower_head import fitting, needed
 from vlm.encoders.contract import Published
 from vlm.errors import ConfigError
 from vlm.exchange.hub_files import preprocessor_values, write_json
-from vlm.images.fused import FusedTransform
 from vlm.images.transforms import ImageTransform
 from vlm.model.dtypes import dtype_name
 from vlm.model.forward import VLM
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
-from vlm.registry import part
 
 KEEP = "Keep the vlm directory: `vlm new --encoder` reads the tower from it"
 
@@ -79,7 +78,7 @@ def parts(model: VLM, processor: Processor) -> list[Alone]:
     """
     inner: Any = model.model.vision_tower
     kept: Mapping[str, Tensor] = getattr(model, "tower_head", {})
-    if not isinstance(processor.image_transform, FusedTransform):
+    if not processor.image_transform.members:
         return [_alone("", model.config.encoder, inner, processor.image_transform, kept)]
     found = []
     towers = zip(model.config.vision_config.towers, inner.members, processor.image_transform.members, strict=True)
@@ -91,14 +90,14 @@ def parts(model: VLM, processor: Processor) -> list[Alone]:
 
 
 def _alone(name: str, kind: str, tower: nn.Module, transform: ImageTransform, head: Mapping[str, Tensor]) -> Alone:
-    module = part("vlm.encoders", kind)
-    if not hasattr(module, "published"):
+    spec = encoder_spec(kind)
+    if spec.published is None:
         raise ConfigError(
             f"the vision tower is {kind!r}, and its file does not say in which format it stands alone (`published`, see"
             f" docs/encoders.md). {KEEP}"
         )
     shapes = {key: tuple(tensor.shape) for key, tensor in head.items()}
-    published, beside = fitting(module, tower.config, transform, tower.state_dict(), shapes)
+    published, beside = fitting(spec, tower.config, transform, tower.state_dict(), shapes)
     return Alone(name, kind, tower, transform, {key: head[key] for key in beside}, published)
 
 
@@ -179,7 +178,7 @@ def notes(towers: list[Alone]) -> list[str]:
                 f"{name}{len(missing)} tensors that no patch feature goes through ({_shown(missing)}) are new: the"
                 f" model has none, and none was kept"
             )
-        layers = getattr(one.config, "feature_layers", None)
+        layers = encoder_spec(one.kind).chosen_layers(one.config)
         if layers:
             said.append(
                 f"{name}the features are the outputs of block {', '.join(map(str, layers))}, the blocks above are not"

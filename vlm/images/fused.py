@@ -43,7 +43,7 @@ class FusedTransform(ImageTransform):
             raise ConfigError(f"a fused image transform needs two members or more, got {len(self.members)}")
         if len(self.common_grid) != 2 or not all(isinstance(n, int) and n > 0 for n in self.common_grid):
             raise ConfigError(f"common_grid is {self.common_grid!r}, expected [rows, columns]")
-        if any(member.mode == "naflex" for member in self.members):
+        if any(member.any_aspect for member in self.members):
             raise ConfigError("a fused image transform has square members only, one of these is naflex")
         if not same_view(self.members):
             views = ", ".join(f"{member.mode} {member.resize_shortest or ''}".strip() for member in self.members)

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from vlm.errors import ConfigError, nearest
+from vlm.images.patches import patchify, resize_float
 from vlm.images.resize import resize_bilinear
 
 Mode = Literal["squash", "crop", "letterbox", "naflex"]
@@ -150,6 +150,31 @@ class ImageTransform:
             )
 
     @property
+    def members(self) -> tuple[ImageTransform, ...]:
+        """The transforms of a fused tower's members; none where there is one tower."""
+        return ()
+
+    @property
+    def each(self) -> tuple[ImageTransform, ...]:
+        """The transform of each tower: the members of a fused one, or this."""
+        return self.members or (self,)
+
+    @property
+    def any_aspect(self) -> bool:
+        """Every image has a grid of its own, within a budget, and shorter ones are padded; else all have one grid."""
+        return any_aspect(self.mode)
+
+    @property
+    def squashes(self) -> bool:
+        """The whole image becomes a square, its aspect ratio is not kept."""
+        return self.mode == "squash"
+
+    @property
+    def crops(self) -> bool:
+        """The square in the middle is kept."""
+        return self.mode == "crop"
+
+    @property
     def _side(self) -> int:
         return self.image_size or 0
 
@@ -188,10 +213,37 @@ class ImageTransform:
             return self.max_num_patches
         return math.prod(self.grid(0, 0))
 
+    def widest_grids(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the grids that use the most patches: the one there is, or, for each number of rows, the
+        longest that the budget allows."""
+        if self.mode != "naflex":
+            return [self.grid(0, 0)]
+        budget = self.max_patches
+        return [(rows, budget // rows) for rows in range(1, budget + 1)]
+
+    @property
+    def square_side(self) -> int:
+        """Side in pixels of a large square image as the tower sees it, the rest that makes no patch included."""
+        if self.mode == "naflex":
+            return round(math.sqrt(self.max_patches)) * self.patch_size
+        return self._side
+
+    def size_of(self, rows: int) -> dict[str, int]:
+        """The setting with which a large square image has a grid of `rows` x `rows` patches."""
+        if self.mode == "naflex":
+            return {"max_num_patches": rows * rows}
+        return {"image_size": rows * self.patch_size}
+
+    def short(self) -> str:
+        """Size and patches in a few words."""
+        if self.mode == "naflex":
+            return f"NaFlex, {self.max_patches} patches of {self.patch_size} px"
+        return f"{self.image_size} px, {self.mode}, patches of {self.patch_size} px"
+
     def describe(self) -> str:
         """One line for people: the effective resolution and the number of patches."""
         if self.mode == "naflex":
-            side = round(math.sqrt(self.max_patches)) * self.patch_size
+            side = self.square_side
             small = ", smaller images keep their size" if self.naflex == "native" else ""
             return f"naflex, at most {self.max_patches} patches of {self.patch_size} px (about {side}x{side} px){small}"
         assert self.image_size is not None
@@ -200,6 +252,20 @@ class ImageTransform:
         cut = "" if seen == self.image_size else f", the last {self.image_size - seen} px of each side are never seen"
         size = f"{self.image_size}x{self.image_size} px"
         return f"{self.mode}, {size}, {rows * columns} patches of {self.patch_size} px{cut}"
+
+    def changed(self, settings: dict[str, Any]) -> ImageTransform:
+        """The transform with other settings; another way to a square has no shorter side to cut from."""
+        kept = {} if settings.get("mode", self.mode) == "crop" else {"resize_shortest": None}
+        return replace(self, **{**kept, **settings})
+
+    def at_size(self, image_size: int | None) -> ImageTransform:
+        """The transform of squares of another size, where there is one; a crop keeps its proportion."""
+        if None in (image_size, self.image_size) or image_size == self.image_size:
+            return self
+        size, old, shortest = int(image_size or 0), self._side, self.resize_shortest
+        if shortest is not None:
+            shortest = max(size, round(size * shortest / old))
+        return replace(self, image_size=size, resize_shortest=shortest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -287,6 +353,11 @@ class ImageTransform:
         return Pixels(values, mask, torch.tensor(grids), grids)
 
 
+def any_aspect(mode: str) -> bool:
+    """Whether images keep their aspect ratio, each with a grid of its own."""
+    return mode == "naflex"
+
+
 def _three_numbers(name: str, values: Any) -> tuple[Any, ...]:
     """One number per channel, as a tuple."""
     numbers = tuple(values) if isinstance(values, list | tuple) else ()
@@ -300,55 +371,6 @@ def _to_tensor(image: Image.Image) -> Tensor:
     """uint8 RGB image -> float32[3, H, W] in [0, 1]."""
     array = np.array(image.convert("RGB"), dtype=np.uint8)
     return torch.from_numpy(array).permute(2, 0, 1).float() / 255
-
-
-def resize_float(image: Tensor, size: tuple[int, int], mode: str, *, antialias: bool = True) -> Tensor:
-    """Resize with half-pixel centres, one axis at a time.
-
-    Each axis is resized as the last one, because torch's antialiased resize on the CPU repeats the first row whenever
-    the width is 1 in the output and the height changes. The filters are separable, so two calls give the same numbers.
-
-    Args:
-        image: float[..., C, H, W] with at most one leading dimension.
-        size: (height, width).
-        mode: `bilinear` or `bicubic`.
-        antialias: widen the filter when an axis shrinks.
-
-    Returns:
-        float[..., C, height, width].
-    """
-    batched = image if image.ndim == 4 else image[None]
-    for target in size:  # height, then width: the axes change places each time
-        batched = batched.transpose(-1, -2)
-        if batched.shape[-1] != target:
-            shape = (batched.shape[-2], target)
-            batched = F.interpolate(batched, size=shape, mode=mode, align_corners=False, antialias=antialias)
-    return batched if image.ndim == 4 else batched[0]
-
-
-def patchify(image: Tensor, patch_size: int) -> Tensor:
-    """Cut an image into rows of patches: row-major patches, inside a patch (y, x, channel), as in big_vision and
-    transformers.
-
-    Args:
-        image: float[C, H, W], H and W multiples of `patch_size`.
-
-    Returns:
-        float[H/P * W/P, P*P*C].
-    """
-    channels, height, width = image.shape
-    rows, columns = height // patch_size, width // patch_size
-    blocks = image.reshape(channels, rows, patch_size, columns, patch_size)
-    return blocks.permute(1, 3, 2, 4, 0).reshape(rows * columns, patch_size**2 * channels)
-
-
-def patch_coordinates(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Where each patch of a grid lies, in the order in which `patchify` cuts them.
-
-    Returns:
-        (int64[rows * columns], int64[rows * columns]): row and column of each patch, big_vision's `yidx` and `xidx`.
-    """
-    return torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
 
 
 def naflex_grid(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vlm.checkpoints.directory import load
-from vlm.encoders.contract import square_tokens
 from vlm.model.forward import VLM
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
-from vlm.registry import part
 from vlm.words import aligned
 
 LARGE = 1 << 14
@@ -49,7 +49,7 @@ def describe(model: str | Path | tuple[VLM, Processor]) -> dict[str, Any]:
         }
         for name, module in net.parts().items()
     }
-    members = [kind for kind, _ in getattr(config.vision_config, "towers", ())]
+    members = [kind for kind, _ in encoder_spec(config.encoder).members(config.vision_config)]
     if members:
         parts["encoder"]["members"] = members
     return {
@@ -93,15 +93,14 @@ def flops(model: VLM, grid: tuple[int, int]) -> dict[str, int]:
 
 def tower_flops(kind: str, config: Any, tower: nn.Module, patches: int) -> int:
     """Of a tower over an image of so many patches. Class and register tokens are not counted."""
-    module = part("vlm.encoders", kind)
-    if hasattr(module, "flops"):
-        counted: int = module.flops(config)
-        return counted
-    if hasattr(config, "towers"):
-        members: Any = tower.members
+    spec = encoder_spec(kind)
+    if spec.flops is not None:
+        return spec.flops(config)
+    if members := spec.members(config):
+        modules: Any = tower.members
         return sum(
-            tower_flops(kind, own, member, square_tokens(own, own.image_size))
-            for (kind, own), member in zip(config.towers, members, strict=True)
+            tower_flops(kind, own, module, math.prod(encoder_spec(kind).grid(own)))
+            for (kind, own), module in zip(members, modules, strict=True)
         )
     products = 2 * patches * matrix_weights(tower)
     return products + 4 * patches**2 * int(config.hidden_size) * int(config.num_hidden_layers)

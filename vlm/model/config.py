@@ -48,7 +48,7 @@ class VLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # transformers builds every configuration class once without arguments (to diff against defaults).
         self.text_config = decoder.read_config(self.text_config or {"model_type": "gemma"})
-        vision_class = part("vlm.encoders", self.encoder).Config
+        vision_class = part("vlm.encoders", self.encoder).SPEC.config
         if not isinstance(self.vision_config, PreTrainedConfig):
             values = dict(self.vision_config or {})
             stated = values.pop("model_type", vision_class.model_type)

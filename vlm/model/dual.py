@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import Siglip2Config, Siglip2Model, SiglipModel
 
-from vlm.encoders.siglip2_naflex import Embeddings
 from vlm.model.loss import sigmoid_contrastive
+from vlm.model.parts import text_towers
 
 
 class TwoTowerOutput(NamedTuple):
@@ -43,15 +42,9 @@ class SigLIP(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.model: Any
-        if isinstance(config, Siglip2Config):
-            self.kind = "siglip2_naflex"
-            self.model = Siglip2Model(config)
-            vision: Any = config.vision_config
-            self.model.vision_model.embeddings = Embeddings(vision)
-        else:
-            self.kind = "siglip"
-            self.model = SiglipModel(config)
+        self.kind, towers = next((kind, tower) for kind, tower in text_towers().items() if type(config) is tower.config)
+        self.model: Any = towers.model(config)
+        towers.adapt(self.model)
 
     def encode_image(self, pixel_values: Tensor, **naflex: Tensor) -> Tensor:
         """Pooled image embeddings, float[B, D], not normalised.

@@ -13,29 +13,14 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from vlm.encoders._layers import feature_width
 from vlm.encoders.contract import EncoderOutput, check_output
 from vlm.errors import ConfigError, DataError
-from vlm.model import attention, decoder, dtypes, inputs, loss, masks, merge, projecting
+from vlm.model import attention, decoder, dtypes, inputs, loss, masks, merge, parts, projecting
 from vlm.model.config import VLMConfig
 from vlm.model.generating import Generating
 from vlm.model.inputs import Inputs, Wanted
 from vlm.model.layer_masks import decoder_masks, no_padding
 from vlm.model.outputs import CACHE, VLMModelOutput, VLMOutput
-from vlm.registry import part
-
-ENCODER_BLOCKS = (
-    "SiglipEncoderLayer",
-    "Siglip2EncoderLayer",
-    "CLIPEncoderLayer",
-    "Dinov2Layer",
-    "DINOv3ViTLayer",
-    "Block",  # timm's, and below
-    "EvaBlock",
-    "ConvNeXtBlock",
-    "SwinTransformerBlock",
-    "ResidualAttentionBlock",  # open_clip's
-)
 
 
 class VLMPreTrainedModel(PreTrainedModel):
@@ -70,17 +55,18 @@ class VLMModel(VLMPreTrainedModel):
 
     def __init__(self, config: VLMConfig) -> None:
         super().__init__(config)
-        encoder = part("vlm.encoders", config.encoder).Encoder
-        self.vision_tower = encoder._from_config(config.vision_config)
+        encoder = parts.encoder_spec(config.encoder)
+        self.vision_tower = encoder.encoder._from_config(config.vision_config)
         self.multi_modal_projector = projecting.build(
-            config.projector_config, feature_width(config.vision_config), config.text_config.hidden_size
+            config.projector_config, encoder.width(config.vision_config), config.text_config.hidden_size
         )
         attention.check(config.text_config, {"text_config": config.text_config._attn_implementation})
         backends = decoder.facts(config.text_config).backends
         if "sdpa" not in backends:  # transformers' own choice where nothing is asked for
             config.text_config._attn_implementation = backends[0]
         self.language_model = decoder.build(config.text_config)
-        self._no_split_modules = [*decoder.spec(config.text_config).blocks, *ENCODER_BLOCKS]
+        blocks = parts.blocks(config.encoder, config.vision_config)
+        self._no_split_modules = [*decoder.spec(config.text_config).blocks, *blocks]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

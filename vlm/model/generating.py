@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from vlm.encoders.contract import square_grid
 from vlm.errors import DataError
 from vlm.model import decoder
 from vlm.model.inputs import NAFLEX, PIXELS, Inputs
 from vlm.model.layer_masks import decoder_masks, no_padding
 from vlm.model.merge import images_per_sample
+from vlm.model.parts import encoder_spec
 
 
 class Generating(GenerationMixin):
@@ -66,7 +66,8 @@ class Generating(GenerationMixin):
     def _image_token_counts(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **_: Any) -> Tensor:
         """int64[M], the decoder tokens that each image will give."""
         if spatial_shapes is None:
-            spatial_shapes = torch.tensor([square_grid(self.config.vision_config)] * pixel_values.shape[0])
+            grid = encoder_spec(self.config.encoder).grid(self.config.vision_config)
+            spatial_shapes = torch.tensor([grid] * pixel_values.shape[0])
         num_tokens: Any = self.model.multi_modal_projector.num_tokens
         return torch.tensor([num_tokens((rows, columns)) for rows, columns in spatial_shapes.tolist()])
 

@@ -123,7 +123,7 @@ def image_tokens(images: Sequence[ImageInput], processor: Processor) -> int:
     transform, total = processor.image_transform, 0
     for image in images:
         try:
-            width, height = image_size(image) if transform.mode == "naflex" else (1, 1)
+            width, height = image_size(image) if transform.any_aspect else (1, 1)
             total += processor.num_image_tokens(transform.grid(height, width))
         except ImageError:
             total += processor.max_image_tokens

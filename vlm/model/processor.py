@@ -173,11 +173,7 @@ class Processor:
     def max_image_tokens(self) -> int:
         """The most placeholders that one image can get. With a NaFlex tower that may be a long and narrow one, where
         blocks of patches end part empty."""
-        transform = self.image_transform
-        if transform.mode != "naflex":
-            return self.num_image_tokens(transform.grid(0, 0))
-        budget = transform.max_patches
-        return max(self.num_image_tokens((rows, budget // rows)) for rows in range(1, budget + 1))
+        return max(self.num_image_tokens(grid) for grid in self.image_transform.widest_grids())
 
     def batch_decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
         """Generated ids (without the prompt) to text: up to the first EOS, special tokens dropped, `<loc>` and `<seg>`

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from transformers import Siglip2Config, SiglipConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.checkpoints import big_vision
@@ -23,6 +22,7 @@ from vlm.checkpoints.source import BUFFERS, Source, check_fit, expected_shapes, 
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError
 from vlm.model.dual import SigLIP
+from vlm.model.parts import model_types, text_towers
 
 _PUNCTUATION = str.maketrans({"_": " "} | {mark: None for mark in string.punctuation if mark != "_"})
 
@@ -61,10 +61,12 @@ def load(path: str | Path, *, allow_nonfinite: bool = False, revision: str | Non
 
 
 def _config(values: Mapping[str, Any], where: str) -> PreTrainedConfig:
-    classes: dict[str, Any] = {"siglip": SiglipConfig, "siglip2": Siglip2Config}
+    classes: dict[str, Any] = {tower.model_type: tower.config for tower in text_towers().values()}
     kind = values.get("model_type")
     if kind not in classes:
-        raise CheckpointError(f"{where}: model_type is {kind!r}, expected 'siglip' or 'siglip2' (both towers)")
+        raise CheckpointError(
+            f"{where}: model_type is {kind!r}, expected {' or '.join(map(repr, classes))} (both towers)"
+        )
     for key in ("text_config", "vision_config"):
         check_numbers(values.get(key, {}), f"{where}: {key}")
     config: PreTrainedConfig = guarded(lambda: classes[kind].from_dict(dict(values)), where)
@@ -82,9 +84,8 @@ def from_big_vision(
     """
     shapes, dtypes = big_vision.headers(arrays, origin)
     vision, text = vision_config(shapes, origin=origin), text_config(shapes, origin)
-    kind: Any = SiglipConfig if "siglip_vision_model" == vision.model_type else Siglip2Config
-    if kind is Siglip2Config:
-        text = kind.sub_configs["text_config"](**{k: v for k, v in text.to_dict().items() if k in TEXT_KEYS})
+    kind: Any = text_towers()[model_types()[vision.model_type]].config
+    text = kind.sub_configs["text_config"](**{k: v for k, v in text.to_dict().items() if k in TEXT_KEYS})
     config = kind(vision_config=vision.to_dict(), text_config=text.to_dict())
     source = big_vision.array_source(arrays, shapes, dtypes, rules(shapes, two_towers=True, origin=origin), origin)
     return _fill(config, _with_text_head(source, text.hidden_size), allow_nonfinite)

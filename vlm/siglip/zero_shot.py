@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vlm.model.dual import SigLIP
 
 log = logging.getLogger(__name__)
-TOWERS = ("siglip", "siglip2_naflex")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 
 
@@ -152,19 +151,20 @@ def why_no_zero_shot(checkpoint: str | Path | tuple[SigLIP, Any], encoder: nn.Mo
     """
     from vlm.checkpoints.files import read_json
     from vlm.checkpoints.locate import locate
+    from vlm.model.parts import encoder_spec, kind_of, text_towers
 
     config: Any = encoder.config
-    kind = type(encoder).__module__.removeprefix("vlm.encoders.")
-    if kind not in TOWERS:
-        return f"the vision tower is {kind!r}; only {' and '.join(TOWERS)} towers have a text tower beside them"
-    if getattr(config, "feature_layers", None):
+    kind, known = kind_of(encoder), text_towers()
+    if kind not in known:
+        return f"the vision tower is {kind!r}; only {' and '.join(known)} towers have a text tower beside them"
+    if encoder_spec(kind).chosen_layers(config):
         return "the tower ends at its feature layers, and the pooling head reads the normed output of the last block"
     if isinstance(checkpoint, tuple):
         return None
     if Path(checkpoint).suffix == ".npz":
         return f"{checkpoint}: big_vision parameters have no tokenizer; pass (vlm.siglip.load(path), tokenizer)"
     found = read_json(locate(checkpoint) / "config.json")
-    if found.get("model_type") not in ("siglip", "siglip2") or "text_config" not in found:
+    if found.get("model_type") not in {tower.model_type for tower in known.values()} or "text_config" not in found:
         return f"{checkpoint}: the checkpoint holds no text tower (model_type {found.get('model_type')!r})"
     return None
 

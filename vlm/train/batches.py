@@ -211,7 +211,7 @@ def with_budget(processor: Processor, budget: int) -> Processor:
     Raises `ConfigError` when its images are squares.
     """
     transform = processor.image_transform
-    if transform.mode != "naflex":
+    if not transform.any_aspect:
         raise ConfigError(
             f"data.max_num_patches: {budget} patches, but the model's tower reads squares ({transform.describe()});"
             " leave it out, or start from a NaFlex model (`vlm new --encoder-kind siglip2_naflex`)"

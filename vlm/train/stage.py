@@ -15,9 +15,9 @@ from vlm.checkpoints import identity
 from vlm.data import augment
 from vlm.data.examples import Example
 from vlm.data.order import Mixture, StepSampler, stage_seed, steps_of
-from vlm.encoders._layers import feature_width
 from vlm.errors import CheckpointError, ConfigError
 from vlm.eval.job import Job
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
 from vlm.train import checkpoint, parts
 from vlm.train.batches import MicroBatches, loader, loading, with_budget
@@ -274,7 +274,7 @@ def _features(
     plan = Plan(
         stage.features,
         stage.examples,
-        image_bytes=transform.max_patches * feature_width(model.config.vision_config) * 4,
+        image_bytes=transform.max_patches * encoder_spec(model.config.encoder).width(model.config.vision_config) * 4,
         identity={
             "tower": [frozen["encoder"], *identity.tower_settings(model)],
             "transform": transform.to_dict(),

@@ -14,7 +14,7 @@ from vlm.check.subject import PIXELS, Check, Subject, Tensors, evaluating, pictu
 from vlm.errors import DataError
 from vlm.images.fused import unpack
 from vlm.images.transforms import ImageTransform
-from vlm.registry import part
+from vlm.model.parts import encoder_spec, towers
 
 SIZES = ((1, 1), (1, 64), (64, 1), (7, 300), (300, 7), (200, 100), (97, 113))
 """(width, height): down to one pixel, up to a ratio of 1:64."""
@@ -72,24 +72,19 @@ def pixel_range(subject: Subject) -> Finding:
     """Black, white and photo-like images through the processor, against the normalisation of the tower's own transform
     (`transform` in the encoder's file)."""
     config = subject.model.config
-    own = part("vlm.encoders", config.encoder).transform(config.vision_config)
+    own = encoder_spec(config.encoder).transform(config.vision_config)
     problem = _size_problem(subject)
-    if problem and hasattr(config.vision_config, "towers"):  # they cannot be told apart
+    if problem and encoder_spec(config.encoder).members(config.vision_config):  # they cannot be told apart
         return Finding(measured=math.nan, limit=OFF_RANGE, detail="off the tower's range", problem=problem)
     found = [
         (*_range_of(subject, number, wanted, has), wanted, has)
-        for number, (wanted, has) in enumerate(zip(_each(own), _each(subject.processor.image_transform), strict=True))
+        for number, (wanted, has) in enumerate(zip(own.each, subject.processor.image_transform.each, strict=True))
     ]
     measured, detail, wanted, has = max(found, key=lambda entry: math.inf if math.isnan(entry[0]) else entry[0])
     if not measured <= OFF_RANGE:
         expected = f"mean {wanted.mean} std {wanted.std}"
         problem = f"the {config.encoder} tower expects {expected}, the processor has mean {has.mean} std {has.std}"
     return Finding(measured=measured, limit=OFF_RANGE, detail=f"off the tower's range; {detail}", problem=problem)
-
-
-def _each(transform: ImageTransform) -> tuple[ImageTransform, ...]:
-    """The transforms of a fused tower's members, or the one there is."""
-    return getattr(transform, "members", None) or (transform,)
 
 
 def _range_of(subject: Subject, number: int, own: ImageTransform, has: ImageTransform) -> tuple[float, str]:
@@ -121,7 +116,8 @@ def _colours(subject: Subject, image: Image.Image, number: int) -> Tensor:
 
 def _sides(subject: Subject) -> list[int]:
     """Sides of the images that the members of a fused tower read."""
-    return [int(config.image_size) for _, config in subject.model.config.vision_config.towers]
+    config = subject.model.config
+    return [int(own.image_size) for _, own in towers(config.encoder, config.vision_config)]
 
 
 def _size_problem(subject: Subject) -> str:
@@ -132,7 +128,7 @@ def _size_problem(subject: Subject) -> str:
     got = tuple(batch.pixel_values.shape[1:])
     if batch.spatial_shapes is not None:
         wanted: tuple[int, ...] = (got[0], 3 * vision.patch_size**2)
-    elif hasattr(vision, "towers"):
+    elif encoder_spec(subject.model.config.encoder).members(vision):
         wanted = (sum(3 * side**2 for side in _sides(subject)),)
     else:
         wanted = (3, vision.image_size, vision.image_size)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vlm.check.report import Finding, not_applicable
 from vlm.check.subject import PIXELS, Check, Subject, Tensors, evaluating
-from vlm.encoders.contract import EncoderOutput, check_output, square_grid
+from vlm.encoders.contract import EncoderOutput, check_output
 from vlm.errors import ConfigError
 from vlm.images.fused import unpack
+from vlm.model.parts import encoder_spec
 from vlm.words import listed
 
 FEW = 36
@@ -96,7 +97,7 @@ def _wrong_cells(output: EncoderOutput, subject: Subject, tensors: Tensors) -> s
     if "spatial_shapes" in tensors:
         wanted = tensors["spatial_shapes"].tolist()
     else:
-        wanted = [list(square_grid(config.vision_config))] * len(output.grid)
+        wanted = [list(encoder_spec(config.encoder).grid(config.vision_config))] * len(output.grid)
     grid = output.grid.tolist()
     for number, (got, cells) in enumerate(zip(grid, wanted, strict=True)):
         if got != cells:
@@ -172,8 +173,8 @@ def _noisy(subject: Subject, tensors: Tensors, noise: Tensor, cell: tuple[int, i
     pixels, (row, column) = tensors["pixel_values"].clone(), cell
     if "spatial_shapes" in tensors:
         pixels[:, row * grid[1] + column] += noise[:, row * grid[1] + column]
-    elif hasattr(subject.model.config.vision_config, "towers"):
-        sides = [int(config.image_size) for _, config in subject.model.config.vision_config.towers]
+    elif members := encoder_spec(subject.model.config.encoder).members(subject.model.config.vision_config):
+        sides = [int(config.image_size) for _, config in members]
         for part, own in zip(unpack(pixels, sides), unpack(noise, sides), strict=True):
             _lay_on(part, own, cell, grid)  # a view of the copy
     else:

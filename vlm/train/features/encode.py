@@ -158,7 +158,7 @@ class Encoding:
             )
 
     def _patches(self, number: int) -> int:
-        if self.transform.mode != "naflex":
+        if not self.transform.any_aspect:
             return self.transform.max_patches
         try:
             width, height = image_size(self.plan.images[number])
