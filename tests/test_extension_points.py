@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,12 +16,16 @@ from transformers import Qwen2ForCausalLM
 
 import vlm
 import vlm.check.checks
+import vlm.data.benchmarks
+import vlm.data.formats
 import vlm.decoders
 import vlm.projectors
 from vlm import check
 from vlm.build.presets import tiny
 from vlm.check import runner
-from vlm.errors import ConfigError
+from vlm.cli import main
+from vlm.errors import ConfigError, DataError
+from vlm.eval import tasks
 from vlm.model import decoder
 from vlm.registry import kinds
 
@@ -164,3 +172,135 @@ def test_a_projector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vlm.save(model, processor, tmp_path / "model")
     again, _ = vlm.load(tmp_path / "model")
     torch.testing.assert_close(again(**batch).loss, model(**batch).loss, rtol=0, atol=0)
+
+
+@pytest.fixture
+def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[ModuleType, str, str], None]]:
+    """Writes one new file into a folder of its own and puts the folder on the path of a room."""
+    made = []
+
+    def to_room(room: ModuleType, name: str, code: str) -> None:
+        folder = tmp_path / f"room of {name}"
+        folder.mkdir()
+        (folder / f"{name}.py").write_text(code)
+        monkeypatch.setattr(room, "__path__", [*room.__path__, str(folder)])
+        made.append((room, name))
+
+    yield to_room
+    for room, name in made:
+        sys.modules.pop(f"{room.__name__}.{name}", None)
+        if hasattr(room, name):
+            delattr(room, name)
+
+
+A_DATA_FORMAT = """
+from vlm.data.formats.contract import AnnotationFormat
+from vlm.data.problems import Refused
+
+FORMAT = AnnotationFormat(
+    about="a first line #pipes, then image|prefix|suffix a line", recognise=lambda head: head.startswith(b"#pipes")
+)
+
+
+def records(path, name):
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        cells = line.split("|")
+        if number > 1:
+            keys = ("image", "prefix", "suffix")
+            yield number, dict(zip(keys, cells)) if len(cells) == 3 else Refused("not-three", f"{len(cells)} cells")
+"""
+
+
+def test_a_data_format(
+    tmp_path: Path, put: Callable[[ModuleType, str, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(vlm.data.formats, "pipes", A_DATA_FORMAT)
+    file = tmp_path / "train.txt"
+    file.write_text("#pipes\na.png|caption en|a cat\nb.png|answer en what?|a dog\n")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    # Annotations: told from the content, and checked as ours are.
+    examples, problems = vlm.data.read(file)
+    assert [(ex.id, ex.prefix, ex.suffix, ex.line) for ex in examples] == [
+        ("2", "caption en", "a cat", 2),
+        ("3", "answer en what?", "a dog", 3),
+    ]
+    assert [ex.image for ex in examples] == [(tmp_path / name).resolve() for name in ("a.png", "b.png")]
+    assert problems == [] and vlm.data.read(file, "pipes")[0] == examples
+    with pytest.raises(DataError, match=r"train.txt:4: not-three: 1 cells"):
+        file.write_text(file.read_text() + "half\n")
+        vlm.data.read(file)
+    file.write_text(file.read_text().replace("half\n", ""))
+    # A task.
+    (tmp_path / "tasks.yaml").write_text(
+        "mine:\n  title: mine\n  format: pipes\n  default_split: all\n  metrics: [exact_match]\n"
+        '  prompt: "please {prefix}"\n  splits: {all: {files: {data: {path: train.txt}}}}\n'
+    )
+    [task] = tasks.load_file(tmp_path / "tasks.yaml")
+    assert [(ex.id, ex.prefix, ex.suffix) for ex in tasks.load(task, tmp_path)] == [
+        ("2", "please caption en", "a cat"),
+        ("3", "please answer en what?", "a dog"),
+    ]
+    # References of `vlm score`, for which no image is needed.
+    (tmp_path / "a.png").unlink()
+    said = tmp_path / "said.json"
+    said.write_text('{"2": "a cat", "3": "a cow"}')
+    assert main(["score", "-m", "exact_match", "-p", str(said), "-r", str(file), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["metrics"]["exact_match"]["value"] == 0.5
+    assert f"{file} read as pipes" in printed.err
+
+
+A_BENCHMARK = """
+from functools import partial
+
+from vlm.data.items import Item, Shown
+from vlm.data.benchmarks.contract import Benchmark, Inside, Predictions
+
+FORMAT = Benchmark(
+    about='Birds: {"birds": [{"bird", "picture", "species"}]}',
+    gold="birds",
+    recognise=Inside("birds", ("bird", "species")),
+    predictions=(Predictions(name="birds", about='list of {"bird", "guess"}', id="bird", text="guess"),),
+)
+
+
+def read(source):
+    folder = source.images()
+    for row in source.object("birds").rows("birds"):
+        yield Item(id=row.key("bird"), answers=(row.text("species"),), show=partial(_show, folder, row))
+
+
+def _show(folder, row):
+    return Shown(images=(folder / row.text("picture"),), fields={"question": row.text("question")})
+"""
+
+
+def test_a_benchmark_reader(
+    tmp_path: Path, put: Callable[[ModuleType, str, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(vlm.data.benchmarks, "birds", A_BENCHMARK)
+    gold, said = tmp_path / "birds.json", tmp_path / "said.json"
+    birds = [{"bird": 1, "species": "crow"}, {"bird": 2, "species": "owl"}]
+    gold.write_text(json.dumps({"birds": birds}))
+    said.write_text(json.dumps([{"bird": 1, "guess": "crow"}, {"bird": 2, "guess": "crow"}]))
+    # The gold texts alone are enough for `vlm score`: no picture, no question.
+    assert main(["score", "-m", "exact_match", "-p", str(said), "-r", str(gold), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["metrics"]["exact_match"]["value"] == 0.5
+    assert printed.err.splitlines() == [f"predictions: {said} read as birds", f"references: {gold} read as birds"]
+    # A task shows pictures and questions.
+    (tmp_path / "tasks.yaml").write_text(
+        "birds:\n  title: birds\n  format: birds\n  default_split: all\n  metrics: [exact_match]\n"
+        '  prompt: "answer en {question}"\n  splits:\n    all:\n'
+        "      files: {birds: {path: birds.json}, images: {path: pictures}}\n"
+    )
+    [task] = tasks.load_file(tmp_path / "tasks.yaml")
+    with pytest.raises(DataError, match="no 'picture'; it has 'bird', 'species'. Is this the official file"):
+        tasks.load(task, tmp_path)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "1.png")
+    gold.write_text(json.dumps({"birds": [{**birds[0], "picture": "1.png", "question": "which bird?"}]}))
+    [example] = tasks.load(task, tmp_path)
+    assert (example.id, example.prefix, example.answers) == ("1", "answer en which bird?", ("crow",))
+    assert example.image == tmp_path / "pictures" / "1.png"

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,7 +38,6 @@ from vlm.data.problems import Problem, Refused, refusal
 from vlm.errors import DataError
 from vlm.words import shown
 
-ROOM = "vlm.data.formats"
 DEFAULT = "jsonl"
 """The format of a file that no other format recognises; it says what is wrong with it."""
 
@@ -83,28 +82,42 @@ def read_labelled(path: str | Path, image_root: str | Path | None = None, format
 
 def formats() -> list[str]:
     """Every annotation format, by name."""
-    return registry.kinds(ROOM)
+    return registry.kinds("vlm.data.formats")
+
+
+def records(path: str | Path, format: str) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
+    """The records of an annotation file of this format with their numbers, nothing checked: images need not be there.
+
+    Raises:
+        ConfigError: an unknown format. DataError: the file itself is unusable.
+    """
+    found: Iterator[tuple[int, dict[str, Any] | Refused]] = _part(format).records(Path(path), shown(path))
+    return found
 
 
 def recognised(path: str | Path) -> str:
-    """The format of a file by its first bytes. Raises DataError if it is no file, or looks like several."""
+    """The format of a file by its first bytes; `DEFAULT` where none is recognised or the file cannot be read, which its
+    reader says. Raises DataError if it looks like several."""
+    described = {kind: _part(kind).FORMAT.recognise for kind in formats()}
     name = shown(path)
-    head = _head(path, name)
-    parts = {kind: registry.part(ROOM, kind).FORMAT for kind in formats()}
-    found = [kind for kind, described in parts.items() if described.recognise and described.recognise(head)]
+    try:
+        descriptor = strictjson.open_regular(path, name)
+    except DataError:
+        return DEFAULT
+    try:
+        head = os.read(descriptor, strictjson.HEAD_BYTES)
+    except OSError:
+        return DEFAULT
+    finally:
+        os.close(descriptor)
+    found = [kind for kind, recognise in described.items() if recognise is not None and recognise(head)]
     if len(found) > 1:
         raise DataError(f"{name}: could be {' or '.join(found)}; name the format")
     return found[0] if found else DEFAULT
 
 
-def _head(path: str | Path, name: str) -> bytes:
-    descriptor = strictjson.open_regular(path, name, "a JSONL file", "cannot read the annotations")
-    try:
-        return os.read(descriptor, strictjson.HEAD_BYTES)
-    except OSError as error:
-        raise DataError(f"{name}: cannot read the annotations: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
+def _part(kind: str) -> Any:
+    return registry.part("vlm.data.formats", kind)
 
 
 def _read(
@@ -116,12 +129,11 @@ def _read(
 ) -> tuple[list[_T], list[Problem]]:
     """What `make(record, number, file, images)` makes of every record, and why it could not."""
     name = shown(path)
-    source = registry.part(ROOM, format or recognised(path))
     images = ImageRoot(Path(path).parent if image_root is None else image_root)
     made: list[_T] = []
     problems: list[Problem] = []
     lines_by_id: dict[str, int] = {}
-    for number, record in source.records(Path(path), name):
+    for number, record in records(path, format or recognised(path)):
         try:
             if isinstance(record, Refused):
                 raise record

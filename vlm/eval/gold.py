@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vlm import registry
 from vlm.data import reading
+from vlm.data.benchmarks.contract import Benchmark, Predictions, without_extension
 from vlm.data.items import File, Item, once
-from vlm.data.official import Benchmark, Predictions, without_extension
 from vlm.data.problems import Problem, Refused
 from vlm.data.rows import Document, Row
 from vlm.data.source import Source, open_document
 from vlm.errors import ConfigError, DataError, nearest
 from vlm.words import listed
 
-BENCHMARKS = "vlm.data.benchmarks"
 _T = TypeVar("_T")
 
 
@@ -37,7 +36,7 @@ class Reader:
 
 def gold_formats() -> dict[str, Reader]:
     """Every format of references by the name that `vlm score` has for it, in the order in which they are tried."""
-    parts = {kind: registry.part(BENCHMARKS, kind) for kind in registry.kinds(BENCHMARKS)}
+    parts = _benchmarks()
     scored = sorted((part.FORMAT.order, kind) for kind, part in parts.items() if part.FORMAT.gold)
     found = {}
     for _, kind in scored:
@@ -51,9 +50,7 @@ def gold_formats() -> dict[str, Reader]:
 
 def prediction_formats() -> dict[str, Predictions]:
     """Every format of predictions by name, in the order in which they are tried."""
-    declared = [
-        one for kind in registry.kinds(BENCHMARKS) for one in registry.part(BENCHMARKS, kind).FORMAT.predictions
-    ]
+    declared = [one for part in _benchmarks().values() for one in part.FORMAT.predictions]
     return {one.name: one for one in sorted([*_OWN_PREDICTIONS, *declared], key=lambda one: (one.order, one.name))}
 
 
@@ -108,6 +105,10 @@ def read_questions(path: str | Path) -> dict[str, None]:
     if document.object is None:
         raise DataError(f"{document.name}: a list; a questions file is an object with 'questions'")
     return _some(((row.key("question_id"), None) for row in document.object.rows("questions")), document.name)
+
+
+def _benchmarks() -> dict[str, Any]:
+    return {kind: registry.part("vlm.data.benchmarks", kind) for kind in registry.kinds("vlm.data.benchmarks")}
 
 
 def _some(pairs: Iterable[tuple[str, _T]], name: str) -> dict[str, _T]:
@@ -171,7 +172,7 @@ def _own_item(row: Row, number: int) -> Item:
 def _annotated(path: str | Path, format: str) -> Iterator[tuple[str, Item]]:
     """The items of an annotation file; its images need not be there."""
     name = str(path)
-    for number, record in registry.part(reading.ROOM, format).records(Path(path), name):
+    for number, record in reading.records(path, format):
         if isinstance(record, Refused):
             raise DataError(str(Problem(name, number, record.code, str(record))))
         item = _own_item(Row(record, f"{name}:{number}", line=number), number)

@@ -9,7 +9,6 @@ the official script leaves items out by its own rule, and every such number is a
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from vlm.eval import metrics as all_metrics
 from vlm.eval.gold import read_gold, read_predictions, read_questions
 from vlm.eval.metrics import Metric, MetricResult, registry
 from vlm.eval.tables import constant
+from vlm.files import sha256
 from vlm.version import __version__
 from vlm.words import aligned, listed
 
@@ -179,7 +179,7 @@ def _by(result: MetricResult, gold: Mapping[str, Item], facts: Sequence[str]) ->
 
 
 def _file(path: str | Path, format: str) -> dict[str, str]:
-    return {"file": str(path), "format": format, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return {"file": str(path), "format": format, "sha256": sha256(path)}
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------

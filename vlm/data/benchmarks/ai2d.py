@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.data.benchmarks.contract import Benchmark
 from vlm.data.items import Item, choice_fields
-from vlm.data.official import Benchmark
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source, read_object
 from vlm.errors import DataError, ImageError
+from vlm.files import publishing_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,7 +65,9 @@ def _lettered(source: Source, image: str) -> Path:
     plain = source.images() / image
     if target.exists() or not plain.exists():
         return target
-    from vlm.images.load import load_image  # loads Pillow, which scoring does without
+    import PIL.Image  # scoring does without
+
+    from vlm.images.load import load_image
 
     path = Folder(source.path("annotations")) / f"{image}.json"
     texts = read_object(path, path.name).row("text")
@@ -75,7 +78,8 @@ def _lettered(source: Source, image: str) -> Path:
     for label in texts.values:
         draw_letter(drawn, texts.row(label))
     target.parent.mkdir(parents=True, exist_ok=True)
-    drawn.save(target)
+    with publishing_file(target) as partial:  # a process beside this one, or after a kill, sees all of it or none
+        drawn.save(partial, PIL.Image.registered_extensions().get(target.suffix.lower(), "PNG"))
     return target
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from vlm.data.benchmarks.contract import Benchmark, Each, Predictions
 from vlm.data.items import Item, Shown, choice_fields
-from vlm.data.official import Benchmark, Each, Predictions
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
 

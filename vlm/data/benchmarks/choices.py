@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vlm.data.benchmarks.contract import Benchmark
 from vlm.data.items import Item, lettered
-from vlm.data.official import Benchmark
 from vlm.data.source import Source
 
 _OWN = ("id", "question", "options", "answer", "images")

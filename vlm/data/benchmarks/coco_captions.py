@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from vlm.data.benchmarks.contract import Benchmark, Inside, Predictions
 from vlm.data.items import Item, Shown, once
-from vlm.data.official import Benchmark, Inside, Predictions
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
 from vlm.errors import DataError

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vlm.data.benchmarks import _parquet
+from vlm.data.benchmarks.contract import Benchmark
 from vlm.data.items import Item
-from vlm.data.official import Benchmark
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
 from vlm.errors import DataError

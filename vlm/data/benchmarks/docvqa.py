@@ -15,8 +15,8 @@ from functools import partial
 from itertools import permutations
 from pathlib import PurePosixPath
 
+from vlm.data.benchmarks.contract import Benchmark, Inside, Predictions
 from vlm.data.items import Item, Shown
-from vlm.data.official import Benchmark, Inside, Predictions
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.data.benchmarks.contract import Benchmark
 from vlm.data.items import Item
-from vlm.data.official import Benchmark
 from vlm.data.source import Source, parse_json, read_member
 from vlm.data.strictjson import MAX_MEMBER_BYTES
 from vlm.errors import DataError, ImageError

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from vlm.data.benchmarks.contract import Benchmark, ById, Predictions
 from vlm.data.items import Item, Shown
-from vlm.data.official import Benchmark, ById, Predictions
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from vlm.data.benchmarks.contract import Benchmark, ById, Predictions
 from vlm.data.items import LETTERS, Item, Shown, choice_fields
-from vlm.data.official import Benchmark, ById, Predictions
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from vlm.data.benchmarks.contract import Benchmark
 from vlm.data.items import Item
-from vlm.data.official import Benchmark
 from vlm.data.source import Source
 from vlm.errors import DataError
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from vlm.data.benchmarks.contract import Benchmark, Each
 from vlm.data.items import Item, Shown
-from vlm.data.official import Benchmark, Each
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vlm.data.benchmarks.contract import Benchmark
 from vlm.data.items import Item
-from vlm.data.official import Benchmark
 from vlm.data.source import Source
 
 FORMAT = Benchmark(about='TextCaps: {"data": [{"image_id", "caption_str"}]}')

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.data.benchmarks.contract import Benchmark, Inside
 from vlm.data.items import Item, Shown
-from vlm.data.official import Benchmark, Inside
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
 from vlm.errors import DataError, ImageError

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from vlm.data.benchmarks.contract import Benchmark, Inside, Predictions
 from vlm.data.items import Item, Shown, check_same, once
-from vlm.data.official import Benchmark, Inside, Predictions
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
 

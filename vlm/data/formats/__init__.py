@@ -1,1 +1,1 @@
-"""Annotation formats: one file each, found by its name. What a file has to hold is in `vlm.data.contract`."""
+"""Annotation formats: one file each, found by its name. What a file has to hold is in `vlm.data.formats.contract`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data import strictjson
-from vlm.data.contract import AnnotationFormat
+from vlm.data.formats.contract import AnnotationFormat
 from vlm.data.problems import Refused
 from vlm.errors import DataError
 

@@ -19,8 +19,6 @@ from vlm.words import listed
 
 logger = logging.getLogger(__name__)
 
-BENCHMARKS = "vlm.data.benchmarks"
-
 
 def load(task: Task, root: Path, split: str | None = None, limit: int | None = None) -> list[Example]:
     """The items of a split, from the official files below `root`.
@@ -50,13 +48,13 @@ def load(task: Task, root: Path, split: str | None = None, limit: int | None = N
 
 def reader(format: str) -> Callable[[Source], Iterator[Item]]:
     """What reads the files of exactly this format. Raises ConfigError that names the nearest."""
-    annotated, official = reading.formats(), registry.kinds(BENCHMARKS)
+    annotated, official = reading.formats(), registry.kinds("vlm.data.benchmarks")
     known = sorted({*annotated, *official})
     if format not in known:
         raise ConfigError(f"unknown format {format!r}{nearest(format, known)}; known: {', '.join(known)}")
     if format in annotated:
         return partial(_annotated, format)
-    return partial(_official, registry.part(BENCHMARKS, format).read)
+    return partial(_official, registry.part("vlm.data.benchmarks", format).read)
 
 
 def _official(read: Callable[[Source], Iterator[Item]], source: Source) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""What the files of the room `benchmarks` say of themselves, and how their formats are recognised."""
+"""What the reader of a benchmark says of itself, and how its files are recognised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of the room `formats` say of themselves; for those of `benchmarks` see `vlm.data.official`."""
+"""What an annotation format says of itself, and what its file has to define."""
 
 from __future__ import annotations
 
