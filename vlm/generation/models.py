@@ -24,6 +24,7 @@ from vlm.model import lengths
 from vlm.model.dtypes import check_dtype
 from vlm.model.forward import VLM
 from vlm.model.processor import ImageSource, Processor
+from vlm.model.samples import image_groups
 from vlm.settings import by_field
 from vlm.text import control
 
@@ -81,7 +82,7 @@ def generate(
     prompts = control.checked([prompts] if isinstance(prompts, str) else list(prompts), strip=strip_control)
     images = [images] if is_image(images) else images
     names = _names(images, prompts, ids)
-    groups = processor.image_groups(images, len(prompts))
+    groups = image_groups(images, len(prompts))
     requests = [
         Request(id=name, prompt=prompt, images=group, key=place)
         for place, (name, prompt, group) in enumerate(zip(names, prompts, groups, strict=True))

@@ -17,6 +17,7 @@ _HOMES = {
     "CACHE": "outputs",
     "attention": "",
     "decoder": "",
+    "image_groups": "samples",
     "lengths": "",
     "loss": "",
     "masks": "",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from vlm.model.outputs import CACHE as CACHE
     from vlm.model.processor import ImageSource as ImageSource
     from vlm.model.processor import Processor as Processor
+    from vlm.model.samples import image_groups as image_groups
 
 __getattr__, __dir__ = door(__name__, _HOMES)
 

@@ -1,5 +1,14 @@
 """`VLM`: a vision tower, a projector and a Gemma decoder behind one forward.
 
+    VLM.forward
+      VLMModel.forward
+        encode                 pixels -> tower -> `EncoderOutput`
+        project                features -> projector -> image tokens
+        embed                  image tokens in the place of their placeholders (`merge`)
+        _masks_and_positions   who sees whom (`layer_masks`, `masks`)
+        language_model         embeddings -> hidden states
+      _losses, logits          hidden states -> `loss` of the supervised rows, or the vocabulary
+
 Parameter names are those of transformers' PaliGemma for the same parts (`model.vision_tower`,
 `model.multi_modal_projector`, `model.language_model`, `lm_head`), so weights move between the two unchanged.
 """
@@ -227,6 +236,7 @@ class VLM(VLMPreTrainedModel, Generating, GenerationMixin):
                 "VLMConfig.image_token_id is not set; take it from the processor: processor.image_token_id"
             )
         self.model = VLMModel(config)
+        # Tied to the embedding: one tensor under two names, whose gradient is the sum of both uses.
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         # What the tower's checkpoint had beside it (a pooling head): no part of the model, kept for an export of the
         # tower (`vlm.checkpoints.tower_head`).
@@ -306,9 +316,7 @@ class VLM(VLMPreTrainedModel, Generating, GenerationMixin):
             logits_to_keep=logits_to_keep,
         )
         inputs.check_wanted(wanted, labels)
-        if labels is not None and use_cache is None:
-            use_cache = False
-        out = self.model(
+        given = Inputs(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -318,16 +326,14 @@ class VLM(VLMPreTrainedModel, Generating, GenerationMixin):
             pixel_values=pixel_values,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
-            cache=cache,
-            past_key_values=past_key_values,
+            cache=inputs.only_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=False if labels is not None and use_cache is None else use_cache,
             encoded=encoded,
-            return_dict=True,
-            **kwargs,
         )
+        out = self.model(**given.arguments(), return_dict=True, **kwargs)  # called: hooks of offloading sit on it
         hidden = out.last_hidden_state
-        losses: dict[str, Any] = {} if labels is None else self._losses(hidden, labels, sequence_ids, wanted)
+        losses: dict[str, Any] = {} if labels is None else self._losses(hidden, labels, given, wanted)
         training = labels is not None and (self.training or torch.is_grad_enabled())
         logits = self.logits(wanted.keep(hidden)) if wanted.logits(training) else None
         # In the order of the fields: an output is a dictionary, and its tuple has the order in which it was filled.
@@ -346,9 +352,9 @@ class VLM(VLMPreTrainedModel, Generating, GenerationMixin):
         softcap = decoder.facts(self.config.text_config).final_softcap if self.config.softcap_in_generation else None
         return loss.apply_softcap(self.lm_head(hidden), softcap)
 
-    def _losses(self, hidden: Tensor, labels: Tensor, sequence_ids: Tensor | None, wanted: Wanted) -> dict[str, Tensor]:
+    def _losses(self, hidden: Tensor, labels: Tensor, given: Inputs, wanted: Wanted) -> dict[str, Tensor]:
         """`loss`, `loss_sum` and `loss_weight` of `VLMOutput`."""
-        rows = loss.supervised_rows(labels, sequence_ids, wanted.reduction)
+        rows = loss.supervised_rows(labels, given.sequence_ids, wanted.reduction)
         if rows.target.numel() == 0:
             raise DataError("no token of this batch is supervised: all labels are -100; give each sample a suffix")
         softcap = decoder.facts(self.config.text_config).final_softcap if self.config.softcap_in_loss else None

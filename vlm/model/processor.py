@@ -20,8 +20,9 @@ from transformers.utils import cached_file
 from vlm.errors import CheckpointError, ConfigError, DataError, ImageError
 from vlm.files import disk_errors, publishing, rust_disk_errors
 from vlm.images.fused import open_transform
-from vlm.images.load import ImageInput, is_image, load_image
+from vlm.images.load import ImageInput, load_image
 from vlm.images.transforms import ImageTransform, Pixels
+from vlm.model import samples
 from vlm.model.batch import Batch
 from vlm.model.loss import IGNORE
 from vlm.model.masks import position_ids
@@ -114,8 +115,8 @@ class Processor:
         prefixes = control.checked(prefixes, strip=strip_control)
         suffixes = None if suffixes is None else control.checked(suffixes, prompt=False, strip=strip_control)
         names = [str(i) for i in range(len(prefixes))] if ids is None else [str(i) for i in ids]
-        groups = self.image_groups(images, len(prefixes)) if grids is None else []
-        self._check_lengths(prefixes, suffixes, names, groups if grids is None else list(grids))
+        groups = samples.image_groups(images, len(prefixes)) if grids is None else []
+        samples.check_lengths(prefixes, suffixes, names, groups if grids is None else list(grids))
         pixels = self._pixels(groups, names) if grids is None else None
         targets: Sequence[str | None] = [None] * len(prefixes) if suffixes is None else suffixes
         texts = [
@@ -186,38 +187,6 @@ class Processor:
         if self.tokenizer.eos_token_id in row:
             row = row[: row.index(self.tokenizer.eos_token_id)]
         return self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    @staticmethod
-    def image_groups(images: Any, num_samples: int) -> list[list[ImageSource]]:
-        """The images of each sample, from what a batch may be given. Raises `DataError` for a None among several."""
-        if images is None:
-            return [[] for _ in range(num_samples)]
-        if is_image(images):
-            images = [images]
-        groups = [[] if item is None else list(item) if isinstance(item, list | tuple) else [item] for item in images]
-        for number, group in enumerate(groups):
-            if any(image is None for image in group):
-                raise DataError(f"sample {number}: one of its images is None; leave it out, or give [] for text alone")
-        return groups
-
-    @staticmethod
-    def _check_lengths(prefixes: list[str], suffixes: list[str] | None, names: list[str], groups: list[Any]) -> None:
-        if not prefixes:
-            raise DataError(
-                "the batch is empty: no text was given; pass at least one prefix (it may be the empty string)"
-            )
-        counts = {"text": len(prefixes), "ids": len(names), "images": len(groups)}
-        if suffixes is not None:
-            counts["suffix"] = len(suffixes)
-        if len(set(counts.values())) > 1:
-            shown = ", ".join(f"{count} {name}" for name, count in counts.items())
-            raise DataError(f"each sample needs one of each, got {shown} (first sample: {names[:1]})")
-        for name, suffix in zip(names, suffixes or [], strict=False):
-            if suffix is None:
-                raise DataError(
-                    f'sample {name!r}: the suffix is None in a training batch; give each sample a target, or "" where'
-                    " there is nothing to say"
-                )
 
     def _pixels(self, groups: list[list[ImageSource]], names: list[str]) -> Pixels | None:
         loaded = [self._load(image, name) for group, name in zip(groups, names, strict=True) for image in group]
