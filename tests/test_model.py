@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlm.errors import ConfigError, DataError, GenerationError
 from vlm.generation.writing import generate_ids
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM, VLMModel
+from vlm.model.inputs import Inputs
 
 ROWS = [[sample(3, 3, 1)], [sample(5, 2, 2)]]
 
@@ -361,3 +363,11 @@ def test_seed_fixes_the_weights_and_leaves_the_random_state() -> None:
     assert all(torch.equal(value, two[name]) for name, value in one.state_dict().items())
     assert not torch.equal(two["lm_head.weight"], three["lm_head.weight"])
     assert isinstance(one.model, VLMModel)
+
+
+def test_inputs_carry_every_argument_of_the_inner_forward() -> None:
+    """An argument that is in the signature, but not in `Inputs`, would be dropped in silence."""
+    named = set(inspect.signature(VLMModel.forward).parameters) - {"self", "kwargs", "past_key_values"}
+    assert named == {field.name for field in fields(Inputs)} == set(Inputs().arguments())
+    outer = set(inspect.signature(VLM.forward).parameters)
+    assert named < outer
