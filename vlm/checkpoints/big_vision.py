@@ -7,6 +7,7 @@ stores as two raw bytes). Sizes are read from the arrays; what they do not show 
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -61,6 +62,7 @@ class _Archive(Mapping[str, np.ndarray]):
 
     def __init__(self, archive: Any, path: str) -> None:
         self._archive, self._path = archive, path
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         self._names = {name.removeprefix("params/"): name for name in archive.files}
         if len(self._names) != len(archive.files):
             raise CheckpointError(f"{path}: the same array with and without params/ in its name")
@@ -76,7 +78,12 @@ class _Archive(Mapping[str, np.ndarray]):
         return len(self._names)
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
-        """(shape, dtype name) of an array, without its data."""
+        """(shape, dtype name) of an array, without its data; read once."""
+        if name not in self._headers:
+            self._headers[name] = self._read_header(name)
+        return self._headers[name]
+
+    def _read_header(self, name: str) -> tuple[tuple[int, ...], str]:
         with _reading(self._path), self._archive.zip.open(self._names[name] + ".npy") as file:
             version = np.lib.format.read_magic(file)
             read: Any = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -102,11 +109,23 @@ def headers(arrays: Arrays, origin: str) -> tuple[dict[str, tuple[int, ...]], di
     return {name: shape for name, (shape, _) in found.items()}, {name: dtype for name, (_, dtype) in found.items()}
 
 
-def array_source(
-    arrays: Arrays, shapes: Shapes, dtypes: Mapping[str, str], found: Mapping[str, Rule], origin: str
-) -> Source:
+def source(arrays: Arrays, origin: str, *, two_towers: bool, wanted: str = "") -> Source:
     """The arrays as parameters, listed array by array. One array is held at a time: stacked layers are read once when
-    parameters are read in the order of `shapes`."""
+    parameters are read in the order of `shapes`.
+
+    Args:
+        two_towers: parameters get the names of transformers' SiglipModel, else those of `vlm.VLM`.
+        wanted: regular expression of how names of arrays begin; the others are left out.
+
+    Raises:
+        CheckpointError: arrays that no rule knows, or two that hold the same parameter.
+    """
+    shapes, dtypes = headers(arrays, origin)
+    kept = {name: shape for name, shape in shapes.items() if re.match(wanted, name)}
+    return _listed(arrays, dtypes, rules(kept, two_towers=two_towers, origin=origin), origin)
+
+
+def _listed(arrays: Arrays, dtypes: Mapping[str, str], found: Mapping[str, Rule], origin: str) -> Source:
     places: dict[str, str] = {}
     sizes: dict[str, tuple[int, ...]] = {}
     thirds: dict[str, list[str]] = {}

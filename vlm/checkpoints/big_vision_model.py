@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm.checkpoints.big_vision import Arrays, array_source, headers
+from vlm.checkpoints.big_vision import Arrays, headers, source
 from vlm.checkpoints.big_vision_configs import paligemma_config
-from vlm.checkpoints.big_vision_names import rules
 from vlm.checkpoints.loader import load_model
+from vlm.checkpoints.names import EMBEDDING
 from vlm.checkpoints.placement import Placement
 from vlm.checkpoints.source import Source
 from vlm.images.transforms import ImageTransform
@@ -77,26 +78,24 @@ def paligemma_model(
     allow_nonfinite: bool = False,
 ) -> VLM:
     """The model alone; `image_token` is the id of the `<image>` placeholder. Arguments as `paligemma`."""
-    shapes, dtypes = headers(arrays, origin)
+    shapes, _ = headers(arrays, origin)
     config = paligemma_config(shapes, image_token, origin=origin, llm=llm, image_size=image_size)
-    source = array_source(arrays, shapes, dtypes, rules(shapes, two_towers=False, origin=origin), origin)
-    source = _with_placeholder_rows(source, config.text_config.vocab_size)
-    return load_model(VLM, config, source, placement, allow_nonfinite=allow_nonfinite)
+    parameters = _with_placeholder_rows(source(arrays, origin, two_towers=False), config.text_config.vocab_size)
+    return load_model(VLM, config, parameters, placement, allow_nonfinite=allow_nonfinite)
 
 
-def _with_placeholder_rows(source: Source, vocab: int) -> Source:
+def _with_placeholder_rows(stored: Source, vocab: int) -> Source:
     """Rows for `<image>` and up to a multiple of 64, which the original does not have: the mean embedding, as in
     transformers' conversion (there with a little noise). No image or text token ever reads them."""
-    name = "model.language_model.embed_tokens.weight"
-    rows, width = source.shapes[name]
+    rows, width = stored.shapes[EMBEDDING]
     if rows >= vocab:
-        return source
+        return stored
 
     def read(wanted: str) -> Tensor:
-        tensor = source.read(wanted)
-        if wanted != name:
+        tensor = stored.read(wanted)
+        if wanted != EMBEDDING:
             return tensor
         mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
         return torch.cat([tensor, mean.expand(vocab - rows, -1)])
 
-    return Source(source.origin, {**source.shapes, name: (vocab, width)}, source.dtypes, read)
+    return replace(stored, shapes={**stored.shapes, EMBEDDING: (vocab, width)}, read=read)

@@ -19,7 +19,6 @@ from vlm.checkpoints.pairs import check_pair
 from vlm.checkpoints.placement import Placement
 from vlm.checkpoints.preprocessing import from_sentencepiece
 from vlm.checkpoints.readers import READERS
-from vlm.checkpoints.source import live_source
 from vlm.checkpoints.tower_head import read_head
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError, ConfigError
@@ -133,8 +132,7 @@ def _open_folder(
     if not isinstance(kind, str) or kind not in READERS:
         raise CheckpointError(f"{folder}: config.json has model_type {kind!r}, expected {_expected(kind)}")
     config, processor = READERS[kind](folder, values)
-    weights = Weights(folder)
-    source = live_source(str(path), weights.tensors, weights.read)
+    source = Weights(folder).source(str(path))
     if values.get("tie_word_embeddings") is False and HEAD not in source.shapes:
         raise CheckpointError(
             f"{path}: config.json has tie_word_embeddings false, but there is no lm_head.weight: the output embedding"

@@ -12,14 +12,13 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlm.checkpoints.geometry_plan import image_sizes, planned
 from vlm.checkpoints.loader import empty
 from vlm.checkpoints.names import PROJECTOR, TOWER
 from vlm.checkpoints.parts import as_tower
-from vlm.checkpoints.source import Source, check_fit, expected_shapes, put
+from vlm.checkpoints.source import Source, expected_shapes, place
 from vlm.checkpoints.streams import seeded
 from vlm.errors import ConfigError
 from vlm.model import projecting
@@ -85,11 +84,7 @@ def _rebuilt(model: VLM, config: VLMConfig, seed: int) -> VLM:
             "the geometry of a model with offloaded or placed parts cannot be changed; open it on one device"
         )
     made = empty(VLM, config)
-    source = _source(model, made, seed)
-    check_fit(source, expected_shapes(made))
-    with torch.no_grad():
-        for name in source.shapes:
-            put(made, name, source.read(name))
+    place(made, _source(model, made, seed), allow_nonfinite=True)
     made.tie_weights()
     made.to(model.device)  # type: ignore[arg-type]  # constants; weights are there already
     made.generation_config = model.generation_config

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vlm.checkpoints import big_vision
-from vlm.checkpoints.big_vision_names import rules
 from vlm.checkpoints.files import SINGLE
 from vlm.checkpoints.locate import locate
 from vlm.checkpoints.names import DECODER, TOWER
-from vlm.checkpoints.source import Source, check_fit, expected_shapes, finite, live_source
+from vlm.checkpoints.source import Source, expected_shapes, fill
 from vlm.checkpoints.weights import Weights
 from vlm.encoders.contract import Spec
 from vlm.errors import CheckpointError
@@ -52,12 +51,8 @@ def load_tower(
     wanted = expected_shapes(tower)
     if Path(path).suffix == ".npz":
         with big_vision.open_npz(path) as arrays:
-            shapes, dtypes = big_vision.headers(arrays, str(path))
-            kept = {
-                n: s for n, s in shapes.items() if n.startswith("img/") and not re.match(r"img/(MAPHead_0|head)/", n)
-            }
-            found = rules(kept, two_towers=False, origin=str(path))
-            source = big_vision.array_source(arrays, kept, dtypes, found, str(path))
+            tower_alone = r"img/(?!MAPHead_0/|head/)"
+            source = big_vision.source(arrays, str(path), two_towers=False, wanted=tower_alone)
             source = as_tower(source, spec, config, wanted, (TOWER,), resize_positions=resize_positions)
             fill(tower, source, allow_nonfinite=allow_nonfinite)
         return
@@ -175,8 +170,7 @@ def directory_source(path: str | Path, single: str = SINGLE) -> Source:
     Args:
         single: name of the file with the weights, where there is no index.
     """
-    weights = Weights(locate(path), single)
-    return live_source(str(path), weights.tensors, weights.read)
+    return Weights(locate(path), single).source(str(path))
 
 
 def part_of(
@@ -224,16 +218,3 @@ def _changed(source: Source, name: str, shape: tuple[int, ...], change: Callable
         shapes={**source.shapes, name: shape},
         read=lambda wanted: change(source.read(wanted)) if wanted == name else source.read(wanted),
     )
-
-
-def fill(module: nn.Module, source: Source, *, allow_nonfinite: bool = False) -> None:
-    """Strict load: every tensor of the module from the source, nothing left over, in the module's dtype.
-
-    Raises:
-        CheckpointError: with the lists.
-    """
-    own: Mapping[str, Tensor] = module.state_dict()
-    check_fit(source, expected_shapes(module))
-    with torch.no_grad():
-        for name in source.shapes:
-            own[name].copy_(finite(source.read(name), name, source.origin, allow_nonfinite))

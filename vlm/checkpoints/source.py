@@ -123,3 +123,31 @@ def finite(tensor: Tensor, name: str, origin: str, allow: bool) -> Tensor:
                 f" an earlier checkpoint, or open it with --allow-nonfinite (allow_nonfinite=True)"
             )
     return tensor
+
+
+def fill(module: nn.Module, source: Source, *, allow_nonfinite: bool = False) -> None:
+    """Strict: every tensor of a module from the source, nothing left over, copied in the module's dtype.
+
+    Raises:
+        CheckpointError: with the lists.
+    """
+    own: Mapping[str, Tensor] = module.state_dict()
+    check_fit(source, expected_shapes(module))
+    with torch.no_grad():
+        for name in source.shapes:
+            own[name].copy_(finite(source.read(name), name, source.origin, allow_nonfinite))
+
+
+def place(
+    module: nn.Module, source: Source, *, dtype: torch.dtype | None = None, allow_nonfinite: bool = False
+) -> None:
+    """Strict as `fill`, for a module without memory: the tensors become its own, without a copy.
+
+    Args:
+        dtype: of all of them; None keeps each tensor's.
+    """
+    check_fit(source, expected_shapes(module))
+    with torch.no_grad():
+        for name in source.shapes:
+            tensor = finite(source.read(name), name, source.origin, allow_nonfinite)
+            put(module, name, tensor if dtype is None else tensor.to(dtype))

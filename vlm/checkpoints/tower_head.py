@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm.checkpoints import big_vision
-from vlm.checkpoints.big_vision_names import rules
 from vlm.checkpoints.names import TOWER
 from vlm.checkpoints.parts import directory_source
 from vlm.checkpoints.source import Source
@@ -90,12 +89,9 @@ def head_of(tower: Any, spec: Spec, transform: ImageTransform, path: Path) -> di
 
 def _head_of_npz(tower: Any, spec: Spec, transform: ImageTransform, path: Path) -> dict[str, Tensor]:
     with big_vision.open_npz(path) as arrays:
-        shapes, dtypes = big_vision.headers(arrays, str(path))
-        kept = {name: shape for name, shape in shapes.items() if name.startswith("img/MAPHead_0/")}
-        if not kept:
+        source = big_vision.source(arrays, str(path), two_towers=True, wanted="img/MAPHead_0/")
+        if not source.shapes:
             return {}
-        found = rules(kept, two_towers=True, origin=str(path))
-        source = big_vision.array_source(arrays, kept, dtypes, found, str(path))
         names = {name.removeprefix("vision_model."): name for name in source.shapes}
         return _kept(tower, spec, transform, source, names)
 

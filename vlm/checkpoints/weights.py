@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlm.checkpoints.files import INDEX, SINGLE, check_regular, is_plain, read_json
+from vlm.checkpoints.source import Source, live_source
 from vlm.errors import CheckpointError
 
 QUANTISED_DTYPES = frozenset(
@@ -75,6 +76,11 @@ class Weights:
         with safe_open(str(self.tensors[name].file), framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
+
+    def source(self, origin: str) -> Source:
+        """All tensors; those of a whole model under their live names (`vlm.checkpoints.names`), others under the names
+        in the files, without the constants that older versions of transformers stored."""
+        return live_source(origin, self.tensors, self.read)
 
 
 def _refuse_quantised(folder: Path, tensors: dict[str, TensorInfo]) -> None:

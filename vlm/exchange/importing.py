@@ -21,10 +21,10 @@ from vlm.checkpoints.big_vision_configs import EMBEDDING
 from vlm.checkpoints.big_vision_names import to_array
 from vlm.checkpoints.directory import load
 from vlm.checkpoints.files import read_json
-from vlm.checkpoints.loader import HEAD
 from vlm.checkpoints.locate import locate
+from vlm.checkpoints.names import HEAD
 from vlm.checkpoints.saving import save
-from vlm.checkpoints.source import FLOATS, live_source
+from vlm.checkpoints.source import FLOATS
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError, ConfigError
 from vlm.exchange import probes
@@ -98,8 +98,7 @@ def _compare_directory(
     if parity == "none":
         report.notes.append("nothing was compared (parity=none)")
         return report
-    weights = Weights(source)
-    origin = live_source(str(source), weights.tensors, weights.read)
+    origin = Weights(source).source(str(source))
     kept = [name for name in origin.shapes if name != HEAD]
     report.rows.append(_compare_tensors(folder, kept, origin.read, dtype))
     unchanged = dtype is None or {FLOATS[origin.dtypes[name]] for name in kept} == {dtype}

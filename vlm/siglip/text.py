@@ -14,11 +14,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from vlm.checkpoints import big_vision
 from vlm.checkpoints.big_vision_configs import text_config, vision_config
-from vlm.checkpoints.big_vision_names import rules
 from vlm.checkpoints.checks import check_numbers, guarded
 from vlm.checkpoints.files import read_json
 from vlm.checkpoints.locate import locate
-from vlm.checkpoints.source import BUFFERS, Source, check_fit, expected_shapes, finite, put
+from vlm.checkpoints.source import Source, place
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError
 from vlm.model.dual import SigLIP
@@ -49,15 +48,7 @@ def load(path: str | Path, *, allow_nonfinite: bool = False, revision: str | Non
             return from_big_vision(arrays, origin=str(path), allow_nonfinite=allow_nonfinite)
     folder = locate(path, revision=revision)
     config = _config(read_json(folder / "config.json"), str(folder / "config.json"))
-    weights = Weights(folder)
-    kept = {name: info for name, info in weights.tensors.items() if not BUFFERS.fullmatch(name)}
-    source = Source(
-        str(path),
-        {name: info.shape for name, info in kept.items()},
-        {name: info.dtype for name, info in kept.items()},
-        weights.read,
-    )
-    return _fill(config, source, allow_nonfinite)
+    return _filled(config, Weights(folder).source(str(path)), allow_nonfinite)
 
 
 def _config(values: Mapping[str, Any], where: str) -> PreTrainedConfig:
@@ -82,13 +73,13 @@ def from_big_vision(
     Raises:
         CheckpointError: arrays that are missing, unexpected, mis-shaped or not finite.
     """
-    shapes, dtypes = big_vision.headers(arrays, origin)
+    shapes, _ = big_vision.headers(arrays, origin)
     vision, text = vision_config(shapes, origin=origin), text_config(shapes, origin)
     kind: Any = text_towers()[model_types()[vision.model_type]].config
     text = kind.sub_configs["text_config"](**{k: v for k, v in text.to_dict().items() if k in TEXT_KEYS})
     config = kind(vision_config=vision.to_dict(), text_config=text.to_dict())
-    source = big_vision.array_source(arrays, shapes, dtypes, rules(shapes, two_towers=True, origin=origin), origin)
-    return _fill(config, _with_text_head(source, text.hidden_size), allow_nonfinite)
+    source = big_vision.source(arrays, origin, two_towers=True)
+    return _filled(config, _with_text_head(source, text.hidden_size), allow_nonfinite)
 
 
 TEXT_KEYS = (
@@ -117,10 +108,8 @@ def _with_text_head(source: Source, width: int) -> Source:
     )
 
 
-def _fill(config: Any, source: Source, allow_nonfinite: bool) -> SigLIP:
+def _filled(config: Any, source: Source, allow_nonfinite: bool) -> SigLIP:
     with init_empty_weights(include_buffers=False):
         model = SigLIP(config)
-    check_fit(source, expected_shapes(model.model))
-    for name in source.shapes:
-        put(model.model, name, finite(source.read(name), name, source.origin, allow_nonfinite).float())
+    place(model.model, source, dtype=torch.float32, allow_nonfinite=allow_nonfinite)
     return model.eval()
