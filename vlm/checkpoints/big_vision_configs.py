@@ -108,21 +108,29 @@ def _gemma_config(shapes: Shapes, vocab: int, llm: Mapping[str, Any], origin: st
         "head_dim": head_dim,
         "rms_norm_eps": settings.get("norm_eps", 1e-6),
     }
+    if second:
+        return decoder.read_config({**values, **_gemma2_settings(settings, sizes)})
+    _check_gemma1(settings, origin)
+    return decoder.read_config(values)
+
+
+def _check_gemma1(settings: Mapping[str, Any], origin: str) -> None:
     caps = settings.get("attn_logits_softcap"), settings.get("final_logits_softcap")
-    per_head = settings.get("query_pre_attn_norm", _published_norm(width, heads, head_dim)) == "rsqrt_emb_per_head"
-    if not second:
-        if any(caps) or settings.get("query_pre_attn_norm", "rsqrt_head_dim") != "rsqrt_head_dim":
-            raise CheckpointError(f"{origin}: soft-caps or a query scale without Gemma 2's norms; no decoder has that")
-        return decoder.read_config(values)
-    return decoder.read_config(
-        {
-            **values,
-            "attn_logit_softcapping": 50.0 if caps[0] is None else caps[0] or None,
-            "final_logit_softcapping": 30.0 if caps[1] is None else caps[1] or None,
-            "query_pre_attn_scalar": width // heads if per_head else head_dim,
-            "layer_types": ["full_attention"] * depth,  # the original has no sliding window
-        }
-    )
+    if any(caps) or settings.get("query_pre_attn_norm", "rsqrt_head_dim") != "rsqrt_head_dim":
+        raise CheckpointError(f"{origin}: soft-caps or a query scale without Gemma 2's norms; no decoder has that")
+
+
+def _gemma2_settings(settings: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the arrays do not show; a cap of 0 is none."""
+    caps = settings.get("attn_logits_softcap"), settings.get("final_logits_softcap")
+    width, heads, head_dim = sizes["width"], sizes["num_heads"], sizes["head_dim"]
+    norm = settings.get("query_pre_attn_norm", _published_norm(width, heads, head_dim))
+    return {
+        "attn_logit_softcapping": 50.0 if caps[0] is None else caps[0] or None,
+        "final_logit_softcapping": 30.0 if caps[1] is None else caps[1] or None,
+        "query_pre_attn_scalar": width // heads if norm == "rsqrt_emb_per_head" else head_dim,
+        "layer_types": ["full_attention"] * sizes["depth"],  # the original has no sliding window
+    }
 
 
 def _published_norm(width: int, heads: int, head_dim: int) -> str:

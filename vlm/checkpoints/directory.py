@@ -97,10 +97,7 @@ def load(
         settings: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
         settings |= {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
         settings |= {"force_fp16": force_fp16, "allow_nonfinite": allow_nonfinite, "verify": verify}
-        start, geometry = in_stage.began_with(path, verify)
-        model, processor = with_geometry(*load(start, **settings), **geometry)
-        in_stage.fill(model, path, start, allow_nonfinite)
-        return model, processor
+        return _open_in_stage(path, settings)
     placement = Placement(
         dtype=None if dtype is None else named(dtype),
         device=torch.device(device or "cpu"),
@@ -118,6 +115,19 @@ def load(
         check_dtype(model.config, decoders, force=force_fp16)
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
+    return model, processor
+
+
+def _open_in_stage(path: str | Path, settings: dict[str, Any]) -> tuple[VLM, Processor]:
+    """The model of a training stage as it was at one step: what the stage began with, in the stage's geometry, and the
+    tensors of the checkpoint in the place of those that train.
+
+    Args:
+        settings: of `load`, for the model that the stage began with.
+    """
+    start, geometry = in_stage.began_with(path, settings["verify"])
+    model, processor = with_geometry(*load(start, **settings), **geometry)
+    in_stage.fill(model, path, start, settings["allow_nonfinite"])
     return model, processor
 
 

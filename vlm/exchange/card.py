@@ -12,6 +12,7 @@ import yaml
 from vlm.exchange.hub_files import preprocessor_values
 from vlm.exchange.parity import ParityReport
 from vlm.exchange.towers import parts
+from vlm.files import write_text
 from vlm.model.decoder import facts as decoder_facts
 from vlm.model.decoder import spec as decoder_spec
 from vlm.model.forward import VLM
@@ -96,7 +97,7 @@ def write(folder: Path, model: VLM, processor: Processor, report: ParityReport, 
         _use(model, processor, report, title),
         _parity(report),
     ]
-    (folder / "README.md").write_text("\n".join(part for part in sections if part), encoding="utf-8")
+    write_text(folder / "README.md", "\n".join(part for part in sections if part))
 
 
 def front_matter(model: VLM, report: ParityReport, origin: str, provenance: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 import transformers
@@ -20,9 +20,10 @@ from vlm.checkpoints.pairs import check_pair
 from vlm.checkpoints.shards import parse_size, widest
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.exchange import card, probes, towers
-from vlm.exchange.formats import FORMATS, Format
+from vlm.exchange.formats import FORMATS, Format, Part
 from vlm.exchange.parity import LIMITS, Parity, ParityReport, compare, compare_files
 from vlm.exchange.publishing import published
+from vlm.exchange.samples import SAMPLES
 from vlm.images.transforms import ImageTransform
 from vlm.model import decoder
 from vlm.model.dtypes import DTYPES, check_dtype, dtype_name, named
@@ -77,43 +78,41 @@ def export(
     parts = target.parts(model, processor)
     report = ParityReport(to, str(out), "", dtype_name(stored))
     with published(Path(out)) as folder:
-        for name, one, reader in parts:
-            _write_part(report, target, folder, name, one, reader, stored, max_shard_size, parity)
+        for part in parts:
+            _write_part(report, target, folder / part.name, part, Writing(stored, max_shard_size, parity))
         _notes(report, model, parts, parity)
         report.write(folder)
         card.write(folder, model, processor, report, _origin(model, source))
     return report
 
 
-def _write_part(
-    report: ParityReport,
-    target: Format,
-    root: Path,
-    name: str,
-    one: Any,
-    reader: Any,
-    dtype: torch.dtype,
-    max_shard_size: str | int,
-    parity: Parity,
-) -> None:
+@dataclass(frozen=True)
+class Writing:
+    """How an export is written and proven, as `export` takes it."""
+
+    dtype: torch.dtype
+    max_shard_size: str | int
+    parity: Parity
+
+
+def _write_part(report: ParityReport, target: Format, folder: Path, part: Part, how: Writing) -> None:
     """Write one part of an export (the only one, or a member of a fused tower) and compare it."""
-    folder = root / name
     folder.mkdir(exist_ok=True)
-    tensors = target.write(folder, one, reader, dtype, max_shard_size)
+    tensors = target.write(folder, part.source, part.reader, how.dtype, how.max_shard_size)
     found = ParityReport(report.to, report.out, "", report.dtype)
-    if parity != "none":
-        found.rows.append(compare_files(folder, tensors, dtype, target.weights(one)))
+    if how.parity != "none":
+        found.rows.append(compare_files(folder, tensors, how.dtype, target.weights(part.source)))
         found.require()
     del tensors
-    if parity == "weights":
-        target.open(folder, one, empty=True)
-    if parity != "none":
-        _compare_inputs(found, target, folder, one, reader)
-    if parity == "full":
+    if how.parity == "weights":
+        target.open(folder, part.source, empty=True)
+    if how.parity != "none":
+        _compare_inputs(found, target, folder, part)
+    if how.parity == "full":
         with _memory(folder):
-            _compare_models(found, target, folder, one, reader, dtype)
+            _compare_models(found, target, folder, part, how.dtype)
     found.require()
-    report.rows += [replace(row, name=f"{name}: {row.name}") for row in found.rows] if name else found.rows
+    report.rows += [replace(row, name=f"{part.name}: {row.name}") for row in found.rows] if part.name else found.rows
     report.notes += found.notes
     report.samples, report.texts = found.samples, found.texts
     report.reader = ", ".join(dict.fromkeys(word for word in (report.reader, found.reader) if word))
@@ -137,32 +136,30 @@ def _dtype(model: VLM, dtype: str | torch.dtype | None) -> torch.dtype:
     return chosen
 
 
-def _compare_inputs(report: ParityReport, target: Format, folder: Path, one: Any, reader: Any) -> None:
+def _compare_inputs(report: ParityReport, target: Format, folder: Path, part: Part) -> None:
     """What both processors make of the samples."""
-    ours = target.inputs(reader)
+    ours = target.inputs(part.reader)
     with _their_failure(folder):
         theirs = target.written_inputs(folder)
-    exact = inexact_transform(reader) is None
+    exact = inexact_transform(part.reader) is None
     limits = {**LIMITS, "pixels": LIMITS["pixels"] if exact else None}
     report.rows += [compare(name, ours[name], theirs[name], limits[name]) for name in ours if name in theirs]
-    report.reader = target.reader(one)
-    prompts = [f", {prompt!r}" if report.to == "paligemma" else "" for prompt, _, _ in probes.SAMPLES]
-    sizes = [f"{width}x{height} px" for _, _, (width, height) in probes.SAMPLES]
+    report.reader = target.reader(part.source)
+    prompts = [f", {prompt!r}" if report.to == "paligemma" else "" for prompt, _, _ in SAMPLES]
+    sizes = [f"{width}x{height} px" for _, _, (width, height) in SAMPLES]
     report.samples = [size + prompt for size, prompt in zip(sizes, prompts, strict=True)]
 
 
-def _compare_models(
-    report: ParityReport, target: Format, folder: Path, one: Any, reader: Any, dtype: torch.dtype
-) -> None:
+def _compare_models(report: ParityReport, target: Format, folder: Path, part: Part, dtype: torch.dtype) -> None:
     """What both models make of the same inputs: the source first, so that its copy is gone before the other is open."""
-    log.info("parity: running the model on %d samples in float32", len(probes.SAMPLES))
-    ours = target.run(one, reader, dtype)
-    log.info("parity: running what was written, opened by %s", target.reader(one))
+    log.info("parity: running the model on %d samples in float32", len(SAMPLES))
+    ours = target.run(part.source, part.reader, dtype)
+    log.info("parity: running what was written, opened by %s", target.reader(part.source))
     with _their_failure(folder):
-        written = target.open(folder, one).to(one.device)
-        theirs = target.run_written(written, one, reader)
+        written = target.open(folder, part.source).to(part.source.device)
+        theirs = target.run_written(written, part.source, part.reader)
     report.rows += [compare(name, ours[name], theirs[name], LIMITS[name]) for name in LIMITS if name in theirs]
-    report.texts = [reader.decode(ids.flatten()) for ids in theirs.get("greedy tokens", [])]
+    report.texts = [part.reader.decode(ids.flatten()) for ids in theirs.get("greedy tokens", [])]
     if set(ours) - set(theirs):
         report.notes.append(
             f"transformers {transformers.__version__} does not apply PaliGemma 2's final soft-cap (5.23 does); greedy"
@@ -215,26 +212,27 @@ def inexact_transform(reader: Processor | ImageTransform) -> str | None:
     return None
 
 
-def _notes(report: ParityReport, model: VLM, parts: list[tuple[str, Any, Any]], parity: Parity) -> None:
+def _notes(report: ParityReport, model: VLM, parts: list[Part], parity: Parity) -> None:
     """What a reader of the numbers has to know."""
     if parity == "full":
         report.notes.append("both models ran in float32 on the written weights and on the same inputs")
     else:
         report.notes.append(f"the checkpoint was not run (parity={parity})")
-    for name, _, reader in parts:
-        difference = inexact_transform(reader)
+    for part in parts:
+        difference = inexact_transform(part.reader)
         if difference is not None:
-            label = f"{name}: pixels" if name else "pixels"
+            start = f"{part.name}: " if part.name else ""
+            label = f"{start}pixels"
             measured = next((row.max_abs for row in report.rows if row.name == label), None)
-            if report.to == "tower" and isinstance(reader, ImageTransform) and reader.crops and not measured:
+            crops = isinstance(part.reader, ImageTransform) and part.reader.crops
+            if report.to == "tower" and crops and not measured:
                 continue  # the same numbers, or another library's crop
             shown = "" if measured is None else f"; largest difference of a normalised value: {measured:.2g}"
-            start = f"{name}: " if name else ""
             report.notes.append(
                 f"{start}the format cannot say how this model's images are resized: {difference}{shown}"
             )
     if report.to == "tower":
-        report.notes += towers.notes([one for _, one, _ in parts])
+        report.notes += towers.notes([part.source for part in parts])
     if report.to != "paligemma" or parity != "full":
         return
     facts = decoder.facts(model.config.text_config)

@@ -12,9 +12,25 @@ import transformers
 from torch import Tensor
 
 from vlm.checkpoints.files import SINGLE
-from vlm.exchange import paligemma, probes, towers
+from vlm.exchange import paligemma, probes, theirs, tower_probes, towers
+from vlm.exchange.samples import Outputs
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is written into one directory of an export.
+
+    Attributes:
+        name: of the directory below the one to make; empty for the only part.
+        source: the model, or a tower alone.
+        reader: its processor or image transform.
+    """
+
+    name: str
+    source: Any
+    reader: Any
 
 
 @dataclass(frozen=True)
@@ -22,8 +38,7 @@ class Format:
     """A layout that can be written, and how to compare it.
 
     Attributes:
-        parts: what is written, each as (name of its directory, its source, its processor or image transform); raises
-            ConfigError for a model that the layout cannot hold.
+        parts: what is written; raises ConfigError for a model that the layout cannot hold.
         write: writes the files of one, returns name in the files -> the model's tensor.
         weights: name of a part's weights file.
         inputs, written_inputs: what both sides' processors make of the samples.
@@ -32,28 +47,28 @@ class Format:
         reader: who opened it.
     """
 
-    parts: Callable[[VLM, Processor], list[tuple[str, Any, Any]]]
+    parts: Callable[[VLM, Processor], list[Part]]
     write: Callable[[Path, Any, Any, torch.dtype, str | int], dict[str, Tensor]]
     weights: Callable[[Any], str]
-    inputs: Callable[[Any], probes.Outputs]
-    written_inputs: Callable[[Path], probes.Outputs]
+    inputs: Callable[[Any], Outputs]
+    written_inputs: Callable[[Path], Outputs]
     open: Callable[..., Any]
-    run: Callable[[Any, Any, torch.dtype], probes.Outputs]
-    run_written: Callable[[Any, Any, Any], probes.Outputs]
+    run: Callable[[Any, Any, torch.dtype], Outputs]
+    run_written: Callable[[Any, Any, Any], Outputs]
     reader: Callable[[Any], str]
 
 
-def _paligemma(model: VLM, processor: Processor) -> list[tuple[str, Any, Any]]:
+def _paligemma(model: VLM, processor: Processor) -> list[Part]:
     paligemma.check(model, processor)
-    return [("", model, processor)]
+    return [Part("", model, processor)]
 
 
 def _open_paligemma(folder: Path, model: VLM, *, empty: bool = False) -> Any:
-    return probes.opened(folder, empty=True) if empty else probes.opened(folder, probes.backends(model.config))
+    return theirs.opened(folder, empty=True) if empty else theirs.opened(folder, theirs.backends(model.config))
 
 
 def _open_tower(folder: Path, one: towers.Alone, *, empty: bool = False) -> Any:
-    return towers.opened(folder, one, probes.opened, probes.tower_backend(one.tower), empty=empty)
+    return towers.opened(folder, one, theirs.opened, theirs.tower_backend(one.tower), empty=empty)
 
 
 def _library(one: towers.Alone) -> str:
@@ -74,14 +89,14 @@ FORMATS = {
         lambda model: f"{paligemma.ARCHITECTURE} of transformers {transformers.__version__}",
     ),
     "tower": Format(
-        lambda model, processor: [(one.name, one, one.image_transform) for one in towers.parts(model, processor)],
+        lambda model, processor: [Part(one.name, one, one.image_transform) for one in towers.parts(model, processor)],
         towers.write,
         lambda one: one.published.weights,
-        probes.tower_inputs,
-        probes.written_tower_inputs,
+        tower_probes.tower_inputs,
+        tower_probes.written_tower_inputs,
         _open_tower,
-        lambda one, transform, dtype: probes.run_tower(one.tower, transform, dtype),
-        lambda written, one, transform: probes.run_written_tower(written, one.published.features, transform),
+        lambda one, transform, dtype: tower_probes.run_tower(one.tower, transform, dtype),
+        lambda written, one, transform: tower_probes.run_written_tower(written, one.published.features, transform),
         _library,
     ),
 }

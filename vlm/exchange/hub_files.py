@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vlm.files import write_text
 from vlm.images.transforms import RESAMPLING, ImageTransform
 
 
@@ -36,7 +37,7 @@ def common_image_values(transform: ImageTransform) -> dict[str, Any]:
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
     """A JSON file with sorted keys."""
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def preprocessor_values(transform: ImageTransform) -> dict[str, Any]:

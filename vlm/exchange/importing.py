@@ -6,9 +6,9 @@ turned back into big_vision's arrays and compared with the file bit by bit.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from vlm.checkpoints import big_vision, manifest
+from vlm.checkpoints import big_vision, manifest, names
 from vlm.checkpoints.big_vision_configs import EMBEDDING
 from vlm.checkpoints.big_vision_names import to_array
 from vlm.checkpoints.directory import load
 from vlm.checkpoints.files import read_json
 from vlm.checkpoints.locate import locate
-from vlm.checkpoints.names import HEAD
 from vlm.checkpoints.saving import save
 from vlm.checkpoints.source import FLOATS
 from vlm.checkpoints.weights import Weights
@@ -30,8 +29,12 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.exchange import probes
 from vlm.exchange.parity import EQUAL, LIMITS, Parity, ParityReport, Row, compare
 from vlm.exchange.publishing import published
+from vlm.exchange.samples import SAMPLES
+from vlm.exchange.theirs import opened
+from vlm.files import write_json
 from vlm.model import decoder
 from vlm.model.config import VLMConfig
+from vlm.model.dtypes import dtype_name
 from vlm.model.dual import SigLIP
 from vlm.model.processor import Processor
 from vlm.siglip import text as siglip
@@ -69,25 +72,48 @@ def convert(
     Raises:
         CheckpointError: the source cannot be opened, or what was written is not equal; nothing is left behind.
     """
+    how = Conversion(tokenizer, dtype, parity, max_shard_size, allow_nonfinite, verify, revision)
     with published(Path(out)) as folder:
-        if Path(source).suffix == ".npz":
-            report = _from_npz(source, folder, out, tokenizer, dtype, parity, max_shard_size, allow_nonfinite)
-        else:
-            if _kind(locate(source, revision=revision)) == VLMConfig.model_type and dtype is None:
-                raise ConfigError(f"{source}: is a model directory already; use it as it is")
-            options: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "verify": verify, "revision": revision}
-            model, processor = load(source, dtype=dtype, tokenizer=tokenizer, **options)
-            save(model, processor, folder, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite)
-            stored = None if dtype is None else model.dtype
-            del model
-            report = _compare_directory(locate(source, revision=revision), folder, out, stored, processor, parity)
+        convert_one = _from_npz if Path(source).suffix == ".npz" else _from_directory
+        report = convert_one(source, folder, out, how)
         report.require()
         report.write(folder)
         manifest.write(folder)
     return report
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """How a source is opened, written and proven, as `convert` takes it."""
+
+    tokenizer: str | Path | None
+    dtype: str | None
+    parity: Parity
+    max_shard_size: str
+    allow_nonfinite: bool
+    verify: manifest.Verify
+    revision: str | None
+
+
 # --- directories ------------------------------------------------------------------------------------------------------
+
+
+def _from_directory(source: str | Path, folder: Path, out: str | Path, how: Conversion) -> ParityReport:
+    origin = locate(source, revision=how.revision)
+    if _kind(origin) == VLMConfig.model_type and how.dtype is None:
+        raise ConfigError(f"{source}: is a model directory already; use it as it is")
+    model, processor = load(
+        source,
+        dtype=how.dtype,
+        tokenizer=how.tokenizer,
+        allow_nonfinite=how.allow_nonfinite,
+        verify=how.verify,
+        revision=how.revision,
+    )
+    save(model, processor, folder, max_shard_size=how.max_shard_size, allow_nonfinite=how.allow_nonfinite)
+    stored = None if how.dtype is None else model.dtype
+    del model
+    return _compare_directory(origin, folder, out, stored, processor, how.parity)
 
 
 def _compare_directory(
@@ -99,7 +125,7 @@ def _compare_directory(
         report.notes.append("nothing was compared (parity=none)")
         return report
     origin = Weights(source).source(str(source))
-    kept = [name for name in origin.shapes if name != HEAD]
+    kept = [name for name in origin.shapes if name != names.HEAD]
     report.rows.append(_compare_tensors(folder, kept, origin.read, dtype))
     unchanged = dtype is None or {FLOATS[origin.dtypes[name]] for name in kept} == {dtype}
     if parity == "full" and unchanged and _kind(source) == "paligemma":
@@ -116,7 +142,7 @@ def _kind(folder: Path) -> str:
 def dtype_names(weights: Weights) -> str:
     """Such as `bfloat16`, or `bfloat16 and float32`."""
     found = {FLOATS[info.dtype] for info in weights.tensors.values()}
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+    return " and ".join(sorted(dtype_name(dtype) for dtype in found))
 
 
 def _compare_tensors(folder: Path, names: list[str], read: Any, dtype: torch.dtype | None) -> Row:
@@ -135,7 +161,7 @@ def _same(one: Tensor, two: Tensor) -> bool:
 
 def _compare_with_transformers(report: ParityReport, source: Path, folder: Path, processor: Processor) -> None:
     """The written model here and the source in transformers, on the same inputs."""
-    log.info("parity: running the imported model on %d samples in float32", len(probes.SAMPLES))
+    log.info("parity: running the imported model on %d samples in float32", len(SAMPLES))
     ours_model, _ = load(folder, dtype="float32")
     attention = {
         part: getattr(ours_model.config, part)._attn_implementation for part in ("vision_config", "text_config")
@@ -144,7 +170,7 @@ def _compare_with_transformers(report: ParityReport, source: Path, folder: Path,
     windowed = decoder.facts(ours_model.config.text_config).windowed
     del ours_model
     log.info("parity: running the source, opened by transformers")
-    theirs_model = probes.opened(source, attention)
+    theirs_model = opened(source, attention)
     if not windowed:
         _without_window(theirs_model, report)
     theirs = {
@@ -171,37 +197,33 @@ def _without_window(model: Any, report: ParityReport) -> None:
 # --- big_vision -------------------------------------------------------------------------------------------------------
 
 
-def _from_npz(
-    source: str | Path,
-    folder: Path,
-    out: str | Path,
-    tokenizer: str | Path | None,
-    dtype: str | None,
-    parity: Parity,
-    max_shard_size: str,
-    allow_nonfinite: bool,
-) -> ParityReport:
+def _from_npz(source: str | Path, folder: Path, out: str | Path, how: Conversion) -> ParityReport:
     with big_vision.open_npz(source) as arrays:
         two_towers = any(name.startswith("txt/") for name in arrays)
         if two_towers:
-            towers = siglip.from_big_vision(arrays, origin=str(source), allow_nonfinite=allow_nonfinite)
-            parameters = _write_towers(towers, folder, max_shard_size)
+            towers = siglip.from_big_vision(arrays, origin=str(source), allow_nonfinite=how.allow_nonfinite)
+            parameters = _write_towers(towers, folder, how.max_shard_size)
         else:
-            model, processor = load(
-                source, tokenizer=tokenizer, dtype=dtype, allow_nonfinite=allow_nonfinite, force_fp16=True
-            )
-            if torch.float16 in {parameter.dtype for parameter in model.parameters()}:
-                raise CheckpointError(
-                    f"{source}: float16 weights; Gemma overflows in float16, import them as --dtype float32 or bfloat16"
-                )
-            save(model, processor, folder, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite)
-            parameters = dict(model.state_dict())
+            parameters = _write_paligemma(source, folder, how)
         stored = next(iter(parameters.values())).dtype
-        report = ParityReport("siglip" if two_towers else "vlm", str(out), "", str(stored).removeprefix("torch."))
-        if parity != "none":
+        report = ParityReport("siglip" if two_towers else "vlm", str(out), "", dtype_name(stored))
+        if how.parity != "none":
             report.rows.append(_compare_arrays(arrays, parameters, two_towers=two_towers))
         report.notes.append("the parameters were turned back into big_vision's arrays and compared with the file")
     return report
+
+
+def _write_paligemma(source: str | Path, folder: Path, how: Conversion) -> dict[str, Tensor]:
+    """A model directory; returns what is in it."""
+    model, processor = load(
+        source, tokenizer=how.tokenizer, dtype=how.dtype, allow_nonfinite=how.allow_nonfinite, force_fp16=True
+    )
+    if torch.float16 in {parameter.dtype for parameter in model.parameters()}:
+        raise CheckpointError(
+            f"{source}: float16 weights; Gemma overflows in float16, import them as --dtype float32 or bfloat16"
+        )
+    save(model, processor, folder, max_shard_size=how.max_shard_size, allow_nonfinite=how.allow_nonfinite)
+    return dict(model.state_dict())
 
 
 def _write_towers(towers: SigLIP, folder: Path, max_shard_size: str) -> dict[str, Tensor]:
@@ -215,7 +237,7 @@ def _write_towers(towers: SigLIP, folder: Path, max_shard_size: str) -> dict[str
     else:
         sizes = {"patch_size": vision.patch_size, "max_num_patches": vision.num_patches}
         values = {**common, "image_processor_type": "Siglip2ImageProcessor", **sizes}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "preprocessor_config.json", values)
     return dict(towers.model.state_dict())
 
 
@@ -232,8 +254,7 @@ def _rebuilt(
 ) -> Iterator[tuple[str, Tensor]]:
     shapes, _ = big_vision.headers(arrays, "arrays")
     # Rows that were added for <image> are not part of the file.
-    embedding = "model.language_model.embed_tokens.weight"
     cut = {**parameters}
     if EMBEDDING in shapes:
-        cut[embedding] = parameters[embedding][: shapes[EMBEDDING][0]]
+        cut[names.EMBEDDING] = parameters[names.EMBEDDING][: shapes[EMBEDDING][0]]
     yield from big_vision.rebuild(cut, shapes, two_towers=two_towers)

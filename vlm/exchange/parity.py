@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor
 from vlm.checkpoints.files import SINGLE
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError
+from vlm.files import write_json
 from vlm.words import aligned
 
 FILE_NAME = "parity.json"
@@ -126,8 +126,7 @@ class ParityReport:
 
     def write(self, folder: Path) -> None:
         """Save as `parity.json`."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / FILE_NAME, self.to_dict())
 
     def require(self) -> None:
         """Raise `CheckpointError` with the quantities that are outside their tolerance, if there are any."""

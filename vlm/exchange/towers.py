@@ -149,7 +149,7 @@ def opened(
     """The written tower, opened by its library in float32; strict.
 
     Args:
-        by_transformers: `vlm.exchange.probes.opened`.
+        by_transformers: `vlm.exchange.theirs.opened`.
         empty: only names and shapes are compared, where the library can.
     """
     published = alone.published
