@@ -13,7 +13,7 @@ from vlm.build.assembled import assemble
 from vlm.build.towers import choose, config_file, located
 from vlm.checkpoints.checks import NOTES, check_numbers, guarded
 from vlm.checkpoints.configs import own_config, paligemma_config
-from vlm.checkpoints.locate import locate
+from vlm.checkpoints.places import locate
 from vlm.checkpoints.preprocessing import open_tokenizer
 from vlm.errors import ConfigError
 from vlm.model import decoder as decoders

@@ -17,7 +17,7 @@ from vlm.checkpoints.configs import own_config, paligemma_config
 from vlm.checkpoints.files import read_json
 from vlm.checkpoints.geometry_plan import Tower, change_tower, read_as, set_image_size
 from vlm.checkpoints.image_settings import known_settings
-from vlm.checkpoints.locate import locate
+from vlm.checkpoints.places import locate
 from vlm.checkpoints.preprocessing import own_transform
 from vlm.encoders.fused import KIND as FUSED
 from vlm.encoders.fused import fuse as fuse_towers

@@ -13,10 +13,10 @@ from vlm.checkpoints import big_vision, big_vision_model, configs, in_stage, man
 from vlm.checkpoints.files import check_regular, read_json
 from vlm.checkpoints.geometry import with_geometry
 from vlm.checkpoints.loader import load_model
-from vlm.checkpoints.locate import locate
 from vlm.checkpoints.names import HEAD
 from vlm.checkpoints.pairs import check_pair
 from vlm.checkpoints.placement import Placement
+from vlm.checkpoints.places import locate
 from vlm.checkpoints.preprocessing import from_sentencepiece
 from vlm.checkpoints.readers import READERS
 from vlm.checkpoints.tower_head import read_head

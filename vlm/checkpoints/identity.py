@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vlm.checkpoints.digests import of_module, of_tensors, of_values
 from vlm.checkpoints.files import INDEX, read_json
-from vlm.checkpoints.locate import HUB_FILES
+from vlm.checkpoints.places import HUB_FILES
 from vlm.data import content
 from vlm.encoders.contract import RUNNING
 from vlm.model.dtypes import dtype_name

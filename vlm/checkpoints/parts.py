@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vlm.checkpoints import big_vision
 from vlm.checkpoints.files import SINGLE
-from vlm.checkpoints.locate import locate
 from vlm.checkpoints.names import DECODER, TOWER
+from vlm.checkpoints.places import locate
 from vlm.checkpoints.source import Source, expected_shapes, fill
 from vlm.checkpoints.weights import Weights
 from vlm.encoders.contract import Spec

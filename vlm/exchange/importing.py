@@ -21,7 +21,7 @@ from vlm.checkpoints.big_vision_configs import EMBEDDING
 from vlm.checkpoints.big_vision_names import to_array
 from vlm.checkpoints.directory import load
 from vlm.checkpoints.files import read_json
-from vlm.checkpoints.locate import locate
+from vlm.checkpoints.places import locate
 from vlm.checkpoints.saving import save
 from vlm.checkpoints.source import FLOATS
 from vlm.checkpoints.weights import Weights

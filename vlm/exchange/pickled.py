@@ -17,7 +17,7 @@ from typing import Any
 
 from vlm.checkpoints import manifest
 from vlm.checkpoints.files import INDEX, SINGLE, check_regular, is_plain, read_json
-from vlm.checkpoints.locate import HUB_FILES, locate
+from vlm.checkpoints.places import HUB_FILES, locate
 from vlm.checkpoints.weights import read_header
 from vlm.errors import CheckpointError
 from vlm.exchange.hub_files import write_json

@@ -5,20 +5,28 @@ from typing import TYPE_CHECKING
 from vlm.registry import door
 
 _HOMES = {
-    "SigLIP": "vlm.model.dual",
-    "canonicalize": "text",
-    "load": "text",
-    "from_big_vision": "text",
+    "text": "",
     "zero_shot": "",
+    **dict.fromkeys(("canonicalize", "from_big_vision", "load"), "text"),
+    "SigLIP": "vlm.model.dual",
+    "ProbeResult": "features",
+    "check_ids": "features",
+    "check_templates": "zero_shot",
+    "why_no_zero_shot": "zero_shot",
 }
 
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
     from vlm.model.dual import SigLIP as SigLIP
+    from vlm.siglip import text as text
     from vlm.siglip import zero_shot as zero_shot
+    from vlm.siglip.features import ProbeResult as ProbeResult
+    from vlm.siglip.features import check_ids as check_ids
     from vlm.siglip.text import canonicalize as canonicalize
     from vlm.siglip.text import from_big_vision as from_big_vision
     from vlm.siglip.text import load as load
+    from vlm.siglip.zero_shot import check_templates as check_templates
+    from vlm.siglip.zero_shot import why_no_zero_shot as why_no_zero_shot
 
 __getattr__, __dir__ = door(__name__, _HOMES)

@@ -16,7 +16,7 @@ from vlm.checkpoints import big_vision
 from vlm.checkpoints.big_vision_configs import text_config, vision_config
 from vlm.checkpoints.checks import check_numbers, guarded
 from vlm.checkpoints.files import read_json
-from vlm.checkpoints.locate import locate
+from vlm.checkpoints.places import locate
 from vlm.checkpoints.source import Source, place
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError

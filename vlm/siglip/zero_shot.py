@@ -150,7 +150,7 @@ def why_no_zero_shot(checkpoint: str | Path | tuple[SigLIP, Any], encoder: nn.Mo
         CheckpointError: there is no such checkpoint.
     """
     from vlm.checkpoints.files import read_json
-    from vlm.checkpoints.locate import locate
+    from vlm.checkpoints.places import locate
     from vlm.model.parts import encoder_spec, kind_of, text_towers
 
     config: Any = encoder.config
@@ -177,7 +177,7 @@ def open_checkpoint(path: str | Path) -> tuple[SigLIP, Any]:
     """
     from transformers import AutoTokenizer
 
-    from vlm.checkpoints.locate import locate
+    from vlm.checkpoints.places import locate
     from vlm.siglip import text as siglip
 
     folder = locate(path)
