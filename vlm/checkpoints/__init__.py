@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vlm.registry import door
 
 _HOMES = {
-    "load": "directory",
+    **dict.fromkeys(("in_geometry", "load", "open_model"), "directory"),
     "save": "saving",
     **dict.fromkeys(("big_vision", "big_vision_configs", "digests", "identity", "manifest", "names"), ""),
     **dict.fromkeys(("EMBEDDING", "text_config", "vision_config"), "big_vision_configs"),
@@ -23,7 +23,7 @@ _HOMES = {
     ),
     "load_model": "loader",
     **dict.fromkeys(("HEAD", "to_hub", "to_live"), "names"),
-    **dict.fromkeys(("Opening", "in_geometry", "open_model"), "opened"),
+    "Opening": "opening",
     "check_pair": "pairs",
     "load_decoder": "parts",
     "load_tower": "parts",
@@ -59,7 +59,9 @@ if TYPE_CHECKING:
     from vlm.checkpoints.configs import own_config as own_config
     from vlm.checkpoints.configs import paligemma_config as paligemma_config
     from vlm.checkpoints.digests import of_values as of_values
+    from vlm.checkpoints.directory import in_geometry as in_geometry
     from vlm.checkpoints.directory import load as load
+    from vlm.checkpoints.directory import open_model as open_model
     from vlm.checkpoints.files import INDEX as INDEX
     from vlm.checkpoints.files import SINGLE as SINGLE
     from vlm.checkpoints.files import check_regular as check_regular
@@ -82,9 +84,7 @@ if TYPE_CHECKING:
     from vlm.checkpoints.names import HEAD as HEAD
     from vlm.checkpoints.names import to_hub as to_hub
     from vlm.checkpoints.names import to_live as to_live
-    from vlm.checkpoints.opened import Opening as Opening
-    from vlm.checkpoints.opened import in_geometry as in_geometry
-    from vlm.checkpoints.opened import open_model as open_model
+    from vlm.checkpoints.opening import Opening as Opening
     from vlm.checkpoints.pairs import check_pair as check_pair
     from vlm.checkpoints.parts import load_decoder as load_decoder
     from vlm.checkpoints.parts import load_tower as load_tower

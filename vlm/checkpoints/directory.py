@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from vlm import ranks
 from vlm.checkpoints import big_vision, big_vision_model, configs, in_stage, manifest
 from vlm.checkpoints.files import check_regular, read_json
 from vlm.checkpoints.geometry import with_geometry
 from vlm.checkpoints.loader import load_model
 from vlm.checkpoints.names import HEAD
+from vlm.checkpoints.opening import Opening
 from vlm.checkpoints.pairs import check_pair
 from vlm.checkpoints.placement import Placement
 from vlm.checkpoints.places import locate
@@ -116,6 +118,24 @@ def load(
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
     return model, processor
+
+
+def open_model(path: str | Path, opening: Opening | None = None) -> tuple[VLM, Processor]:
+    """Model and processor of a directory or hub id, opened for work.
+
+    Raises:
+        ConfigError: a geometry that the model cannot have. CheckpointError, GenerationError: as `load`.
+    """
+    opening = opening or Opening()
+    device = opening.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        device = f"cuda:{ranks.local_rank() % torch.cuda.device_count()}"
+    return in_geometry(load(path, dtype=opening.dtype, device=device), opening.geometry)
+
+
+def in_geometry(pair: tuple[VLM, Processor], geometry: Mapping[str, Any] | None) -> tuple[VLM, Processor]:
+    """The pair, reading its images in another way; the pair itself where none is asked for."""
+    return with_geometry(*pair, **geometry) if geometry else pair
 
 
 def _open_in_stage(path: str | Path, settings: dict[str, Any]) -> tuple[VLM, Processor]:

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 from vlm import children
-from vlm.checkpoints.opened import Opening, open_model
+from vlm.checkpoints.opening import Opening
 from vlm.cli import console
 from vlm.errors import ImageError
 from vlm.generation.decoding import Decoding
@@ -94,6 +94,7 @@ def _replies(groups: Sequence[Group], how: Asking) -> Iterator[Reply]:
         for group in groups:
             yield Reply(request=Request(id=_name(group), prompt=how.prompt, key=group), error=_problem(group))
         return
+    from vlm.checkpoints.directory import open_model
     from vlm.generation.models import ModelPredictor
 
     console.quiet_transformers()

@@ -139,8 +139,8 @@ def unless_auto(choice: str) -> str | None:
 
 
 def opening(options: Namespace) -> Any:
-    """How the model is opened, a `vlm.checkpoints.opened.Opening`."""
-    from vlm.checkpoints.opened import Opening
+    """How the model is opened, a `vlm.checkpoints.opening.Opening`."""
+    from vlm.checkpoints.opening import Opening
 
     device, dtype = unless_auto(options.device), unless_auto(options.dtype)
     return Opening(device=device, dtype=dtype, geometry=geometry(options))

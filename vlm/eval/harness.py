@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm import ranks
-from vlm.checkpoints.opened import Opening, in_geometry, open_model
+from vlm.checkpoints.opening import Opening
 from vlm.data.examples import Example
 from vlm.errors import ConfigError
 from vlm.eval import overview
@@ -149,6 +149,8 @@ def as_predictor(model: str | Path | tuple[VLM, Processor] | Predictor, opening:
             cannot have.
         CheckpointError, GenerationError: as `vlm.load`.
     """
+    from vlm.checkpoints.directory import in_geometry, open_model
+
     if isinstance(model, str | Path):
         return of_pair(open_model(model, opening), str(model)), str(model)
     if opening.dtype is not None:

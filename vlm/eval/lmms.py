@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from vlm.checkpoints.opened import Opening, open_model
+from vlm.checkpoints.opening import Opening
 from vlm.errors import ConfigError, DataError
 from vlm.generation.decoding import Decoding
 from vlm.generation.engine import Engine, Request
@@ -65,6 +65,8 @@ class Answers:
                 f"--model_args: {', '.join(unknown)} is not known; known: pretrained, dtype, prefix, first_line,"
                 " beam_search"
             )
+        from vlm.checkpoints.directory import open_model
+
         pair = open_model(pretrained, Opening(device=device, dtype=dtype))
         self._predictor = ModelPredictor(*pair, name=pretrained)
         self.batch_size = 16 if batch_size == "auto" else int(batch_size)
