@@ -32,7 +32,7 @@ from vlm.encoders import siglip, siglip2_naflex
 from vlm.model.forward import VLM
 from vlm.settings import from_dict
 from vlm.train.features.encode import Encoding
-from vlm.train.recorder import Recorder
+from vlm.train.stage import Hooks
 
 TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 
@@ -70,9 +70,9 @@ def measure(options: argparse.Namespace, folder: Path, cache: bool) -> dict[str,
     clock = time.perf_counter if options.accelerator == "gpu" else time.process_time
     marks: list[float] = []
     encoding: list[float] = []
-    end, encode = Recorder.on_train_batch_end, Encoding.run
+    end, encode = Hooks.on_train_batch_end, Encoding.run
 
-    def marked(self: Recorder, *arguments: Any) -> None:
+    def marked(self: Hooks, *arguments: Any) -> None:
         end(self, *arguments)
         marks.append(clock())
 
@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace, folder: Path, cache: bool) -> dict[str,
         **{"data": {"train": folder / "data" / "train.jsonl"}, "accelerator": options.accelerator, "devices": 1},
         "workers": options.workers,
     }
-    with patch.object(Recorder, "on_train_batch_end", marked), patch.object(Encoding, "run", timed):
+    with patch.object(Hooks, "on_train_batch_end", marked), patch.object(Encoding, "run", timed):
         vlm.train.run(from_dict(vlm.train.RunConfig, values))
     steps = [after - before for before, after in zip(marks, marks[1:], strict=False)]
     return {

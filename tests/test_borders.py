@@ -18,7 +18,7 @@ from vlm.eval import gold as files
 from vlm.eval import tasks
 from vlm.settings import from_dict
 from vlm.train.config import ModelConfig, StageConfig
-from vlm.train.stages import make_model
+from vlm.train.run import make_model
 
 
 def captions(root: Root, name: str) -> None:

@@ -20,7 +20,7 @@ from vlm.compare.statistics import Paired
 from vlm.errors import ConfigError, TrainingError
 from vlm.eval.metrics import registry
 from vlm.images.transforms import naflex_grid
-from vlm.train.stages import make_tower
+from vlm.train.run import make_tower
 
 # --- statistics
 
@@ -245,7 +245,7 @@ import torch
 asked = []
 for name in ("is_available", "device_count", "init", "current_device", "get_device_capability"):
     setattr(torch.cuda, name, lambda *a, _name=name, **k: asked.append(_name) or 0)
-import vlm.compare.measure, vlm.train.stages
+import vlm.compare.measure, vlm.train.stage
 print(asked)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

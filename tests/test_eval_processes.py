@@ -28,7 +28,7 @@ ROOT = Path(vlm.__file__).parents[1]
 def _context() -> Any:
     # The server imports once and never computes, so its children start in no time.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "vlm.eval.harness", "vlm.train.stages", "vlm.build.presets"])
+    context.set_forkserver_preload(["torch.distributed", "vlm.eval.harness", "vlm.train.stage", "vlm.build.presets"])
     return context
 
 

@@ -28,7 +28,7 @@ from vlm.eval import evaluate, items
 from vlm.generation.models import ModelPredictor
 from vlm.train.config import ModelConfig
 from vlm.train.features.store import Plan
-from vlm.train.stages import data_digest
+from vlm.train.sources import data_digest
 
 Pair = tuple[vlm.VLM, vlm.Processor]
 KINDS = [("siglip", "gemma"), ("siglip2_naflex", "gemma2"), ("clip", "gemma3_text")]

@@ -19,7 +19,8 @@ from vlm.data.order import Mixture, StepSampler
 from vlm.errors import DataError
 from vlm.model.processor import Processor
 from vlm.text.locations import box_to_loc, text_to_objects
-from vlm.train.batches import MicroBatches, loader
+from vlm.train.batches import MicroBatches
+from vlm.train.loader import loader
 
 MASK = "".join(f"<seg{code:03d}>" for code in range(16))
 

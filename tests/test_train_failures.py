@@ -19,7 +19,7 @@ import vlm
 import vlm.train
 from vlm.data.reading import read
 from vlm.train import checkpoint, failures
-from vlm.train.batches import Failure
+from vlm.train.items import Failure
 from vlm.train.validate import Validator
 
 BAD = [3, 10]

@@ -33,8 +33,9 @@ from vlm.model.processor import Processor
 from vlm.settings import from_dict
 from vlm.train import RunConfig
 from vlm.train.features import store as features
+from vlm.train.features.batches import FeatureBatches
 from vlm.train.features.encode import Encoding, ImageBatches
-from vlm.train.features.store import FeatureBatches, FeatureStore, Plan
+from vlm.train.features.store import FeatureStore, Plan
 
 ENCODERS: dict[str, Any] = {"siglip": SigLIP, "siglip2_naflex": NaFlex}
 QUESTIONS = 3

@@ -76,7 +76,7 @@ def to_plain(tree: Any) -> Any:
 def test_an_import_error_and_an_interrupt_before_the_first_step_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import vlm.train.stages
+    import vlm.train.sources
 
     (tmp_path / "mine").mkdir()  # an empty folder of the user's stays
 
@@ -90,7 +90,7 @@ def test_an_import_error_and_an_interrupt_before_the_first_step_leave_nothing(
         raise MemoryError
 
     for cause, expected in ((interrupted, SystemExit), (broken, ImportError), (too_big, MemoryError)):
-        monkeypatch.setattr(vlm.train.stages, "read_sources", cause)
+        monkeypatch.setattr(vlm.train.sources, "read_sources", cause)
         with pytest.raises(expected):
             vlm.train.run(one_step(tmp_path / "mine"))
         assert names(tmp_path) == {"mine"} and names(tmp_path / "mine") == set()
@@ -101,8 +101,8 @@ POINTS = {
     "the lock": ("vlm.train.rundir", "_lock"),
     "the record": ("vlm.files", "write_json"),
     "the configuration": ("vlm.files", "write_text"),
-    "the data": ("vlm.train.stages", "read_sources"),
-    "the start model": ("vlm.train.stages", "_publish_model"),
+    "the data": ("vlm.train.sources", "read_sources"),
+    "the start model": ("vlm.train.run", "publish"),
     "the manifest": ("vlm.train.parts", "write_manifest"),
     "the trainer": ("vlm.train.stage", "loader"),
 }

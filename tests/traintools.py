@@ -121,7 +121,7 @@ def difference(a: Path, b: Path) -> float:
 def context() -> Any:
     # The fork server imports the heavy libraries once and never trains, so its children start in no time and may train.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlm.train.stages", "vlm.build.presets"])
+    context.set_forkserver_preload(["vlm.train.stage", "vlm.build.presets"])
     return context
 
 

@@ -24,7 +24,7 @@ from vlm.files import Lock, disk_errors, locked, write_json, write_text
 from vlm.measure.probes import check_sets, images_in_both
 from vlm.registry import use
 from vlm.siglip.zero_shot import check_templates
-from vlm.train.stages import data_digest, read_sources
+from vlm.train.sources import data_digest, read_sources
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from vlm.images.transforms import ImageTransform
 from vlm.model.projecting import counter
 from vlm.settings import from_dict
 from vlm.train.config import ModelConfig
-from vlm.train.stages import make_tower
+from vlm.train.run import make_tower
 from vlm.words import aligned
 
 How = Literal["tokens", "resolution", "none"]

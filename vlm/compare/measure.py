@@ -41,7 +41,7 @@ from vlm.model.processor import Processor
 from vlm.train import failures, metrics
 from vlm.train.config import RunConfig, load_config
 from vlm.train.quiet import quiet_transformers
-from vlm.train.stages import data_digest, read_sources
+from vlm.train.sources import data_digest, read_sources
 
 TOKEN_IMAGES = 500
 """Images whose tokens are counted."""

@@ -58,7 +58,7 @@ def serve() -> None:
     # library that asks whether there is a GPU may start CUDA.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import vlm.compare.measure
-    import vlm.train.stages  # noqa: F401
+    import vlm.train.stage  # noqa: F401
 
     started: dict[int, str] = {}
     partial = b""

@@ -1,21 +1,15 @@
 """From a `Key` to a batch: the dataset's items are whole micro-batches, so all slow work is the loading process's."""
 
 import copy
-import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import Dataset
 
-from vlm import children
 from vlm.data.augment import Augmentation, OfImages, apply
 from vlm.data.budget import cut
 from vlm.data.examples import Example
@@ -23,60 +17,10 @@ from vlm.data.order import Key, Mixture, drawn
 from vlm.errors import ConfigError, DataError, ImageError, VLMError
 from vlm.images.load import load_image
 from vlm.model.batch import Batch
-from vlm.model.lengths import Room, refuse, too_long
 from vlm.model.processor import Processor
+from vlm.train.items import Chosen, Failure, MicroBatch
 
-log = logging.getLogger(__name__)
-
-LONGEST_WAIT_S = 300
-"""The run stops when a micro-batch takes longer to load."""
 IN_A_ROW = 100
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """An example as it is shown this time."""
-
-    index: int
-    images: list[Any]
-    """Or what stands for them where features were made before (`vlm.train.features`); none where the example is about
-    text alone."""
-    prefix: str
-    suffix: str | None
-
-
-@dataclass
-class Failure:
-    """An image that could not be decoded during training; its place went to another example."""
-
-    example: Example
-    image: Path | Image.Image | None
-    """Which of its images."""
-    code: str
-    message: str
-
-
-@dataclass
-class MicroBatch:
-    """What one loading step gives: batches, or the error that ends the run, and the images that failed on the way."""
-
-    key: Key
-    batches: list[Batch] = field(default_factory=list)
-    """One, or (where a token budget cuts the examples) several, each a forward and backward pass of its own."""
-    error: VLMError | None = None
-    failures: list[Failure] = field(default_factory=list)
-    images_read: int = 0
-    over_budget: list[str] = field(default_factory=list)
-    """Ids of examples that are longer than the token budget, each in a batch of its own."""
-
-    @property
-    def batch(self) -> Batch | None:
-        """The batch where there is one only."""
-        return self.batches[0] if len(self.batches) == 1 else None
-
-    def pin_memory(self) -> "MicroBatch":
-        """Called by torch's data loader when the batch goes to a GPU."""
-        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -84,8 +28,9 @@ class MicroBatches(Dataset[MicroBatch]):
 
     An item depends on the key alone: never on what was loaded before it, by which process, or on any global random
     state. Images that do not decode are reported in the item, and their examples replaced by others, or with
-    `substitute=False` left out. Errors meant for the user
-    travel in the item too, because an exception that crosses a process border loses its one-line message.
+    `substitute=False` left out. Errors meant for the user travel in the item too, because an exception that crosses a
+    process border loses its one-line message.
+
     Of `budgets` (patches per image, for a NaFlex tower) each optimizer step draws one. `batch_tokens` cuts the examples
     of a key into batches of at most so many tokens, padding included.
     """
@@ -219,98 +164,3 @@ def with_budget(processor: Processor, budget: int) -> Processor:
     other = copy.copy(processor)
     other.image_transform = replace(transform, max_num_patches=budget)
     return other
-
-
-def check_lengths(examples: Sequence[Example], room: Room) -> int:
-    """Check that every example fits; returns how many suffixes will be cut to `max_text_length`.
-
-    Raises `DataError` listing the examples that do not fit. Text can have no more tokens than bytes, so only long texts
-    are tokenised.
-    """
-    refuse(list(too_long(examples, room, targets).values()))
-    if room.max_text_length is None:
-        return 0
-    cut = 0
-    for example in examples:
-        suffix = example.suffix or ""
-        if len(example.prefix.encode()) + len(suffix.encode()) + 3 > room.max_text_length:
-            batch = room.processor(
-                None, [example.prefix], [suffix], ids=[example.id], max_text_length=room.max_text_length
-            )
-            cut += bool(batch.truncated)
-    return cut
-
-
-def targets(example: Example) -> list[str]:
-    """What follows the prompt in training."""
-    return [] if example.suffix is None else [example.suffix]
-
-
-class _Loader(DataLoader[Any]):
-    """Remembers its iterators, so that `loading` can end them."""
-
-    def __iter__(self) -> Any:
-        iterator = super().__iter__()
-        _iterators.add(iterator)
-        return iterator
-
-
-_iterators: WeakSet[Any] = WeakSet()
-
-
-def loader(
-    dataset: Dataset[Any], sampler: Iterable[Any], *, workers: int = 0, pin_memory: bool = False
-) -> DataLoader[Any]:
-    """A loader that gives one item per key (a `MicroBatch`), in order, from `workers` processes (0: this one)."""
-    options: dict[str, Any] = {}
-    if workers:
-        # Torch installs its SIGCHLD handler once, and Lightning takes it away at the end of each stage: without it a
-        # worker that died would be noticed only after LONGEST_WAIT_S.
-        signal_handling._SIGCHLD_handler_set = False
-        options = {
-            "timeout": LONGEST_WAIT_S,
-            "multiprocessing_context": children.context(fork=True),
-            "worker_init_fn": _start_worker,
-        }
-    return _Loader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        # Otherwise the loader draws its seed from the global generator, and moves it.
-        generator=torch.Generator(),
-        **options,
-    )
-
-
-def _start_worker(_number: int) -> None:
-    # Torch's worker has just put in its own handlers, with which SIGTERM to the whole group would end it.
-    children.leave_signals_to_parent()
-
-
-@contextmanager
-def loading() -> Iterator[None]:
-    """Around whatever uses a `loader`: however it is left, no loading process is left behind or waited for."""
-    try:
-        yield
-    finally:
-        for iterator in list(_iterators):
-            _abandon(iterator)
-
-
-def _abandon(iterator: Any) -> None:
-    """Kill the processes of a loader's iterator. Torch would ask them to end, through locks that die with the process
-    that holds them: when one was killed, that takes seconds for each of the others, or for ever."""
-    if getattr(iterator, "_shutdown", True):
-        return  # it ended by itself, or has no processes
-    iterator._shutdown = True
-    # First, or torch's handler would take these for workers that die by themselves.
-    signal_handling._remove_worker_pids(id(iterator))
-    iterator._worker_pids_set = False
-    for worker in iterator._workers:
-        worker.kill()
-    for worker in iterator._workers:
-        worker.join()
-    if hasattr(iterator, "_pin_memory_thread"):
-        iterator._pin_memory_thread_done_event.set()

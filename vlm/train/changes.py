@@ -43,7 +43,7 @@ _NOTHING: dict[str, tuple[str, ...]] = {
     "data": ("val", "cache_images_mb"),
 }
 _ROUNDING = ("accumulate", "batch_tokens", "cache_features")
-_SHAPE = ("image_size", "image", "layer", "projector", "encoder_kind")
+_SHAPE = ("objective", "image_size", "image", "layer", "projector", "encoder_kind")
 _LENGTH = ("steps", "epochs")
 _WORDS: dict[Effect, str] = {
     "none": "no result depends on it",

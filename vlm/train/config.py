@@ -180,6 +180,8 @@ class StageConfig:
     module: Literal["frozen_encoder", "full"]
     train: dict[str, float]
     """Part (encoder, projector, decoder) -> its peak learning rate. A part left out is frozen."""
+    objective: str = "captioning"
+    """What it trains for: a file of `vlm/train/objectives`."""
     steps: int | None = None
     """Optimizer steps; or give `epochs`."""
     epochs: float | None = None

@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,52 +17,20 @@ from torch import nn
 from vlm import ranks
 from vlm.errors import DataError, VLMError
 from vlm.eval import results
-from vlm.eval.job import FileReading, Job, Reading, file_job, task_job
+from vlm.eval.job import Job
 from vlm.eval.run import requests
-from vlm.eval.tasks.catalogue import select
-from vlm.generation.decoding import Decoding
 from vlm.generation.engine import Engine
 from vlm.generation.models import ModelPredictor
 from vlm.generation.schedule import Batching
 from vlm.model.processor import Processor
-from vlm.train.batches import Failure
-from vlm.train.config import EvaluateConfig
+from vlm.train.items import Failure, Score
 from vlm.train.step import StageModule
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One number."""
-
-    task: str
-    metric: str
-    value: float
-    num_items: int
-
-
-def read_jobs(config: EvaluateConfig | None, *, skip_bad: bool = False, strip_control: bool = False) -> dict[str, Job]:
-    """Name -> what is evaluated. Raises VLMError for anything that is wrong with it, before training begins.
-
-    Args:
-        skip_bad: of a JSONL file, leave out and list the broken annotations.
-        strip_control: remove control spellings from the prompts.
-    """
-    if config is None:
-        return {}
-    if config.tasks is not None:
-        reading = Reading(strip_control=strip_control)
-        jobs = {one.label: task_job(one, config.data, reading) for one in select(config.tasks)}
-    else:
-        decoding = Decoding(max_new_tokens=config.max_new_tokens)
-        how = FileReading(skip_bad=skip_bad, strip_control=strip_control, image_root=config.image_root)
-        jobs = {config.data.stem: file_job(config.data, config.metrics, decoding, how)}
-    return {name: _part(job, config.limit) for name, job in jobs.items()}
-
-
-def _part(job: Job, limit: int | None) -> Job:
-    """Drawn from all items, because files are often ordered; in their order, so that the plan stays the same."""
+def part_of(job: Job, limit: int | None) -> Job:
+    """At most `limit` items, drawn because files are often ordered; in their order, so that the plan stays the same."""
     if limit is None or limit >= len(job.examples):
         return job
     chosen = sorted(random.Random(0).sample(range(len(job.examples)), limit))
@@ -79,10 +47,10 @@ class Evaluator:
     def __init__(self, jobs: dict[str, Job], processor: Processor, size: int) -> None:
         self._jobs, self._processor, self._size = jobs, processor, size
 
-    def __call__(self, module: StageModule) -> tuple[list[Evaluation], list[Failure]]:
+    def __call__(self, module: StageModule) -> tuple[list[Score], list[Failure]]:
         """Called on every rank; rank 0 gets the numbers, and the images that did not decode. Raises `VLMError` on every
         rank when one fails."""
-        found: list[Evaluation] = []
+        found: list[Score] = []
         failures: list[Failure] = []
         with undisturbed(module.model):
             for name, job in self._jobs.items():
@@ -113,7 +81,7 @@ class Evaluator:
         return [record for records, _ in shares for record in records]
 
 
-def _scored(name: str, job: Job, records: Sequence[dict[str, Any]]) -> list[Evaluation]:
+def _scored(name: str, job: Job, records: Sequence[dict[str, Any]]) -> list[Score]:
     failed = [record["error"]["message"] for record in records if "error" in record]
     if failed:
         log.warning(
@@ -123,7 +91,7 @@ def _scored(name: str, job: Job, records: Sequence[dict[str, Any]]) -> list[Eval
     said = {record["id"]: job.post(record["prediction"]) for record in records}
     wrong = results.unanswered(records)
     scored = results.score(job.metrics, job.examples, said, wrong, job.groups.get(job.average_over), job.average_over)
-    return [Evaluation(name, result.name, result.value, result.num_items) for result in scored]
+    return [Score(name, result.name, result.value, result.num_items) for result in scored]
 
 
 def _failures(job: Job, records: Sequence[dict[str, Any]]) -> list[Failure]:

@@ -12,9 +12,10 @@ from vlm.images.load import image_size
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 from vlm.train.config import RunConfig
+from vlm.train.plan import Stage
 from vlm.train.rundir import begun
 from vlm.train.schedule import warmup_steps
-from vlm.train.stage import Stage, world_size
+from vlm.train.trainer import world_size
 from vlm.words import aligned
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,12 @@ def _check_parts(stages: Sequence[Stage], model: VLM) -> None:
     for stage in stages:
         if stage.config.geometry():
             return
+        lacking = [part for part in stage.objective.needs if part not in parts]
+        if lacking:
+            raise TrainingError(
+                f"stage {stage.config.name}: objective {stage.config.objective} needs the {lacking[0]}, and the model"
+                f" has {', '.join(parts)}; train this model towards another objective"
+            )
         if not any(True for part in stage.config.train for _ in parts[part].parameters()):
             raise TrainingError(
                 f"stage {stage.config.name}: no parameter would train ({', '.join(stage.config.train)} have none); "

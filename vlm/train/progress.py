@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vlm.train.step import StepReport
+from vlm.train.items import StepReport
 
 log = logging.getLogger(__name__)
 

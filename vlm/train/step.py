@@ -1,8 +1,12 @@
-"""The two Lightning modules of training: `FrozenEncoderModule` and `FullModule`, over one base.
+"""One optimizer step: forward passes, sums of losses and weights, backward passes, normalise, clip, step.
 
-What the base adds to Lightning's loop is exactness. The loss of a micro-batch is left as a sum; once the gradients of
-all micro-batches and ranks are together they are divided by the weight of all of them (tokens or examples), so neither
-accumulation nor the number of processes changes the gradient. Only then are they checked, clipped and applied.
+    batches of a step -> (loss sum, weight) of each -> gradients of the sums, added up over micro-batches and ranks
+                      -> divided once by the weight of all of them -> checked -> clipped -> AdamW
+
+What is added to Lightning's loop is exactness. The loss of a micro-batch is left as a sum; once the gradients of all
+micro-batches and ranks are together they are divided by the weight of all of them (tokens or examples), so neither
+accumulation nor the number of processes changes the gradient: an average of averages would weigh a short answer more in
+a small micro-batch than in a large one. Only then are they checked, clipped and applied.
 
 Micro-batches come in two ways. `accumulate` gives Lightning a fixed number of them, one per call of `training_step`. A
 token budget cuts each rank's examples of a step as their lengths ask, so ranks and steps differ in number, which
@@ -10,17 +14,13 @@ Lightning's counter cannot say: `training_step` then gets all of them, and does 
 itself, without exchanging gradients. The last goes Lightning's way, and its backward pass exchanges the sum.
 """
 
-import hashlib
-import logging
 import math
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
@@ -32,109 +32,65 @@ from vlm.errors import TrainingError, VLMError
 from vlm.images.transforms import Pixels
 from vlm.model.batch import Batch
 from vlm.train import optim, parts
-from vlm.train.batches import MicroBatch
 from vlm.train.config import StageConfig
-from vlm.train.features.store import FeatureBatch
+from vlm.train.features.batch import PIXELS, FeatureBatch
+from vlm.train.health import Health
+from vlm.train.items import MicroBatch, StepReport, checksum
+from vlm.train.objectives.contract import Loss, Objective
+from vlm.train.randomness import reseed
 from vlm.train.schedule import multiplier
-from vlm.words import listed
-
-log = logging.getLogger(__name__)
-
-PIXELS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-DEAD_STEPS = 5
-"""Steps in a row in which a part that trains may get no gradient at all before the run stops."""
-MAX_SKIPPED = 20
-"""fp16 steps in a row that may overflow (the loss scale is then lowered and the step left out) before the run stops."""
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step did; sums are over all micro-batches and ranks."""
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a stage's module is given beside its model."""
 
-    step: int
-    """Optimizer steps done in the stage, this one included."""
-    loss: float
-    grad_norm: float
-    """Before clipping."""
-    rates: dict[str, float]
-    examples: int
-    tokens: int
-    """Supervised tokens."""
-    seen: int
-    """Which examples the step saw: see `checksum`."""
+    objective: Objective
+    steps: int
+    """Optimizer steps of the whole stage: the schedule's length."""
+    seed: int
+    """Of dropout."""
+    make_loader: Callable[["StageModule"], Any]
+    """Called with the module once the processes exist; gives an iterable of `MicroBatch`."""
+    optimizer_state: Mapping[str, Tensor] | None = None
+    """What `optim.state_tensors` gave, to resume."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked once per step on every rank; when any says True, all stop after that step."""
+    inspect: Callable[[MicroBatch], VLMError | None] = lambda item: item.error
+    judge: Callable[[int, int], VLMError | None] = lambda read, failed: None
+    fused: bool = True
+    """The gradient scaler of fp16 cannot look at the gradients before a fused step."""
 
 
 class StageModule(pl.LightningModule):
     """One stage of training.
 
     Args:
-        model: a `vlm.VLM`, already frozen as the stage says (see `vlm.train.parts.frozen`). stage: the stage. rows: the
-        manifest of `model`. steps: optimizer steps of the whole stage (the schedule's length). seed: of dropout.
-        make_loader: called with this module once the processes exist; gives an iterable of `MicroBatch`.
-        optimizer_state: what `optim.state_tensors` gave, to resume. should_stop: asked once per step on
-        every rank; when any says True, all stop after that step.
+        model: a `vlm.VLM`, already frozen as the stage says (see `vlm.train.parts.frozen`). rows: its manifest.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stage: StageConfig,
-        rows: list[parts.Row],
-        *,
-        steps: int,
-        seed: int,
-        make_loader: Callable[["StageModule"], Any],
-        optimizer_state: Mapping[str, Tensor] | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
-        inspect: Callable[[MicroBatch], VLMError | None] = lambda item: item.error,
-        judge: Callable[[int, int], VLMError | None] = lambda read, failed: None,
-        fused: bool = True,
-    ) -> None:
+    def __init__(self, model: nn.Module, stage: StageConfig, rows: list[parts.Row], setting: Setting) -> None:
         super().__init__()
-        self.model, self.stage, self.rows = model, stage, rows
-        self.steps, self.seed, self.fused = steps, seed, fused
-        self.make_loader, self.optimizer_state = make_loader, optimizer_state
-        self.should_stop, self.inspect, self.judge = should_stop, inspect, judge
+        self.model, self.stage, self.rows, self.setting = model, stage, rows, setting
         self.report: StepReport | None = None
         self.stopped = False
-        self._micros: list[tuple[Tensor, Tensor, Batch]] = []
+        self._optimizer_state = setting.optimizer_state
+        self._losses: list[tuple[Loss, Batch]] = []
+        """Of the micro-batches of this step so far; without their graphs."""
         self._step = 0
-        self._skipped = 0
-        self._dead = dict.fromkeys(stage.train, 0)
-        """Part -> steps in a row in which its gradient was zero."""
+        self._health = Health(stage, setting.steps)
+        # A tied parameter (lm_head and embedding) is one row and one gradient: `named_parameters` gives it once.
         self._parts = [row.part for row in rows if row.trainable]
-        self._first: int | None = None
 
-    # --- what Lightning asks for ------------------------------------------------------------------------------------
-
-    def train_dataloader(self) -> Any:
-        return self.make_loader(self)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = optim.adamw(self.model, self.rows, self.stage, fused=self.fused)
-        if self.optimizer_state is not None:
-            optim.load_state_tensors(optimizer, self.optimizer_state)
-            self.optimizer_state = None
-        return optimizer
-
-    def on_train_start(self) -> None:
-        parts.check_manifest(self.model, self.stage, self.rows, "while the trainer was set up")
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Called by Lightning; each batch moves when its turn comes, so that only one is on the device."""
-        return batch
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Called by Lightning between `training_step` and the backward pass: too late, gradients may be there by then.
-        They are cleared when a step begins."""
+    # --- the step -----------------------------------------------------------------------------------------------------
 
     def training_step(self, item: MicroBatch, batch_idx: int) -> Tensor:
         """The unnormalised loss of the last micro-batch of the item; the gradients of those before are added up."""
         self._agree_on_errors(item)
         if item.key.micro == 0:
-            self._micros, self._step = [], item.key.step
+            self._losses, self._step = [], item.key.step
             self._adamw().zero_grad()
-            optim.set_rates(self._adamw(), multiplier(self.stage, item.key.step, self.steps))
+            optim.set_rates(self._adamw(), multiplier(self.stage, item.key.step, self.setting.steps))
         *before, last = item.batches
         for number, batch in enumerate(before):
             self._add_gradients(self._loss(item.key, number, batch))
@@ -143,24 +99,15 @@ class StageModule(pl.LightningModule):
 
     def _loss(self, key: Key, number: int, batch: Batch) -> Tensor:
         """The summed loss of the batch at `number` among those of a key."""
-        reseed(self.seed, self.stage.name, key.step, key.micro + number, self.global_rank)
-        out = self.compute(batch.to(self.device, non_blocking=True))
-        self._micros.append((out.loss_sum.detach(), out.loss_weight.detach(), batch))
-        loss: Tensor = out.loss_sum
-        return loss if has_images(batch) else loss + self._untouched()
+        reseed(self.setting.seed, self.stage.name, key.step, key.micro + number, self.global_rank)
+        loss = self.compute(batch.to(self.device, non_blocking=True))
+        self._losses.append((Loss(loss.sum.detach(), loss.weight.detach()), batch))
+        unreached = {*self._model_parts()} - self.setting.objective.reached(batch)
+        return loss.sum + self._nothing(unreached) if unreached else loss.sum
 
-    def _untouched(self) -> Tensor:
-        """Zero, and zero gradients for the parts that a batch of text alone does not reach.
-
-        Data parallel training waits for the gradient of every parameter, and would wait for ever on a rank whose batch
-        has no image. With one process they are zero too and not missing, so that the optimizer does the same whatever
-        the number of processes and of micro-batches.
-        """
-        model: Any = self.model
-        unreached = [p for name in ("encoder", "projector") for p in model.parts()[name].parameters()]
-        # Sums of nothing: their gradient is zero whatever the values are.
-        sums = [p.flatten()[:0].sum() for p in unreached if p.requires_grad]
-        return torch.stack(sums).sum() if sums else torch.zeros((), device=self.device)
+    def compute(self, batch: Batch) -> Loss:
+        """The loss of one batch."""
+        return self.setting.objective.loss(self.model, dict(batch.items()))
 
     def _add_gradients(self, loss: Tensor) -> None:
         """A backward pass like Lightning's, inside the step. Data parallel training exchanges nothing here, whatever
@@ -170,73 +117,49 @@ class StageModule(pl.LightningModule):
         # We are inside mixed precision's forward context, which a backward pass should not be.
         with hold, torch.autocast(self.device.type, enabled=False):
             strategy.backward(loss, None)
-        torch.clear_autocast_cache()  # it holds casts of the weights with the graph that is now gone
+        # autocast keeps its casts of the weights until its context is left, and they hold the graph that is now gone:
+        # the next forward pass would run into it.
+        torch.clear_autocast_cache()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Normalise, check and clip the gradients. Raises `TrainingError` before a step would spoil the weights."""
+        """Normalise, check and clip the gradients; AdamW steps next. Raises `TrainingError` before a step would spoil
+        the weights.
+
+        Lightning has taken fp16's scale off the gradients by now. Its own clipping is off: it would come before the
+        normalisation, and so depend on how a step was cut.
+        """
         totals = self._totals()
-        loss = totals["loss_sum"] / totals["weight"]
-        step = self._step
+        loss, step = totals["loss_sum"] / totals["weight"], self._step
         rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
         if not math.isfinite(loss):
-            raise TrainingError(self._not_finite(f"the loss is {loss}", step, rates))
-        if self.report is None:
-            self._warn_of_missing_gradients()
+            raise self._health.not_finite(f"the loss is {loss}", step, rates, self._samples(all_of_them=False))
+        if self.report is None and self.trainer.is_global_zero:
+            self._health.warn_of_missing_gradients(self.model)
         norm, alive = self._normalise(totals["weight"])
-        if not math.isfinite(norm):
-            self._on_overflow(norm, step, rates)
-        else:
-            self._skipped = 0
-            self._check_life(alive, totals["images"] > 0, loss, step)
+        if math.isfinite(norm):
+            self._health.check_life(alive, [part for part in self._model_parts() if totals[part] > 0], loss, step)
+        # fp16: the gradient scaler leaves the step out by itself and lowers its scale, unless it keeps happening.
+        elif not self._health.overflowed(scaled=self.trainer.precision == "16-mixed"):
+            bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            what = f"the gradient norm is {norm} ({', '.join(bad[:3])})"
+            raise self._health.not_finite(what, step, rates, self._samples(all_of_them=True))
         self.stopped = totals["stop"] > 0
-        self.report = StepReport(
-            step=step + 1,
-            loss=loss,
-            grad_norm=norm,
-            rates=rates,
-            examples=int(totals["examples"]),
-            tokens=int(totals["tokens"]),
-            seen=int(totals["seen"]),
-        )
-
-    def compute(self, batch: Batch) -> Any:
-        """The model's output for one batch."""
-        return self.model(**batch, reduction=self.stage.loss_reduction, skip_logits=True)
-
-    # --- the parts of a step ----------------------------------------------------------------------------------------
-
-    def _adamw(self) -> torch.optim.Optimizer:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
-
-    def _agree_on_errors(self, item: MicroBatch) -> None:
-        """Raise the error of a micro-batch on every rank at once, or the others would wait for this one for ever."""
-        error = self.inspect(item)
-        counts = (int(error is not None), item.images_read, len(item.failures))
-        if self.trainer.world_size > 1:
-            totals = torch.tensor(counts, dtype=torch.int64, device=self.device)
-            dist.all_reduce(totals)
-            counts = tuple(totals.tolist())
-        # The same on every rank, so all of them say it.
-        error = error or self.judge(*counts[1:])
-        if error is not None:
-            raise error
-        if counts[0]:
-            raise TrainingError("another process could not load its micro-batch; its message says why")
+        counts = {name: int(totals[name]) for name in ("examples", "tokens", "seen")}
+        self.report = StepReport(step=step + 1, loss=loss, grad_norm=norm, rates=rates, **counts)
 
     def _totals(self) -> dict[str, float]:
         """Sums over the micro-batches of this step, then over ranks."""
-        batches = [batch for _, _, batch in self._micros]
+        batches = [batch for _, batch in self._losses]
+        reached = [self.setting.objective.reached(batch) for batch in batches]
         local = {
-            "loss_sum": torch.stack([loss for loss, _, _ in self._micros]).double().sum(),
-            "weight": torch.stack([torch.as_tensor(weight) for _, weight, _ in self._micros]).double().sum(),
+            "loss_sum": torch.stack([loss.sum for loss, _ in self._losses]).double().sum(),
+            "weight": torch.stack([torch.as_tensor(loss.weight) for loss, _ in self._losses]).double().sum(),
             "examples": sum(len(batch) for batch in batches),
             "tokens": sum((batch.labels != -100).sum() for batch in batches if batch.labels is not None),
-            "images": float(any(has_images(batch) for batch in batches)),
             # Below 2**53 for two million examples, so float64 holds it exactly.
             "seen": checksum(batches),
-            "stop": float(self.should_stop()),
+            "stop": float(self.setting.should_stop()),
+            **{part: float(any(part in one for one in reached)) for part in self._model_parts()},
         }
         values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in local.values()])
         if self.trainer.world_size > 1:
@@ -262,76 +185,87 @@ class StageModule(pl.LightningModule):
             torch._foreach_mul_(grads, scale)
         return norm, alive
 
-    def _check_life(self, alive: set[str], images: bool, loss: float, step: int) -> None:
-        """Raise `TrainingError` when a part that trains gets no gradient at all for several steps.
+    # --- what Lightning asks for --------------------------------------------------------------------------------------
 
-        A loss of zero leaves nothing to learn, text alone none for tower and projector, and a projector that begins at
-        zero none for the tower in the first step: these are no signs of a dead part.
+    def train_dataloader(self) -> Any:
+        return self.setting.make_loader(self)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = optim.adamw(self.model, self.rows, self.stage, fused=self.setting.fused)
+        if self._optimizer_state is not None:
+            optim.load_state_tensors(optimizer, self._optimizer_state)
+            self._optimizer_state = None
+        return optimizer
+
+    def on_train_start(self) -> None:
+        parts.check_manifest(self.model, self.stage, self.rows, "while the trainer was set up")
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Called by Lightning; each batch moves when its turn comes, so that only one is on the device."""
+        return batch
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called by Lightning between `training_step` and the backward pass: too late, gradients may be there by then.
+        They are cleared when a step begins."""
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
+
+    def _model_parts(self) -> dict[str, nn.Module]:
+        return parts.parts_of(self.model)
+
+    def _nothing(self, names: set[str]) -> Tensor:
+        """Zero, and zero gradients for parts that a batch does not reach, as text alone does not reach the tower.
+
+        Data parallel training waits for the gradient of every parameter, and would wait for ever on a rank whose batch
+        has no image. With one process they are zero too and not missing, so that the optimizer does the same whatever
+        the number of processes and of micro-batches.
         """
-        self._first = step if self._first is None else self._first
-        enough = min(DEAD_STEPS, max(1, self.steps - max(1, self._first)))
-        for part in self._dead:
-            if part in alive:
-                self._dead[part] = 0
-            elif step > 0 and loss > 1e-6 and (images or part == "decoder"):
-                self._dead[part] += 1
-            if self._dead[part] >= enough:
-                raise TrainingError(
-                    f"stage {self.stage.name}, step {step + 1}: the gradient of the {part} (learning rate"
-                    f" {self.stage.train[part]:g}) was zero in the last {self._dead[part]} steps: it is trained and"
-                    f" learns nothing. Its weights have run away, or what comes behind it passes nothing on: look"
-                    f" at the part it feeds, or lower the learning rates, from the start or after the last checkpoint"
-                    f" (--resume --accept-changes)"
-                )
+        unreached = [p for name, part in self._model_parts().items() if name in names for p in part.parameters()]
+        # Sums of nothing: their gradient is zero whatever the values are.
+        sums = [p.flatten()[:0].sum() for p in unreached if p.requires_grad]
+        return torch.stack(sums).sum() if sums else torch.zeros((), device=self.device)
 
-    def _warn_of_missing_gradients(self) -> None:
-        missing = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
-        if missing and self.trainer.is_global_zero:
-            log.warning(
-                "stage %s: %d trainable parameters got no gradient, so they will not change: %s",
-                *(self.stage.name, len(missing), ", ".join(missing[:5])),
-            )
+    def _agree_on_errors(self, item: MicroBatch) -> None:
+        """Raise the error of a micro-batch on every rank at once, or the others would wait for this one for ever."""
+        error = self.setting.inspect(item)
+        counts = (int(error is not None), item.images_read, len(item.failures))
+        if self.trainer.world_size > 1:
+            totals = torch.tensor(counts, dtype=torch.int64, device=self.device)
+            dist.all_reduce(totals)
+            counts = tuple(totals.tolist())
+        # The same on every rank, so all of them say it.
+        error = error or self.setting.judge(*counts[1:])
+        if error is not None:
+            raise error
+        if counts[0]:
+            raise TrainingError("another process could not load its micro-batch; its message says why")
 
-    def _on_overflow(self, norm: float, step: int, rates: dict[str, float]) -> None:
-        """fp16: leave the step out (the gradient scaler does) unless it keeps happening; otherwise stop."""
-        self._skipped += 1
-        if self.trainer.precision == "16-mixed" and self._skipped <= MAX_SKIPPED:
-            return
-        bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        raise TrainingError(self._not_finite(f"the gradient norm is {norm} ({', '.join(bad[:3])})", step, rates))
-
-    def _not_finite(self, what: str, step: int, rates: dict[str, float]) -> str:
-        ids = [
-            name
-            for loss, _, batch in self._micros
-            if self.trainer.world_size == 1 or not bool(loss.isfinite())
-            for name in batch.ids
-            if not bool(loss.isfinite()) or "gradient" in what
-        ]
-        shown = listed(ids, 8)
-        lr = ", ".join(f"{part} {rate:g}" for part, rate in rates.items())
-        return (
-            f"stage {self.stage.name}, step {step + 1}: {what}; samples: {shown or 'of another process'}; "
-            f"learning rates: {lr}. The weights were not touched; look at these samples, or lower the learning rates"
-            f" and go on with --resume --accept-changes"
-        )
+    def _samples(self, *, all_of_them: bool) -> list[str]:
+        """Ids of the examples in micro-batches whose loss is not finite; or in all, unless other ranks have some."""
+        every = all_of_them and self.trainer.world_size == 1
+        shown = [batch for loss, batch in self._losses if every or not bool(loss.sum.isfinite())]
+        return [name for batch in shown for name in batch.ids]
 
 
 class FrozenEncoderModule(StageModule):
     """A stage whose vision tower is frozen: the tower runs in eval mode, and no graph is built through it."""
 
-    def compute(self, batch: Batch) -> Any:
-        """The model's output, with the tower run beforehand under `no_grad`, unless the batch holds its features."""
+    def compute(self, batch: Batch) -> Loss:
+        """The loss, with the tower run beforehand under `no_grad`, unless the batch holds its features."""
         if isinstance(batch, FeatureBatch):
-            texts, features = batch.split()
-            return self.model(**texts, encoded=features, reduction=self.stage.loss_reduction, skip_logits=True)
-        tensors = {name: batch[name] for name in batch.keys()}
+            return self.setting.objective.loss(self.model, *batch.split())
+        tensors = dict(batch.items())
         pixels = {name: tensors.pop(name) for name in PIXELS if name in tensors}
         encoded = None
         if pixels:
             with torch.no_grad():
                 encoded = self.model.encode(**pixels)  # type: ignore[operator]
-        return self.model(**tensors, encoded=encoded, reduction=self.stage.loss_reduction, skip_logits=True)
+        return self.setting.objective.loss(self.model, tensors, encoded)
 
     def encode(self, pixels: Pixels) -> EncoderOutput:
         """The tower's features, in the precision in which the stage trains."""
@@ -348,29 +282,3 @@ class FullModule(StageModule):
 def module_class(stage: StageConfig) -> type[StageModule]:
     """The module a stage asks for."""
     return {"frozen_encoder": FrozenEncoderModule, "full": FullModule}[stage.module]
-
-
-def has_images(batch: Batch) -> bool:
-    """Whether a batch shows any image, as pixels or as features."""
-    return batch.pixel_values is not None or (isinstance(batch, FeatureBatch) and batch.features is not None)
-
-
-def checksum(batches: Sequence[Batch]) -> int:
-    """The sum over all examples of 32 bits of the sha256 of id and supervised tokens. So it tells which examples a step
-    really saw, whatever their order and however they were cut into micro-batches and shared by processes."""
-    total = 0
-    for batch in batches:
-        assert batch.labels is not None
-        for name, labels in zip(batch.ids, batch.labels.numpy(), strict=True):
-            text = f"{name} {labels[labels != -100].tolist()}".encode("utf-8", "surrogatepass")
-            total += int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
-    return total
-
-
-def reseed(*parts_of_seed: int | str) -> None:
-    """Seed torch, numpy and Python from these values alone: a micro-batch's dropout depends on no earlier step."""
-    digest = hashlib.sha256("/".join(map(str, parts_of_seed)).encode()).digest()
-    value = int.from_bytes(digest[:8], "little") >> 1
-    torch.manual_seed(value)
-    np.random.seed(value % 2**32)
-    random.seed(value)

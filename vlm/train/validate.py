@@ -2,18 +2,17 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from vlm import ranks
-from vlm.data.examples import Example
-from vlm.data.order import Key, Mixture
+from vlm.data.order import Key
 from vlm.errors import DataError, VLMError
 from vlm.model.processor import Processor
-from vlm.train.batches import Failure, MicroBatches
+from vlm.train.items import Failure
+from vlm.train.plan import Stage
 from vlm.train.step import StageModule
 
 log = logging.getLogger(__name__)
@@ -34,32 +33,16 @@ class Validation:
 
 
 class Validator:
-    """The mean loss over all of `examples`, each counted once, shared by the ranks.
+    """The mean loss over a stage's held-out examples, each counted once, shared by `world` ranks.
 
     An example with an image that does not decode is left out: it must not end a run that trains well.
-
-    Args:
-        size: examples that are loaded together: a forward pass, unless `batch_tokens` cuts them further.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        processor: Processor,
-        size: int,
-        *,
-        max_text_length: int | None = None,
-        batch_tokens: int | None = None,
-    ) -> None:
-        self._data = MicroBatches(
-            examples,
-            Mixture((len(examples),), (1.0,), seed=0),
-            processor,
-            max_text_length=max_text_length,
-            batch_tokens=batch_tokens,
-            substitute=False,
-        )
-        count = len(examples)
+    def __init__(self, stage: Stage, processor: Processor, world: int) -> None:
+        self._data = stage.held_out(processor)
+        count = len(stage.val)
+        # Examples that are loaded together: a forward pass, unless `batch_tokens` cuts them further.
+        size = max(1, stage.config.batch_size // (stage.config.accumulate * world))
         self._keys = [Key(0, 0, first, min(size, count - first)) for first in range(0, count, size)]
 
     @torch.no_grad()
@@ -80,8 +63,8 @@ class Validator:
                 break
             for batch in item.batches:
                 with module.trainer.precision_plugin.forward_context():
-                    out = module.compute(batch.to(device))
-                totals[:2] += torch.stack([out.loss_sum, torch.as_tensor(out.loss_weight)]).double()
+                    part = module.compute(batch.to(device))
+                totals[:2] += torch.stack([part.sum, torch.as_tensor(part.weight)]).double()
             if module.global_rank == 0 and time.monotonic() - told > TELL_EVERY_S:
                 told = time.monotonic()
                 log.info("validation: %d %% after %.0f s", 100 * (number + 1) // len(mine), told - began)

@@ -7,11 +7,13 @@ ends all of them at the same place. Which images are encoded together depends on
 import logging
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +22,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vlm.checkpoints import identity
+from vlm.encoders._layers import feature_width
 from vlm.encoders.contract import EncoderOutput
 from vlm.errors import CheckpointError, ImageError, TrainingError, VLMError
 from vlm.images.load import image_size, load_image
 from vlm.images.transforms import ImageTransform, Pixels
-from vlm.train.batches import loader
+from vlm.model.processor import Processor
+from vlm.train.batches import with_budget
 from vlm.train.features.store import FeatureStore, Plan
+from vlm.train.loader import loader
+from vlm.train.plan import Stage
+from vlm.train.signals import Stopped, StopSignal
+from vlm.train.step import FrozenEncoderModule, StageModule
 
 log = logging.getLogger(__name__)
 
@@ -239,3 +248,43 @@ def per_image(encoded: EncoderOutput) -> list[tuple[Tensor, tuple[int, int]]]:
     masks = None if encoded.mask is None else encoded.mask.cpu()
     rows = [one if masks is None else one[masks[i]] for i, one in enumerate(features)]
     return [(row, (grid[0], grid[1])) for row, grid in zip(rows, grids, strict=True)]
+
+
+def encoded(
+    stage: Stage, module: StageModule, processor: Processor, frozen: dict[str, str], stop: StopSignal
+) -> FeatureStore:
+    """The features of all images of the stage, made now where they are not on the disk. Called on every rank."""
+    assert isinstance(module, FrozenEncoderModule)
+    model: Any = module.model
+    budgets = stage.run.data.budgets()
+    transform = (with_budget(processor, budgets[0]) if budgets else processor).image_transform
+    plan = Plan(
+        stage.features,
+        stage.examples,
+        image_bytes=transform.max_patches * feature_width(model.config.vision_config) * 4,
+        identity={
+            "tower": [frozen["encoder"], *identity.tower_settings(model)],
+            "transform": transform.to_dict(),
+            "precision": stage.precision,
+        },
+    )
+    if stage.steps * stage.config.batch_size < len(plan.images):
+        log.warning(
+            "stage %s: cache_features encodes %d images, but only %d are seen; without it the stage is faster",
+            *(stage.config.name, len(plan.images), stage.steps * stage.config.batch_size),
+        )
+    making = Encoding(
+        stage.config.name,
+        plan,
+        transform,
+        module.encode,
+        module.device,
+        rank=module.global_rank,
+        world=module.trainer.world_size,
+        workers=stage.run.workers,
+        should_stop=lambda: stop.signum != 0,
+    )
+    store = making.run()
+    if store is None:
+        raise Stopped(stop.signum or signal.SIGTERM)
+    return store

@@ -17,7 +17,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,8 @@ from torch import Tensor
 from vlm.checkpoints.digests import of_values
 from vlm.data import content
 from vlm.data.examples import Example
-from vlm.encoders.contract import EncoderOutput
 from vlm.errors import ConfigError, ImageError
 from vlm.files import publishing_file
-from vlm.model.batch import Batch
-from vlm.model.processor import Processor
-from vlm.train.batches import Chosen, MicroBatches
 
 log = logging.getLogger(__name__)
 
@@ -174,58 +169,3 @@ class FeatureStore:
         with safe_open(self._plan.path(image // self._plan.per_shard), framework="pt") as file:
             features: Tensor = file.get_slice("features")[start : start + int(self._lengths[image])]
         return features
-
-
-@dataclass
-class FeatureBatch(Batch):
-    """A batch whose images were encoded before.
-
-    Attributes:
-        features: float[M, P, E]. feature_mask: bool[M, P], or None when every row is a patch. feature_grids: int64[M,
-            2]. As `EncoderOutput`; all None when no example of the batch has an image.
-    """
-
-    features: Tensor | None = None
-    feature_mask: Tensor | None = None
-    feature_grids: Tensor | None = None
-
-    def split(self) -> tuple[dict[str, Tensor], EncoderOutput | None]:
-        """The tensors of the text, and what the tower gave (None without an image)."""
-        names = ("features", "feature_mask", "feature_grids")
-        encoded = None
-        if self.features is not None and self.feature_grids is not None:
-            encoded = EncoderOutput(self.features, self.feature_mask, self.feature_grids)
-        return {name: tensor for name, tensor in self._tensors() if name not in names}, encoded
-
-
-class FeatureBatches(MicroBatches):
-    """`MicroBatches` that reads features where the other decodes images. Images that did not decode when the features
-    were made are reported and replaced in the same way."""
-
-    def __init__(self, *arguments: Any, store: FeatureStore, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self._store = store
-
-    def _image(self, index: int, number: int) -> Any:
-        """(rows, columns): all that is needed to lay out a batch."""
-        return self._store.grid(index, number)
-
-    def _lengths(self, processor: Processor, chosen: Sequence[Chosen]) -> list[int]:
-        lengths = processor.lengths([[]] * len(chosen), **self._texts(chosen))
-        return [
-            sum(map(processor.num_image_tokens, shown.images)) + n for shown, n in zip(chosen, lengths, strict=True)
-        ]
-
-    def _batch(self, processor: Processor, chosen: Sequence[Chosen]) -> FeatureBatch:
-        batch = processor(grids=[shown.images for shown in chosen], **self._texts(chosen))
-        rows = [self._store.read(shown.index, number) for shown in chosen for number in range(len(shown.images))]
-        if not rows:
-            return FeatureBatch(**vars(batch))
-        grids = [grid for shown in chosen for grid in shown.images]
-        features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = None
-        if self._store.masked:
-            mask = torch.arange(features.shape[1]) < torch.tensor([[len(row)] for row in rows])
-        return FeatureBatch(
-            **vars(batch), features=features, feature_mask=mask, feature_grids=torch.tensor(grids, dtype=torch.int64)
-        )
