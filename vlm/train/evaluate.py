@@ -5,10 +5,10 @@ Training is not changed by it: random states, train and eval modes and gradients
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from torch import nn
 
 from vlm import ranks
 from vlm.errors import DataError, VLMError
-from vlm.eval import results
-from vlm.eval.job import Job
-from vlm.eval.run import requests
 from vlm.generation.engine import Engine
 from vlm.generation.models import ModelPredictor
 from vlm.generation.schedule import Batching
@@ -29,7 +26,18 @@ from vlm.train.step import StageModule
 log = logging.getLogger(__name__)
 
 
-def part_of(job: Job, limit: int | None) -> Job:
+class Asking(NamedTuple):
+    """How `vlm eval` asks and scores, handed over by whoever composes a run."""
+
+    requests: Callable[..., Any]
+    """`vlm.eval.run.requests`."""
+    unanswered: Callable[..., Any]
+    """`vlm.eval.results.unanswered`."""
+    score: Callable[..., Any]
+    """`vlm.eval.results.score`."""
+
+
+def part_of(job: Any, limit: int | None) -> Any:
     """At most `limit` items, drawn because files are often ordered; in their order, so that the plan stays the same."""
     if limit is None or limit >= len(job.examples):
         return job
@@ -41,11 +49,12 @@ class Evaluator:
     """Scores the model on `jobs`; the ranks share the items.
 
     Args:
+        jobs: name -> `vlm.eval.job.Job`.
         size: items at a time.
     """
 
-    def __init__(self, jobs: dict[str, Job], processor: Processor, size: int) -> None:
-        self._jobs, self._processor, self._size = jobs, processor, size
+    def __init__(self, jobs: Mapping[str, Any], processor: Processor, size: int, asking: Asking) -> None:
+        self._jobs, self._processor, self._size, self._asking = jobs, processor, size, asking
 
     def __call__(self, module: StageModule) -> tuple[list[Score], list[Failure]]:
         """Called on every rank; rank 0 gets the numbers, and the images that did not decode. Raises `VLMError` on every
@@ -56,11 +65,11 @@ class Evaluator:
             for name, job in self._jobs.items():
                 records = self._records(module, name, job)
                 if module.global_rank == 0:
-                    found += _scored(name, job, records)
+                    found += self._scored(name, job, records)
                     failures += _failures(job, records)
         return found, failures
 
-    def _records(self, module: StageModule, name: str, job: Job) -> list[dict[str, Any]]:
+    def _records(self, module: StageModule, name: str, job: Any) -> list[dict[str, Any]]:
         engine = Engine(
             predictor=ModelPredictor(module.model, self._processor, name="in training"),  # type: ignore[arg-type]
             decoding=job.decoding,
@@ -72,7 +81,11 @@ class Evaluator:
         error: VLMError | None = None
         try:
             with module.trainer.precision_plugin.forward_context():
-                own = [reply.record() for replies in engine.run(requests(job.examples, job)) for reply in replies]
+                own = [
+                    reply.record()
+                    for replies in engine.run(self._asking.requests(job.examples, job))
+                    for reply in replies
+                ]
         except VLMError as caught:
             error = caught
         shares = engine.group.gather((own, error is not None))
@@ -80,21 +93,22 @@ class Evaluator:
             raise error or DataError("evaluation failed in another process; its message says why")
         return [record for records, _ in shares for record in records]
 
-
-def _scored(name: str, job: Job, records: Sequence[dict[str, Any]]) -> list[Score]:
-    failed = [record["error"]["message"] for record in records if "error" in record]
-    if failed:
-        log.warning(
-            "%s: items that count as wrong, because an image could not be decoded: %d; the first: %s",
-            *(name, len(failed), failed[0]),
+    def _scored(self, name: str, job: Any, records: Sequence[dict[str, Any]]) -> list[Score]:
+        failed = [record["error"]["message"] for record in records if "error" in record]
+        if failed:
+            log.warning(
+                "%s: items that count as wrong, because an image could not be decoded: %d; the first: %s",
+                *(name, len(failed), failed[0]),
+            )
+        said = {record["id"]: job.post(record["prediction"]) for record in records}
+        wrong = self._asking.unanswered(records)
+        scored = self._asking.score(
+            job.metrics, job.examples, said, wrong, job.groups.get(job.average_over), job.average_over
         )
-    said = {record["id"]: job.post(record["prediction"]) for record in records}
-    wrong = results.unanswered(records)
-    scored = results.score(job.metrics, job.examples, said, wrong, job.groups.get(job.average_over), job.average_over)
-    return [Score(name, result.name, result.value, result.num_items) for result in scored]
+        return [Score(name, result.name, result.value, result.num_items) for result in scored]
 
 
-def _failures(job: Job, records: Sequence[dict[str, Any]]) -> list[Failure]:
+def _failures(job: Any, records: Sequence[dict[str, Any]]) -> list[Failure]:
     examples = {example.id: example for example in job.examples}
     failed = [(examples[record["id"]], record["error"]) for record in records if "error" in record]
     return [Failure(one, one.images[0], error["code"], error["message"]) for one, error in failed]

@@ -19,8 +19,8 @@ from vlm.model.lengths import Room, context_of, refuse, too_long
 from vlm.model.processor import Processor
 from vlm.train.batches import with_budget
 from vlm.train.config import DataConfig, RunConfig, StageConfig
-from vlm.train.plan import Stage
-from vlm.train.sources import Sources, data_digest, tell_skipped
+from vlm.train.plan import Sources, Stage
+from vlm.train.sources import data_digest, tell_skipped
 
 
 @dataclass(frozen=True)

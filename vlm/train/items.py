@@ -61,6 +61,18 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """A held-out loss."""
+
+    loss: float | None
+    """Over the examples whose images decoded; None when there is none."""
+    num_failed: int
+    """Examples that were left out, by all ranks."""
+    failures: list[Failure]
+    """Those of this rank."""
+
+
+@dataclass(frozen=True)
 class Score:
     """One number of an evaluation while a stage trains."""
 

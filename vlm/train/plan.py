@@ -10,7 +10,18 @@ from vlm.data.examples import Example
 from vlm.data.order import Mixture, stage_seed, steps_of
 from vlm.train.config import RunConfig, StageConfig
 from vlm.train.objectives.contract import Objective
-from vlm.train.sources import Sources
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run trains on and is measured on."""
+
+    examples: list[Example]
+    counts: tuple[int, ...]
+    """Of the examples of each file, in their order."""
+    val: list[Example]
+    digest: str
+    """Of the training examples; a checkpoint of other data is refused."""
 
 
 @dataclass(frozen=True)

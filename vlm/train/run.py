@@ -54,7 +54,6 @@ def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, acce
             log_to(config.out, main),
         ):
             from vlm.train import randomness, summary
-            from vlm.train.evaluate import Evaluator
             from vlm.train.features import encode, store
             from vlm.train.processes import join_process_group
             from vlm.train.quiet import quiet_transformers
@@ -75,9 +74,11 @@ def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, acce
                             log.info("stage %s: finished before", stage.config.name)
                         else:
                             model, processor = _opened(stage, model_at, work.tell)
-                            evaluate = config.evaluate and Evaluator(work.jobs, processor, config.evaluate.batch_size)
                             record = Record(stage, main, done)
-                            how: dict[str, Any] = {"evaluator": evaluate, "features": encode.encoded}
+                            how: dict[str, Any] = {
+                                "evaluator": _evaluator(config.evaluate, work.jobs, processor),
+                                "features": encode.encoded,
+                            }
                             train_stage(stage, model, processor, record, stop, **how)
                             if main:
                                 publish(model, processor, stage.model, summary.provenance(stage))
@@ -125,7 +126,7 @@ def _prepared(config: RunConfig, directory: RunDirectory, *, main: bool, skip_ba
     jobs = read_jobs(config.evaluate, skip_bad=skip_bad, strip_control=config.data.strip_control)
     sources.tell_skipped([problem for job in jobs.values() for problem in job.problems])
     skipped += skipped_val + sum(len(job.problems) for job in jobs.values())
-    read = sources.Sources(examples, counts, val, sources.data_digest(examples))
+    read = plan.Sources(examples, counts, val, sources.data_digest(examples))
     objectives = [registry.part("vlm.train.objectives", stage.objective).Objective(stage) for stage in config.stages]
     stages = plan.make_stages(config, read, objectives)
     preview.check(stages)
@@ -168,6 +169,17 @@ def read_jobs(config: EvaluateConfig | None, *, skip_bad: bool = False, strip_co
         how = FileReading(skip_bad=skip_bad, strip_control=strip_control, image_root=config.image_root)
         jobs = {config.data.stem: file_job(config.data, config.metrics, decoding, how)}
     return {name: part_of(job, config.limit) for name, job in jobs.items()}
+
+
+def _evaluator(config: EvaluateConfig | None, jobs: dict[str, Any], processor: Processor) -> Any:
+    """What scores the model's answers while a stage trains, if anything does."""
+    if config is None:
+        return None
+    from vlm.eval import results
+    from vlm.eval.run import requests
+    from vlm.train.evaluate import Asking, Evaluator
+
+    return Evaluator(jobs, processor, config.batch_size, Asking(requests, results.unanswered, results.score))
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

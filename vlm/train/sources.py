@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vlm import ranks
@@ -15,18 +14,6 @@ from vlm.errors import DataError
 from vlm.train.config import RunConfig
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What a run trains on and is measured on."""
-
-    examples: list[Example]
-    counts: tuple[int, ...]
-    """Of the examples of each file, in their order."""
-    val: list[Example]
-    digest: str
-    """Of the training examples; a checkpoint of other data is refused."""
 
 
 def read_sources(config: RunConfig, skip_bad: bool) -> tuple[list[Example], tuple[int, ...], int]:

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,25 +10,13 @@ from vlm import ranks
 from vlm.data.order import Key
 from vlm.errors import DataError, VLMError
 from vlm.model.processor import Processor
-from vlm.train.items import Failure
+from vlm.train.items import Failure, Validation
 from vlm.train.plan import Stage
 from vlm.train.step import StageModule
 
 log = logging.getLogger(__name__)
 
 TELL_EVERY_S = 30
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What was measured."""
-
-    loss: float | None
-    """Over the examples whose images decoded; None when there is none."""
-    num_failed: int
-    """Examples that were left out, by all ranks."""
-    failures: list[Failure]
-    """Those of this rank."""
 
 
 class Validator:

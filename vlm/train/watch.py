@@ -11,14 +11,15 @@ from vlm import ranks
 from vlm.children import peak_memory_bytes
 from vlm.errors import VLMError
 from vlm.train.failures import EVALUATION, VALIDATION, Failures
-from vlm.train.items import Failure, MicroBatch, Score
+from vlm.train.items import Failure, MicroBatch, Score, Validation
 from vlm.train.plan import Stage
 from vlm.train.record import Record
 from vlm.train.step import StageModule
-from vlm.train.validate import Validator
 
 log = logging.getLogger(__name__)
 
+Validator = Callable[[StageModule], Validation]
+"""The held-out loss, on every rank (`vlm.train.validate.Validator`)."""
 Evaluator = Callable[[StageModule], tuple[list[Score], list[Failure]]]
 """Answers and scores, on every rank (`vlm.train.evaluate.Evaluator`)."""
 
