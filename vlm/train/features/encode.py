@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.checkpoints import identity
-from vlm.encoders._layers import feature_width
 from vlm.encoders.contract import EncoderOutput
 from vlm.errors import CheckpointError, ImageError, TrainingError, VLMError
 from vlm.images.load import image_size, load_image
 from vlm.images.transforms import ImageTransform, Pixels
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
 from vlm.train.batches import with_budget
 from vlm.train.features.store import FeatureStore, Plan
@@ -261,7 +261,7 @@ def encoded(
     plan = Plan(
         stage.features,
         stage.examples,
-        image_bytes=transform.max_patches * feature_width(model.config.vision_config) * 4,
+        image_bytes=transform.max_patches * encoder_spec(model.config.encoder).width(model.config.vision_config) * 4,
         identity={
             "tower": [frozen["encoder"], *identity.tower_settings(model)],
             "transform": transform.to_dict(),
