@@ -14,8 +14,6 @@ from vlm.decoders.contract import Facts, Spec
 from vlm.errors import ConfigError
 from vlm.registry import kinds, part
 
-ROOM = "vlm.decoders"
-
 
 @functools.cache  # asked in every forward, and the registry lists files
 def named(kind: str) -> Spec:
@@ -24,7 +22,7 @@ def named(kind: str) -> Spec:
     Raises:
         ConfigError: there is no such decoder; the message lists the known ones.
     """
-    found: Spec = part(ROOM, kind).SPEC
+    found: Spec = part("vlm.decoders", kind).SPEC
     return found
 
 
@@ -40,7 +38,7 @@ def facts(config: PreTrainedConfig) -> Facts:
 
 def checkpoint_types() -> list[str]:
     """The `model_type`s of files that hold a decoder."""
-    return [name for kind in kinds(ROOM) for name in (kind, *named(kind).checkpoints)]
+    return [name for kind in kinds("vlm.decoders") for name in (kind, *named(kind).checkpoints)]
 
 
 @contextmanager
@@ -62,7 +60,7 @@ def read_config(values: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         ConfigError: the `model_type` is missing or is not a decoder that this library knows.
     """
-    known = kinds(ROOM)
+    known = kinds("vlm.decoders")
     if isinstance(values, PreTrainedConfig):
         if values.model_type not in known or type(values) is not spec(values).config:
             raise ConfigError(

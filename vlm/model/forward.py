@@ -346,6 +346,14 @@ class VLM(VLMPreTrainedModel, Generating, GenerationMixin):
         """Run the vision tower on the pixels of a batch; see `VLMModel.encode`."""
         return self.model.encode(pixel_values, pixel_attention_mask, spatial_shapes)
 
+    def image_token_counts(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **_: Any) -> Tensor:
+        """int64[M], the decoder tokens that each image will give."""
+        if spatial_shapes is None:
+            grid = parts.encoder_spec(self.config.encoder).grid(self.config.vision_config)
+            spatial_shapes = torch.tensor([grid] * pixel_values.shape[0])
+        num_tokens: Any = self.model.multi_modal_projector.num_tokens
+        return torch.tensor([num_tokens((rows, columns)) for rows, columns in spatial_shapes.tolist()])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states float[..., D] to logits float[..., V], with the decoder's final soft-cap unless
         `softcap_in_generation` is off."""

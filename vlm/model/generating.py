@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from vlm.model import decoder
 from vlm.model.inputs import NAFLEX, PIXELS, Inputs
 from vlm.model.layer_masks import decoder_masks, no_padding
 from vlm.model.merge import images_per_sample
-from vlm.model.parts import encoder_spec
 
 
 class Generating(GenerationMixin):
     """`VLM` as transformers' `generate()` sees it."""
 
     config: Any
-    model: Any
+    image_token_counts: Callable[..., Tensor]
+    """The decoder tokens of each image, int64[M], from the pixels' tensors."""
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """transformers' own; what belongs to the pixels goes where they go, to the first step only."""
@@ -54,7 +55,7 @@ class Generating(GenerationMixin):
         if expand_size > 1 and pixels["pixel_values"] is not None:
             if input_ids is None:
                 raise DataError("generation with pixel_values needs input_ids, which hold the placeholders")
-            groups = images_per_sample(input_ids == self.config.image_token_id, self._image_token_counts(**pixels))
+            groups = images_per_sample(input_ids == self.config.image_token_id, self.image_token_counts(**pixels))
             order = [image for group in groups for _ in range(expand_size) for image in group]
             pixels = {name: None if value is None else value[order] for name, value in pixels.items()}
         parent: Any = super()
@@ -62,14 +63,6 @@ class Generating(GenerationMixin):
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, {**expanded, **{name: value for name, value in pixels.items() if value is not None}}
-
-    def _image_token_counts(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **_: Any) -> Tensor:
-        """int64[M], the decoder tokens that each image will give."""
-        if spatial_shapes is None:
-            grid = encoder_spec(self.config.encoder).grid(self.config.vision_config)
-            spatial_shapes = torch.tensor([grid] * pixel_values.shape[0])
-        num_tokens: Any = self.model.multi_modal_projector.num_tokens
-        return torch.tensor([num_tokens((rows, columns)) for rows, columns in spatial_shapes.tolist()])
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
