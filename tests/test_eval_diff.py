@@ -13,7 +13,7 @@ from test_eval_harness import COLOURS, ColourPredictor, examples_of
 from vlm.cli import main
 from vlm.data.examples import Example
 from vlm.errors import ConfigError, DataError
-from vlm.eval import diff, evaluate
+from vlm.eval import diff, evaluate, paired
 
 
 class Says(ColourPredictor):
@@ -166,7 +166,7 @@ def test_groups_are_resampled_inside_themselves() -> None:
     """
     change = np.array([0.0, 1.0, 0.0, 0.0])
     strata = [np.array([1]), np.array([0, 2, 3])]
-    interval, p = diff._bootstrap(lambda draws: change[draws].mean(axis=1), strata, 500)
+    interval, p = paired.bootstrap(lambda draws: change[draws].mean(axis=1), strata, 500)
     assert interval == [0.5, 0.5] and p == pytest.approx(2 / 501)
 
 

@@ -17,7 +17,8 @@ from vlm.checkpoints.opening import Opening
 from vlm.cli import console
 from vlm.errors import ImageError
 from vlm.generation.decoding import Decoding
-from vlm.generation.engine import Engine, Reply, Request
+from vlm.generation.engine import Engine
+from vlm.generation.request import Reply, Request
 from vlm.generation.schedule import Batching
 from vlm.images.load import load_image
 from vlm.text import control

@@ -20,6 +20,7 @@ from vlm.eval.tasks.loading import load
 from vlm.eval.tasks.task import Task
 from vlm.generation.decoding import Decoding
 from vlm.generation.predictor import Bounded, Predictor
+from vlm.generation.request import Request
 from vlm.generation.schedule import Batching, BatchSize
 from vlm.model.lengths import refuse
 from vlm.text import control
@@ -220,3 +221,11 @@ def fitting(job: Job, predictor: Predictor) -> Job:
         refuse(list(found.values()))
     kept = [example for index, example in enumerate(job.examples) if index not in found]
     return replace(job, examples=kept, problems=[*job.problems, *found.values()]) if found else job
+
+
+def requests(examples: Sequence[Example], job: Job) -> list[Request]:
+    """The items of a job for the engine; `examples` are its own, or have other images."""
+    offered = job.candidates or (lambda example: ())
+    return [
+        Request(id=one.id, prompt=one.prefix, images=one.images, candidates=tuple(offered(one))) for one in examples
+    ]

@@ -15,8 +15,9 @@ from vlm.data.examples import Example
 from vlm.data.problems import Problem
 from vlm.errors import DataError
 from vlm.eval import items
-from vlm.eval.metrics import Metric, MetricResult, captions, official, registry
-from vlm.eval.metrics.result import NUM_RESAMPLES
+from vlm.eval.metrics import captions, official, registry
+from vlm.eval.metrics.registry import Metric
+from vlm.eval.metrics.result import NUM_RESAMPLES, MetricResult
 from vlm.generation.journal import Record
 from vlm.version import __version__
 

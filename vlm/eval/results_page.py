@@ -9,8 +9,9 @@ from textwrap import shorten
 from typing import Any
 
 from vlm.data.examples import Example
-from vlm.eval import items, metrics, tables
-from vlm.eval.metrics import MetricResult
+from vlm.eval import items, tables
+from vlm.eval.metrics import registry
+from vlm.eval.metrics.result import MetricResult
 from vlm.report.page import Section
 from vlm.report.scores import Score, Scores, Table, breakdown
 from vlm.report.sections import GalleryItem, write_report
@@ -37,7 +38,7 @@ def write(
         kinds: item id -> kind.
         groups: name of a breakdown -> item id -> group; by `kinds` alone if there are none.
     """
-    main = next((result for result in scored if metrics.get(result.name).per_item_is_right), scored[0])
+    main = next((result for result in scored if registry.get(result.name).per_item_is_right), scored[0])
     sections: list[Section] = []
     if published := _published(results):
         sections.append(published)
@@ -166,7 +167,7 @@ def gallery(
 
     The choice is random with a fixed seed, not hand-picked, and the same for the same results.
     """
-    metric = metrics.get(result.name)
+    metric = registry.get(result.name)
     order = sorted(result.per_item)
     random.Random(0).shuffle(order)
     chosen = _halves(order, result, size) if metric.per_item_is_right else _thirds(order, result, size)

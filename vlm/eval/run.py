@@ -14,9 +14,9 @@ from vlm.data.examples import Example
 from vlm.errors import ConfigError, DataError, VLMError
 from vlm.eval import items, results, results_page
 from vlm.eval.items import ITEMS, REPORT, RESULTS
-from vlm.eval.job import Job, Options
+from vlm.eval.job import Job, Options, requests
 from vlm.files import write_json, write_lines
-from vlm.generation.engine import MAX_BAD_IN_A_ROW, Engine, Request
+from vlm.generation.engine import MAX_BAD_IN_A_ROW, Engine
 from vlm.generation.journal import PredictionStore, Record
 from vlm.generation.predictor import Predictor
 from vlm.ranks import Processes
@@ -74,14 +74,6 @@ def run(
             raise failure or DataError("the first process could not score; its message says why")
         outcome: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         return outcome
-
-
-def requests(examples: Sequence[Example], job: Job) -> list[Request]:
-    """The items of a job for the engine; `examples` are its own, or have other images."""
-    offered = job.candidates or (lambda example: ())
-    return [
-        Request(id=one.id, prompt=one.prefix, images=one.images, candidates=tuple(offered(one))) for one in examples
-    ]
 
 
 def _settings(job: Job, identity: Mapping[str, Any], options: Options, shown: Sequence[Example]) -> dict[str, Any]:

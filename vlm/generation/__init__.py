@@ -13,8 +13,8 @@ _HOMES = {
     "choose": "decoding",
     "score_candidates": "likelihood",
     "Engine": "engine",
-    "Request": "engine",
-    "Reply": "engine",
+    "Request": "request",
+    "Reply": "request",
     "Batching": "schedule",
     "BatchSize": "schedule",
     "PredictionStore": "journal",
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from vlm.generation.decoding import Decoding as Decoding
     from vlm.generation.decoding import choose as choose
     from vlm.generation.engine import Engine as Engine
-    from vlm.generation.engine import Reply as Reply
-    from vlm.generation.engine import Request as Request
     from vlm.generation.journal import PredictionStore as PredictionStore
     from vlm.generation.journal import Record as Record
     from vlm.generation.likelihood import score_candidates as score_candidates
@@ -40,6 +38,8 @@ if TYPE_CHECKING:
     from vlm.generation.predictor import Answer as Answer
     from vlm.generation.predictor import Predictor as Predictor
     from vlm.generation.progress import Progress as Progress
+    from vlm.generation.request import Reply as Reply
+    from vlm.generation.request import Request as Request
     from vlm.generation.schedule import Batching as Batching
     from vlm.generation.schedule import BatchSize as BatchSize
     from vlm.generation.writing import generate_ids as generate_ids

@@ -16,7 +16,6 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
 
@@ -25,8 +24,9 @@ from vlm.generation import schedule
 from vlm.generation.decoding import Decoding, choose
 from vlm.generation.predictor import Bounded, Measures, Predictor, Scores
 from vlm.generation.progress import Progress
+from vlm.generation.request import Reply, Request
 from vlm.generation.schedule import Batching, Limit
-from vlm.images.load import ImageInput, load_image
+from vlm.images.load import load_image
 from vlm.ranks import ALONE, Processes
 
 logger = logging.getLogger(__name__)
@@ -35,53 +35,6 @@ MAX_BAD_IN_A_ROW = 100
 """So many undecodable images one after another mean a broken disk or a wrong folder, not bad luck."""
 
 _DECODERS = 2  # threads that decode images while the model works; Pillow releases the interpreter lock
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One prompt about some images, or about none."""
-
-    id: str
-    prompt: str
-    images: Sequence[ImageInput] = ()
-    """What `vlm.load_image` reads."""
-    candidates: Sequence[str] = ()
-    """What `likelihood` chooses from."""
-    key: Any = None
-    """Whatever the caller wants back with the reply."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What came of a request: a text, or why there is none."""
-
-    request: Request
-    text: str = ""
-    log_likelihoods: Sequence[float] | None = None
-    """Of the candidates, where one of them was chosen."""
-    error: VLMError | None = None
-    """An image that cannot be decoded, or a prompt that leaves no room in the model beside its images."""
-
-    @property
-    def finish(self) -> str | None:
-        """How the text ended, where the predictor says it (`vlm.generation.Answer`)."""
-        found: str | None = getattr(self.text, "finish", None)
-        return found
-
-    @property
-    def code(self) -> str:
-        """A short stable word for the error."""
-        return getattr(self.error, "code", "too-long")
-
-    def record(self) -> dict[str, Any]:
-        """What is kept of it: `id`, `prefix`, `prediction`, and what else there is to say."""
-        record: dict[str, Any] = {"id": self.request.id, "prefix": self.request.prompt, "prediction": str(self.text)}
-        if self.error is not None:
-            return {**record, "error": {"code": self.code, "message": str(self.error)}}
-        if self.log_likelihoods is not None:
-            scores = list(self.log_likelihoods)
-            return {**record, "candidates": list(self.request.candidates), "log_likelihoods": scores}
-        return record if self.finish is None else {**record, "finish": self.finish}
 
 
 Decoded = list[Image.Image]

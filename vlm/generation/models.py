@@ -15,9 +15,10 @@ from vlm.data.problems import Problem
 from vlm.errors import GenerationError
 from vlm.generation import writing
 from vlm.generation.decoding import Decoding, Normalization, check_count
-from vlm.generation.engine import Engine, Request
+from vlm.generation.engine import Engine
 from vlm.generation.likelihood import score_candidates
 from vlm.generation.predictor import Answer, Pictures
+from vlm.generation.request import Request
 from vlm.generation.schedule import Batching
 from vlm.images.load import is_image
 from vlm.model import lengths

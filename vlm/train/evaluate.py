@@ -30,7 +30,7 @@ class Asking(NamedTuple):
     """How `vlm eval` asks and scores, handed over by whoever composes a run."""
 
     requests: Callable[..., Any]
-    """`vlm.eval.run.requests`."""
+    """`vlm.eval.job.requests`."""
     unanswered: Callable[..., Any]
     """`vlm.eval.results.unanswered`."""
     score: Callable[..., Any]

@@ -176,7 +176,7 @@ def _evaluator(config: EvaluateConfig | None, jobs: dict[str, Any], processor: P
     if config is None:
         return None
     from vlm.eval import results
-    from vlm.eval.run import requests
+    from vlm.eval.job import requests
     from vlm.train.evaluate import Asking, Evaluator
 
     return Evaluator(jobs, processor, config.batch_size, Asking(requests, results.unanswered, results.score))
