@@ -17,6 +17,7 @@ from typing import Any
 
 from vlm import settings
 from vlm.errors import ConfigError, nearest
+from vlm.generation.decoding import Decoding
 from vlm.train.config import RunConfig
 
 FIXED = ("decoder", "tokenizer", "seed", "path", "softcap_in_loss", "softcap_in_generation")
@@ -32,19 +33,25 @@ class TaskConfig:
     metrics: list[str] = field(default_factory=lambda: ["exact_match"])
     """The first one ranks the towers and is tested for significance."""
     image_root: Path | None = None
-    max_new_tokens: int = 64
-    num_beams: int = 1
+    max_new_tokens: int = Decoding.max_new_tokens
+    num_beams: int = Decoding.num_beams
     batch_size: int = 64
     limit: int | None = None
     """Only the first so many items."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams", "batch_size", "limit"):
+        _ = self.decoding  # refuses what it cannot be
+        for name in ("batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
         if not self.metrics:
             raise ConfigError("metrics: the list is empty; name at least one, such as exact_match")
+
+    @property
+    def decoding(self) -> Decoding:
+        """How answers are made."""
+        return Decoding(max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
 
 
 @dataclass(frozen=True, kw_only=True)

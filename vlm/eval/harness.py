@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ def evaluate(
     data: str | Path | Sequence[Example],
     metrics: str | Sequence[str],
     out: str | Path,
+    *,
+    decoding: Decoding | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Predict, score and report. Started again with the same settings it goes on where it stopped.
@@ -54,6 +57,7 @@ def evaluate(
         data: a JSONL file, or examples.
         metrics: names, as a list or comma-separated.
         out: the folder for everything that is written.
+        decoding: how answers are made; or its options by their names.
         options: by their names, those of
 
             `Options`: `batch_size` (16, or `auto`: the largest power of two that fits into the memory; results do not
@@ -81,7 +85,7 @@ def evaluate(
     """
     work, how, reading, opening = by_field("evaluate", options, Options, Decoding, FileReading, Opening)
     settings = Options(**work)
-    job = file_job(data, metrics, Decoding(**how), FileReading(**reading))
+    job = file_job(data, metrics, replace(decoding or Decoding(), **how), FileReading(**reading))
     predictor, name = as_predictor(model, Opening(**opening))
     return run(fitting(job, predictor), predictor, name, out, settings)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from vlm import settings
 from vlm.errors import ConfigError, nearest
+from vlm.generation.decoding import TASK_TOKENS, Decoding
 
 PARTS = ("encoder", "projector", "decoder")
 MIN_RATE, MAX_RATE = 1e-12, 1.0
@@ -154,7 +155,7 @@ class EvaluateConfig:
     """Folder of the images of a JSONL file; None: its own."""
     limit: int | None = 256
     """Items of each task: the same ones every time, drawn once with a fixed seed. None takes all."""
-    max_new_tokens: int = 32
+    max_new_tokens: int = TASK_TOKENS
     """For a JSONL file: most tokens of an answer; tasks bring their own."""
     batch_size: int = 16
     """Items at a time."""
@@ -163,12 +164,17 @@ class EvaluateConfig:
         if bool(self.metrics) == (self.tasks is not None):
             raise ConfigError("evaluate: give either `metrics`, for a JSONL file in `data`, or `tasks`, for a folder")
         _positive("evaluate", limit=self.limit, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
-        defaults = {"image_root": None, "max_new_tokens": 32}
+        defaults = {"image_root": None, "max_new_tokens": TASK_TOKENS}
         for name, default in defaults.items():
             if self.tasks is not None and getattr(self, name) != default:
                 raise ConfigError(
                     f"evaluate: {name} is for a JSONL file; the tasks ({self.tasks}) bring their own; leave it out"
                 )
+
+    @property
+    def decoding(self) -> Decoding:
+        """How answers to the items of a JSONL file are made."""
+        return Decoding(max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,16 +158,14 @@ def read_jobs(config: EvaluateConfig | None, *, skip_bad: bool = False, strip_co
         return {}
     from vlm.eval.job import FileReading, Reading, file_job, task_job
     from vlm.eval.tasks.catalogue import select
-    from vlm.generation.decoding import Decoding
     from vlm.train.evaluate import part_of
 
     if config.tasks is not None:
         reading = Reading(strip_control=strip_control)
         jobs = {one.label: task_job(one, config.data, reading) for one in select(config.tasks)}
     else:
-        decoding = Decoding(max_new_tokens=config.max_new_tokens)
         how = FileReading(skip_bad=skip_bad, strip_control=strip_control, image_root=config.image_root)
-        jobs = {config.data.stem: file_job(config.data, config.metrics, decoding, how)}
+        jobs = {config.data.stem: file_job(config.data, config.metrics, config.decoding, how)}
     return {name: part_of(job, config.limit) for name, job in jobs.items()}
 
 
