@@ -18,8 +18,8 @@ from vlm.checkpoints.opening import Opening
 from vlm.errors import ConfigError, DataError
 from vlm.generation.decoding import Decoding
 from vlm.generation.engine import Engine
-from vlm.generation.request import Request
 from vlm.generation.models import ModelPredictor
+from vlm.generation.request import Request
 from vlm.generation.schedule import Batching
 
 MODEL_ID = "vlm"
