@@ -26,6 +26,7 @@ from vlm.build.presets import tiny
 from vlm.check.report import Result
 from vlm.cli import main
 from vlm.errors import ConfigError
+from vlm.exchange import exporting
 
 
 def one(name: str, path: Path, **options: Any) -> Result:
@@ -229,14 +230,14 @@ def test_no_room_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_export_that_is_not_the_model_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = loud("siglip", "gemma")
-    original = vlm.check.runner.export
+    original = exporting.export
 
     def noisy(net: Any, *args: Any, **named: Any) -> Any:
         changed = copy.deepcopy(net)
         shake(changed, 1e-4)
         return original(changed, *args, **named)
 
-    monkeypatch.setattr(vlm.check.runner, "export", noisy)
+    monkeypatch.setattr(exporting, "export", noisy)
     result = check.run(model, processor, only=["export"])["export"]
     assert result.status == "FAIL" and "tensors differ" in result.detail
 
@@ -246,7 +247,7 @@ def test_an_export_whose_parity_report_is_bad_fails(monkeypatch: pytest.MonkeyPa
 
     model, processor = loud("siglip", "gemma")
     bad = ParityReport("paligemma", "x", "", "float32", rows=[Row("logits", 1.0, 1.0, "0", False)])
-    monkeypatch.setattr(vlm.check.runner, "export", lambda *_, **__: bad)
+    monkeypatch.setattr(exporting, "export", lambda *_, **__: bad)
     result = check.run(model, processor, only=["export"])["export"]
     assert result.status == "FAIL" and "parity report has a mismatch" in result.detail
 
@@ -255,7 +256,7 @@ def test_a_refused_export_is_not_applicable(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: Any, **__: Any) -> Any:
         raise ConfigError("NaFlex")
 
-    monkeypatch.setattr(vlm.check.runner, "export", refuse)
+    monkeypatch.setattr(exporting, "export", refuse)
     model, processor = loud("siglip", "gemma")
     result = check.run(model, processor, only=["export"])["export"]
     assert result.status == "n/a" and result.detail == "NaFlex"

@@ -10,23 +10,29 @@
 `docs/check.md` says what each check means and what to do when it fails.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm.registry import door
 
 _HOMES = {
-    "run": "runner",
     "CHECKS": "runner",
     "Report": "report",
     "Result": "report",
 }
 
-__all__ = list(_HOMES)
+__all__ = ["run", *_HOMES]
 
 if TYPE_CHECKING:
     from vlm.check.report import Report as Report
     from vlm.check.report import Result as Result
     from vlm.check.runner import CHECKS as CHECKS
-    from vlm.check.runner import run as run
 
 __getattr__, __dir__ = door(__name__, _HOMES)
+
+
+def run(model: Any, processor: Any, **options: Any) -> "Report":
+    """All checks, or some, on one model; see `vlm.check.runner.run`."""
+    from vlm.check import runner
+    from vlm.exchange.exporting import export
+
+    return runner.run(model, processor, export=export, **options)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,6 @@ from vlm.checkpoints.saving import save
 from vlm.data.examples import Example
 from vlm.data.reading import read
 from vlm.errors import ConfigError, VLMError, nearest
-from vlm.exchange.exporting import export
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 from vlm.registry import kinds, part
@@ -47,6 +47,7 @@ def run(
     path: str | Path | None = None,
     image_root: str | Path | None = None,
     max_text_length: int | None = None,
+    export: Callable[..., Any],
 ) -> Report:
     """Check a model by its behaviour. Weights, mode, attention backend, dtype, device and random state stay as found.
 
@@ -57,6 +58,7 @@ def run(
         path: where the model was loaded from.
         image_root: folder of the data's images, by default that of the file.
         max_text_length: as in training; longer suffixes are counted.
+        export: `vlm.export`; `vlm.check.run` gives it.
 
     Raises:
         ConfigError: an unknown name in `only`.

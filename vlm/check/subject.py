@@ -16,6 +16,7 @@ from torch import Tensor
 from vlm.check.report import Finding
 from vlm.data.examples import Example
 from vlm.model.forward import VLM
+from vlm.model.modes import in_mode
 from vlm.model.processor import Processor
 
 NOTHING = {torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -115,7 +116,7 @@ class Subject:
     @cached_property
     def image_is_blind(self) -> bool:
         """The projector gives nothing but zeros, as a fresh one does: no image can matter."""
-        with torch.no_grad(), evaluating(self.model):
+        with torch.no_grad(), in_mode(self.model):
             tokens, _ = self.model.model.project(self.encoded()["encoded"])
         return not bool(tokens.any())
 
@@ -155,7 +156,7 @@ def picture(seed: int, size: tuple[int, int]) -> Image.Image:
 @torch.no_grad()
 def text_logits(model: VLM, tensors: Tensors, num_last: int) -> Tensor:
     """float32[B, n, V]: the logits of the last n positions (those of image tokens are never needed, and are large)."""
-    with evaluating(model):
+    with in_mode(model):
         logits: Tensor = model(**tensors, use_cache=False, logits_to_keep=num_last).logits
     return logits.float()
 
@@ -214,24 +215,11 @@ def attention_backends(model: VLM) -> dict[str, str]:
 
 
 @contextmanager
-def evaluating(model: VLM, training: bool = False) -> Iterator[None]:
-    """Every module in eval mode (or in train mode); afterwards each has its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = training
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def preserved(model: VLM) -> Iterator[None]:
     """The model in eval mode; its modes, attention backends and the random state come back."""
     backends = attention_backends(model)
     try:
-        with evaluating(model), torch.random.fork_rng():
+        with in_mode(model), torch.random.fork_rng():
             yield
     finally:
         if attention_backends(model) != backends:

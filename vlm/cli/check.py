@@ -41,24 +41,24 @@ def run(options: Namespace) -> int:
     """The report on stdout, progress on stderr."""
     import torch
 
-    from vlm import check
+    from vlm.check import runner
     from vlm.check.checks.stage import read_manifest
-    from vlm.check.runner import choose
     from vlm.checkpoints.directory import load
     from vlm.data.reading import read
+    from vlm.exchange.exporting import export
 
     check_device(options.device)
     console.quiet_transformers()
     only = None if options.only is None else [name.strip() for name in options.only.split(",") if name.strip()]
     # What a person can have mistyped is refused before the model is read.
-    choose(only)
+    runner.choose(only)
     if options.stage_manifest is not None:
         read_manifest(options.stage_manifest)
     data = None if options.data is None else read(options.data, image_root=options.image_root)[0]
     device = unless_auto(options.device) or ("cuda" if torch.cuda.is_available() else "cpu")
     log.info("opening %s", options.model)
     model, processor = load(options.model, dtype=unless_auto(options.dtype), device=device, tokenizer=options.tokenizer)
-    report = check.run(
+    report = runner.run(
         model,
         processor,
         data=data,
@@ -66,6 +66,7 @@ def run(options: Namespace) -> int:
         only=only,
         path=options.model,
         max_text_length=options.max_text_length,
+        export=export,
     )
     print(report.to_json() if options.json else report.table())
     return console.OK if report.ok else FAILED

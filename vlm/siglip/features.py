@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlm.errors import ConfigError, DataError, ImageError
 from vlm.images.load import load_image
+from vlm.model.modes import in_mode
 from vlm.words import lines
 
 if TYPE_CHECKING:
@@ -148,13 +149,11 @@ def _name(image: Path | Image.Image) -> str:
 def _in_eval_mode(encoder: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
     import torch
 
-    modes = [(module, module.training) for module in encoder.modules()]
     home = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     place = home if device is None else torch.device(device)
-    encoder.to(place).eval()
+    encoder.to(place)
     try:
-        yield place
+        with in_mode(encoder):
+            yield place
     finally:
         encoder.to(home)
-        for module, training in modes:
-            module.training = training

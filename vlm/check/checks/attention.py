@@ -19,7 +19,6 @@ from vlm.check.subject import (
     Subject,
     Tensors,
     deviation,
-    evaluating,
     largest,
     moved,
     other_ids,
@@ -27,6 +26,7 @@ from vlm.check.subject import (
     text_logits,
 )
 from vlm.model.loss import IGNORE
+from vlm.model.modes import in_mode
 
 LAYOUTS = ((0,), (0, 1, 2))
 """Rows of the probe batches: one sample without padding, three with."""
@@ -90,7 +90,7 @@ def _future_gradient(subject: Subject, tensors: Tensors) -> float:
         labels = torch.where(index == target[:, None], tensors["input_ids"], IGNORE)
         with torch.no_grad():
             embeds, _ = model.model.embed(tensors["input_ids"], tensors["encoded"])
-        with evaluating(model, training=True), torch.enable_grad():
+        with in_mode(model, training=True), torch.enable_grad():
             embeds = embeds.detach().clone().requires_grad_()
             loss = model(inputs_embeds=embeds, labels=labels, **inputs).loss
             (gradient,) = torch.autograd.grad(loss, embeds)

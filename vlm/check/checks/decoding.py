@@ -15,7 +15,6 @@ from vlm.check.subject import (
     Tensors,
     attention_backends,
     deviation,
-    evaluating,
     largest,
     other_ids,
     padded_left,
@@ -23,6 +22,7 @@ from vlm.check.subject import (
     text_logits,
 )
 from vlm.model import decoder
+from vlm.model.modes import in_mode
 from vlm.model.outputs import CACHE
 
 STEPS = 10
@@ -49,7 +49,7 @@ def cache(subject: Subject) -> Finding:
 def _cached_logits(subject: Subject, tensors: Tensors, tokens: Tensor) -> Tensor:
     """float32[B, STEPS + 1, V]: the logits after the prompt and after each token, as generation computes them."""
     model = subject.model
-    with evaluating(model):
+    with in_mode(model):
         out = model(**tensors, use_cache=True, logits_to_keep=1)
         logits = [out.logits]
         mask = tensors["attention_mask"]
@@ -86,7 +86,7 @@ def _greedy(subject: Subject, unit: float) -> tuple[int, int]:
     try:
         # What settings leave open would come from the model's own: penalties, for example, which are not greedy.
         model.generation_config = GenerationConfig()
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), in_mode(model):
             got = model.generate(**tensors, generation_config=settings)[:, tensors["input_ids"].shape[1] :]
     finally:
         model.generation_config = own

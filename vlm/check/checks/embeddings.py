@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm.check.report import Finding, not_applicable
-from vlm.check.subject import Check, Subject, evaluating, text_logits
+from vlm.check.subject import Check, Subject, text_logits
 from vlm.model import decoder
+from vlm.model.modes import in_mode
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest relative error of the scale: the dtype's rounding, a few times over."""
@@ -34,7 +35,7 @@ def scale(subject: Subject) -> Finding:
     if table.weight.device.type == "meta":
         return not_applicable("the embedding is offloaded to the disk; open the model whole to check this")
     rows = table.weight[ids].float()
-    with _noise_for_projector(subject) as tokens, _seen_by_decoder(subject) as seen, evaluating(model):
+    with _noise_for_projector(subject) as tokens, _seen_by_decoder(subject) as seen, in_mode(model):
         direct = table(ids).float()
         text_logits(model, tensors, 1)
     merged = seen[0].float()

@@ -10,10 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.check.report import Finding
-from vlm.check.subject import PIXELS, Check, Subject, Tensors, evaluating, picture, text_logits
+from vlm.check.subject import PIXELS, Check, Subject, Tensors, picture, text_logits
 from vlm.errors import DataError
 from vlm.images.fused import unpack
 from vlm.images.transforms import ImageTransform
+from vlm.model.modes import in_mode
 from vlm.model.parts import encoder_spec, towers
 
 SIZES = ((1, 1), (1, 64), (64, 1), (7, 300), (300, 7), (200, 100), (97, 113))
@@ -46,7 +47,7 @@ def tokens(subject: Subject) -> Finding:
 
 def _tokens_per_image(subject: Subject, tensors: Tensors) -> list[int]:
     pixels = [tensors[name].to(subject.model.device) for name in PIXELS if name in tensors]
-    with evaluating(subject.model):
+    with in_mode(subject.model):
         _, counts = subject.model.model.project(subject.model.encode(*pixels))
     result: list[int] = counts.tolist()
     return result

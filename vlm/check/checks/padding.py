@@ -13,7 +13,6 @@ from vlm.check.subject import (
     Subject,
     Tensors,
     deviation,
-    evaluating,
     largest,
     moved,
     other_ids,
@@ -21,6 +20,7 @@ from vlm.check.subject import (
     text_length,
     text_logits,
 )
+from vlm.model.modes import in_mode
 
 
 def content(subject: Subject) -> Finding:
@@ -118,7 +118,7 @@ def mates(subject: Subject) -> Finding:
 @torch.no_grad()
 def _features(subject: Subject, tensors: Tensors) -> Tensor:
     """float32[T, E]: the tower's features of the real patches of all images."""
-    with evaluating(subject.model):
+    with in_mode(subject.model):
         encoded = subject.model.encode(tensors["pixel_values"], *(tensors.get(name) for name in PIXELS[1:]))
     features = encoded.features.flatten(0, 1) if encoded.mask is None else encoded.features[encoded.mask]
     return features.float()

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from vlm.check.report import Finding, not_applicable
-from vlm.check.subject import PIXELS, Check, Subject, Tensors, evaluating
+from vlm.check.subject import PIXELS, Check, Subject, Tensors
 from vlm.encoders.contract import EncoderOutput, check_output
 from vlm.errors import ConfigError
 from vlm.images.fused import unpack
+from vlm.model.modes import in_mode
 from vlm.model.parts import encoder_spec
 from vlm.words import listed
 
@@ -57,7 +58,7 @@ def _run(subject: Subject, tensors: Tensors, *, training: bool = False) -> Encod
     model = subject.model
     tower: Any = model.model.vision_tower
     try:
-        with evaluating(model, training=training):
+        with in_mode(model, training=training):
             output = tower(**tensors)
     except torch.OutOfMemoryError:
         raise
