@@ -16,11 +16,11 @@ import yaml
 from vlm.cli import main
 from vlm.compare import compare, fixed, match, processes, statistics
 from vlm.compare.config import Arm, load_config, make_arms, run_config
+from vlm.compare.match import make_tower
 from vlm.compare.statistics import Paired
 from vlm.errors import ConfigError, TrainingError
 from vlm.eval.metrics import registry
 from vlm.images.transforms import naflex_grid
-from vlm.train.run import make_tower
 
 # --- statistics
 

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from vlm.build.towers import sized
+from vlm.build.choice import Choice
+from vlm.build.towers import choose, sized
 from vlm.compare.config import Arm
 from vlm.errors import ImageError
 from vlm.images.load import image_size
@@ -25,7 +26,7 @@ from vlm.images.transforms import ImageTransform
 from vlm.model.projecting import counter
 from vlm.settings import from_dict
 from vlm.train.config import ModelConfig
-from vlm.train.run import make_tower
+from vlm.train.models import tower_settings, towers
 from vlm.words import aligned
 
 How = Literal["tokens", "resolution", "none"]
@@ -176,6 +177,11 @@ class _Tower:
     def _mean(self, transform: ImageTransform) -> float:
         total = sum(n * self.count(transform.grid(*size)) for size, n in self.sizes.items())
         return total / sum(self.sizes.values())
+
+
+def make_tower(config: ModelConfig) -> Choice:
+    """The tower (or towers) that a run of these settings would begin with; no weight is read. Raises `VLMError`."""
+    return choose(towers(config), **tower_settings(config))
 
 
 def _first(holds: Callable[[int], bool], most: int) -> int:

@@ -20,7 +20,6 @@ from vlm.train.runlog import log_to, saved
 from vlm.train.signals import Stopped, StopSignal
 
 if TYPE_CHECKING:
-    from vlm.build.choice import Choice
     from vlm.model.forward import VLM
     from vlm.model.processor import Processor
     from vlm.train.plan import Stage
@@ -199,14 +198,6 @@ def make_model(config: ModelConfig) -> tuple[VLM, Processor]:
         if getattr(config, name) is not None:
             setattr(model.config, name, getattr(config, name))
     return model, processor
-
-
-def make_tower(config: ModelConfig) -> Choice:
-    """The tower (or towers) that `make_model` would make; no weight is read. Raises `VLMError`."""
-    from vlm.build.towers import choose
-    from vlm.train.models import tower_settings, towers
-
-    return choose(towers(config), **tower_settings(config))
 
 
 def publish(model: VLM, processor: Processor, target: Path, provenance: dict[str, Any]) -> None:
