@@ -249,3 +249,14 @@ def test_one_writer(tmp_path: Path) -> None:
     with files.Journal(tmp_path / "j", lambda: ConfigError("busy")):
         with pytest.raises(ConfigError, match="busy"):
             files.Journal(tmp_path / "j", lambda: ConfigError("busy"))
+
+
+def test_several_processes_write_one_file_in_the_same_moment(tmp_path: Path) -> None:
+    """Another one publishes it while this one is writing: with one partial file they would take it from each other."""
+    file = tmp_path / "a.json"
+    other = f"from vlm import files; files.write_json({str(file)!r}, 'theirs', several=True)"
+    with files.publishing_file(file, several=True) as partial:
+        partial.write_text('"ours"')
+        subprocess.run([sys.executable, "-c", other], check=True)
+        assert json.loads(file.read_text()) == "theirs"
+    assert json.loads(file.read_text()) == "ours" and [path.name for path in tmp_path.iterdir()] == ["a.json"]

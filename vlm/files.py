@@ -37,11 +37,14 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 @contextmanager
-def publishing_file(path: str | Path) -> Iterator[Path]:
+def publishing_file(path: str | Path, *, several: bool = False) -> Iterator[Path]:
     """Write a file beside its place and put it there in one step, when the block ends without an error.
 
     A reader, or a run after a kill, sees the old or the new content, never half. The file gets the mode of the user's
     umask, whatever library writes it.
+
+    Args:
+        several: other processes may write the same file in the same moment; each has a partial file of its own.
 
     Yields:
         the path to write to: an empty file.
@@ -50,7 +53,7 @@ def publishing_file(path: str | Path) -> Iterator[Path]:
         DiskError: the disk refuses; what was there before is left as it was.
     """
     target = Path(path)
-    partial = target.with_name(target.name + ".tmp")
+    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp" if several else f"{target.name}.tmp")
     with disk_errors(target):
         try:
             partial.write_bytes(b"")
@@ -65,20 +68,20 @@ def publishing_file(path: str | Path) -> Iterator[Path]:
                 partial.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+def write_bytes(path: str | Path, data: bytes, *, several: bool = False) -> None:
     """Replace a file in one step, as `publishing_file` does. Raises `DiskError`."""
-    with publishing_file(path) as partial:
+    with publishing_file(path, several=several) as partial:
         partial.write_bytes(data)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, *, several: bool = False) -> None:
     """`write_bytes` of a text in UTF-8; a lone surrogate becomes its escape."""
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), several=several)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any, *, several: bool = False) -> None:
     """`write_bytes` of a JSON value."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n", several=several)
 
 
 def write_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -6,7 +6,6 @@ In this order, because the memory of a process only grows: inference first.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -219,10 +218,7 @@ def probes(model: VLM, processor: Processor, spec: Spec, config: ProbeConfig, de
     else:
         before, _ = _probed(start, start_processor, spec, config, (train, test), device)
         kept.parent.mkdir(exist_ok=True)
-        # Runs of other seeds may write it in the same moment, so each writes a file of its own first.
-        partial = kept.with_suffix(f".{os.getpid()}")
-        write_json(partial, before)
-        partial.replace(kept)
+        write_json(kept, before, several=True)  # runs of other seeds may write it in the same moment
     return {"data_sha256": data, "before": before, "after": after, "no_zero_shot": reason}
 
 
