@@ -26,6 +26,7 @@ from vlm.check import runner
 from vlm.cli import main
 from vlm.errors import ConfigError, DataError
 from vlm.eval import tasks
+from vlm.measure import info
 from vlm.model import decoder
 from vlm.registry import kinds
 
@@ -70,6 +71,7 @@ SPEC = Spec(
     blocks=("Qwen2DecoderLayer",),
     facts=lambda config: Facts(
         embedding_scale=1.0,
+        attention_width=config.hidden_size,
         layer_types=(FULL,) * config.num_hidden_layers,
         context=config.max_position_embeddings,
         bidirectional_prefix=False,
@@ -112,6 +114,9 @@ def test_a_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pyt
         before = net(**batch).logits[:, :-3]
         batch.input_ids[:, -2] = 5
         assert torch.equal(net(**batch).logits[:, :-3], before) == unchanged
+
+    # Its matrices have the shapes of Gemma's.
+    assert info.flops(model, (2, 2))["prefill"] == info.flops(loud("siglip", "gemma")[0], (2, 2))["prefill"]
 
     # It is saved, opened and asked like any other, in float16 too, which Gemma refuses.
     vlm.save(model, processor, tmp_path / "model")

@@ -30,6 +30,7 @@ class Facts:
 
     Attributes:
         embedding_scale: what the embedding layer multiplies token embeddings by; image tokens are not scaled.
+        attention_width: query heads times their size.
         layer_types: of each layer, `full_attention` or `sliding_attention`.
         context: positions that it has learnt; None where it does not say.
         window: keys that a sliding layer sees, or None.
@@ -41,6 +42,7 @@ class Facts:
     """
 
     embedding_scale: float
+    attention_width: int
     layer_types: tuple[str, ...]
     context: int | None = None
     window: int | None = None

@@ -17,6 +17,7 @@ def facts(config: Any) -> Facts:
     cap = getattr(config, "attn_logit_softcapping", None)
     return Facts(
         embedding_scale=config.hidden_size**0.5,
+        attention_width=config.num_attention_heads * config.head_dim,
         context=config.max_position_embeddings or None,
         layer_types=(FULL,) * config.num_hidden_layers,
         attention_softcap=cap,

@@ -18,6 +18,7 @@ def facts(config: Any) -> Facts:
     """Layer types, window and soft-caps are settings."""
     return Facts(
         embedding_scale=config.hidden_size**0.5,
+        attention_width=config.num_attention_heads * config.head_dim,
         context=config.max_position_embeddings or None,
         layer_types=tuple(config.layer_types),
         window=config.sliding_window,

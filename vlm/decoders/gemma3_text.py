@@ -16,6 +16,7 @@ def facts(config: Any) -> Facts:
     """Layer types and window are settings; so are the soft-caps, which published checkpoints leave out."""
     return Facts(
         embedding_scale=config.hidden_size**0.5,
+        attention_width=config.num_attention_heads * config.head_dim,
         context=config.max_position_embeddings or None,
         layer_types=tuple(config.layer_types),
         window=config.sliding_window,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vlm.checkpoints.directory import load
+from vlm.model import decoder as decoders
 from vlm.model.forward import VLM
 from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
@@ -80,7 +81,7 @@ def flops(model: VLM, grid: tuple[int, int]) -> dict[str, int]:
     projector: Any = model.model.multi_modal_projector
     patches = grid[0] * grid[1]
     sequence = projector.num_tokens(grid) + PROMPT_TOKENS
-    heads = text.num_attention_heads * text.head_dim
+    heads = decoders.facts(text).attention_width
     tower = tower_flops(model.config.encoder, vision, model.model.vision_tower, patches)
     decoder = 2 * sequence * matrix_weights(model.model.language_model.layers)
     decoder += 4 * sequence**2 * heads * text.num_hidden_layers
