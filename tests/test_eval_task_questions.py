@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tasktools import Root, as_scored_files, gold_scores_all, load
 
 from vlm.errors import DataError
 from vlm.eval import tasks
+from vlm.eval.gold import read_gold
 
 
 @pytest.fixture
@@ -391,3 +393,66 @@ def test_nlvr2_has_two_images(root: Root) -> None:
     assert examples[0].more_images == (root.path / "nlvr2/test1/test1-0-1-img1.png",)
     gold_scores_all("nlvr2", examples)
     as_scored_files("nlvr2", examples, root.path / "nlvr2/test1.json")
+
+
+# --- One reader: where the two of before differed, both commands now do what the official scripts do ------------------
+
+
+def test_a_scienceqa_answer_is_its_letter(root: Root) -> None:
+    """The official script reads letters; `vlm score` had the text of the choice, tasks the letter."""
+    problem = {"question": "?", "choices": ["a frog", "a bat"], "answer": 1, "hint": "", "split": "test"}
+    problem |= {"image": "image.png", "subject": "natural science", "grade": "grade2"}
+    text_only = {"choices": ["x", "y"], "answer": 0, "split": "val"}
+    root.json("scienceqa/problems.json", {"4": problem, "5": {**problem, "image": None}, "6": text_only})
+    root.images("scienceqa/test/4/image.png")
+    [example] = load("scienceqa", root)
+    gold, _ = read_gold(root.path / "scienceqa/problems.json")
+    assert example.answers == gold["4"].answers == ("B",) and gold["6"].answers == ("A",)
+    assert example.info.items() <= gold["4"].info.items() and gold["4"].info["split"] == "test"
+
+
+def test_questions_and_annotations_are_the_same(root: Root) -> None:
+    """The official script refuses results that are not about all annotated questions; a task took any part of them."""
+    vqa_files(root, "vqav2", "v2_")
+    annotation = {"question_id": 7, "answers": [{"answer": "red"}] * 10}
+    file = root.path / "vqav2/v2_mscoco_val2014_annotations.json"
+    content = json.loads(file.read_text())
+    root.json("vqav2/v2_mscoco_val2014_annotations.json", {"annotations": [*content["annotations"], annotation]})
+    with pytest.raises(DataError, match="questions.json: 1 annotations without one: '7'"):
+        tasks.load(tasks.get("vqav2"), root.path)
+
+
+def test_a_count_of_tallyqa_is_a_whole_number(root: Root) -> None:
+    """The official script subtracts them; `vlm score` took any text."""
+    row = {"image_id": 1, "question_id": 2, "issimple": True, "image": "a.jpg", "question": "how many?"}
+    root.json("tallyqa/test.json", [{**row, "answer": "3"}])
+    root.images("visual_genome/a.jpg")
+    assert load("tallyqa", root)[0].answers == ("3",)
+    as_scored_files("tallyqa", load("tallyqa", root), root.path / "tallyqa/test.json")
+    root.json("tallyqa/test.json", [{**row, "answer": "three"}])
+    for read in (lambda: load("tallyqa", root), lambda: read_gold(root.path / "tallyqa/test.json")):
+        with pytest.raises(DataError, match="'answer' should be a whole number, got \"three\""):
+            read()
+
+
+def test_kinds_of_questions_are_the_same_in_tasks_and_scores(root: Root) -> None:
+    """GQA's open and binary questions, which its script reports; InfographicVQA's kinds under both names."""
+    types = {"structural": "query", "semantic": "attr"}
+    gqa = {"imageId": "1", "question": "what?", "answer": "a", "types": types}
+    root.json("gqa/testdev_balanced_questions.json", {"1": gqa})
+    root.images("gqa/images/1.jpg")
+    gold, _ = read_gold(root.path / "gqa/testdev_balanced_questions.json")
+    assert load("gqa", root)[0].info == gold["1"].info == {"kind": "open", **types}
+    info = {"questionId": 1, "question": "?", "image_local_name": "a.jpg", "answers": ["x"], "answer_type": ["b", "a"]}
+    root.json("infovqa/infographicsVQA_val_v1.0_withQT.json", {"data": [info]})
+    root.images("infovqa/images/a.jpg")
+    gold, _ = read_gold(root.path / "infovqa/infographicsVQA_val_v1.0_withQT.json")
+    assert load("infovqa", root)[0].info == gold["1"].info == {"question_type": "a, b", "answer_type": "a, b"}
+
+
+def test_a_hidden_test_split_is_named_for_every_format(root: Root) -> None:
+    """`vlm score` refused items without gold text; of the tasks only COCO's reader did."""
+    image = {"filename": "a.jpg", "filepath": "val2014", "split": "val", "cocoid": 1, "sentences": []}
+    root.json("coco/dataset_coco.json", {"images": [image]})
+    with pytest.raises(DataError, match="item '1' has no gold text; is this a file of the hidden test split"):
+        tasks.load(tasks.get("cococap"), root.path)

@@ -260,12 +260,12 @@ A_BENCHMARK = """
 from functools import partial
 
 from vlm.data.items import Item, Shown
-from vlm.data.benchmarks.contract import Benchmark, Inside, Predictions
+from vlm.data.benchmarks.contract import Benchmark, inside, Predictions
 
 FORMAT = Benchmark(
     about='Birds: {"birds": [{"bird", "picture", "species"}]}',
     gold="birds",
-    recognise=Inside("birds", ("bird", "species")),
+    recognise=inside("birds", "bird", "species"),
     predictions=(Predictions(name="birds", about='list of {"bird", "guess"}', id="bird", text="guess"),),
 )
 

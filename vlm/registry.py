@@ -48,6 +48,11 @@ def part(room: str, kind: str) -> Any:
     return importlib.import_module(f"{room}.{kind}")
 
 
+def parts(room: str) -> dict[str, Any]:
+    """Import the file of every kind of a room, by kind; the folder is looked through once."""
+    return {kind: importlib.import_module(f"{room}.{kind}") for kind in kinds(room)}
+
+
 def use(room: str, name: str) -> Any:
     """Make a part of one's own known in this process.
 

@@ -21,14 +21,14 @@ from vlm.data.reading import read
 from vlm.errors import ConfigError, VLMError, nearest
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
-from vlm.registry import kinds, part
+from vlm.registry import parts
 
 log = logging.getLogger(__name__)
 
 
 def find() -> tuple[Check, ...]:
     """The checks of every file of `vlm.check.checks`, in the order of the table."""
-    files = [part("vlm.check.checks", name) for name in kinds("vlm.check.checks")]
+    files = parts("vlm.check.checks").values()
     return tuple(
         sorted((check for file in files for check in file.CHECKS), key=lambda check: (check.order, check.name))
     )

@@ -28,20 +28,22 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm import registry
-from vlm.data import checks, strictjson
-from vlm.data.checks import ImageRoot
-from vlm.data.examples import Example, Labelled
+from vlm.data import strictjson
 from vlm.data.problems import Problem, Refused, refusal
 from vlm.errors import DataError
 from vlm.words import shown
 
+if TYPE_CHECKING:
+    from vlm.data.checks import ImageRoot
+    from vlm.data.examples import Example, Labelled
+
 DEFAULT = "jsonl"
 """The format of a file that no other format recognises; it says what is wrong with it."""
 
-_T = TypeVar("_T", Example, Labelled)
+_T = TypeVar("_T", "Example", "Labelled")
 
 
 def read(
@@ -68,6 +70,8 @@ def read(
     """
     unknown = set(require) - {"suffix", "references", "answers"}
     assert not unknown, unknown
+    from vlm.data import checks  # scoring reads records alone, and starts without these
+
     return _read(path, format, image_root, skip_bad, functools.partial(checks.example, require=require))
 
 
@@ -77,6 +81,8 @@ def read_labelled(path: str | Path, image_root: str | Path | None = None, format
     Raises:
         ConfigError, DataError: as `read` without `skip_bad`: every unusable line is listed.
     """
+    from vlm.data import checks
+
     return _read(path, format, image_root, False, checks.labelled)[0]
 
 
@@ -91,14 +97,16 @@ def records(path: str | Path, format: str) -> Iterator[tuple[int, dict[str, Any]
     Raises:
         ConfigError: an unknown format. DataError: the file itself is unusable.
     """
-    found: Iterator[tuple[int, dict[str, Any] | Refused]] = _part(format).records(Path(path), shown(path))
+    found: Iterator[tuple[int, dict[str, Any] | Refused]] = registry.part("vlm.data.formats", format).records(
+        Path(path), shown(path)
+    )
     return found
 
 
 def recognised(path: str | Path) -> str:
     """The format of a file by its first bytes; `DEFAULT` where none is recognised or the file cannot be read, which its
     reader says. Raises DataError if it looks like several."""
-    described = {kind: _part(kind).FORMAT.recognise for kind in formats()}
+    described = {kind: part.FORMAT.recognise for kind, part in registry.parts("vlm.data.formats").items()}
     name = shown(path)
     try:
         descriptor = strictjson.open_regular(path, name)
@@ -116,10 +124,6 @@ def recognised(path: str | Path) -> str:
     return found[0] if found else DEFAULT
 
 
-def _part(kind: str) -> Any:
-    return registry.part("vlm.data.formats", kind)
-
-
 def _read(
     path: str | Path,
     format: str | None,
@@ -128,6 +132,8 @@ def _read(
     make: Callable[[dict[str, Any], int, str, ImageRoot], _T],
 ) -> tuple[list[_T], list[Problem]]:
     """What `make(record, number, file, images)` makes of every record, and why it could not."""
+    from vlm.data.checks import ImageRoot
+
     name = shown(path)
     images = ImageRoot(Path(path).parent if image_root is None else image_root)
     made: list[_T] = []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from vlm import registry
 from vlm.data import reading
@@ -36,7 +36,7 @@ class Reader:
 
 def gold_formats() -> dict[str, Reader]:
     """Every format of references by the name that `vlm score` has for it, in the order in which they are tried."""
-    parts = _benchmarks()
+    parts = registry.parts("vlm.data.benchmarks")
     scored = sorted((part.FORMAT.order, kind) for kind, part in parts.items() if part.FORMAT.gold)
     found = {}
     for _, kind in scored:
@@ -50,7 +50,7 @@ def gold_formats() -> dict[str, Reader]:
 
 def prediction_formats() -> dict[str, Predictions]:
     """Every format of predictions by name, in the order in which they are tried."""
-    declared = [one for part in _benchmarks().values() for one in part.FORMAT.predictions]
+    declared = [one for part in registry.parts("vlm.data.benchmarks").values() for one in part.FORMAT.predictions]
     return {one.name: one for one in sorted([*_OWN_PREDICTIONS, *declared], key=lambda one: (one.order, one.name))}
 
 
@@ -105,10 +105,6 @@ def read_questions(path: str | Path) -> dict[str, None]:
     if document.object is None:
         raise DataError(f"{document.name}: a list; a questions file is an object with 'questions'")
     return _some(((row.key("question_id"), None) for row in document.object.rows("questions")), document.name)
-
-
-def _benchmarks() -> dict[str, Any]:
-    return {kind: registry.part("vlm.data.benchmarks", kind) for kind in registry.kinds("vlm.data.benchmarks")}
 
 
 def _some(pairs: Iterable[tuple[str, _T]], name: str) -> dict[str, _T]:

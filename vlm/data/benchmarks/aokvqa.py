@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from vlm.data.benchmarks.contract import Benchmark, Each, Predictions
+from vlm.data.benchmarks.contract import Benchmark, Predictions, each
 from vlm.data.items import Item, Shown, choice_fields
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
@@ -22,7 +22,7 @@ from vlm.data.source import Folder, Source
 FORMAT = Benchmark(
     about='A-OKVQA: list of {"question_id", "choices", "correct_choice_idx", "direct_answers"}',
     gold="questions",
-    recognise=Each(("question_id", "choices", "correct_choice_idx", "direct_answers")),
+    recognise=each("question_id", "choices", "correct_choice_idx", "direct_answers"),
     predictions=(
         Predictions(name="aokvqa_da", about='A-OKVQA: {id: {"direct_answer"}}', text="direct_answer", order=20),
         Predictions(name="aokvqa_mc", about='A-OKVQA: {id: {"multiple_choice"}}', text="multiple_choice", order=20),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from vlm.data.benchmarks.contract import Benchmark, Inside, Predictions
+from vlm.data.benchmarks.contract import Benchmark, Predictions, inside
 from vlm.data.items import Item, Shown, once
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
@@ -21,7 +21,7 @@ FORMAT = Benchmark(
     about='COCO captions: {"images", "annotations": [{"image_id", "caption"}]}',
     name="coco",
     gold="captions",
-    recognise=Inside("annotations", ("image_id", "caption")),
+    recognise=inside("annotations", "image_id", "caption"),
     predictions=(
         Predictions(
             name="coco",

@@ -39,7 +39,7 @@ class Benchmark:
     gold: str = ""
     """The role of the file that is enough to score predictions; empty where none is."""
     recognise: Callable[[Document], bool] | None = None
-    """Whether a file is that one, by its keys: `Inside`, `Each` or `ById`."""
+    """Whether a file is that one, by its keys: `inside`, `each` or `by_id`."""
     name: str = ""
     """What `vlm score` calls it, where that is not the name of the file here."""
     predictions: tuple[Predictions, ...] = ()
@@ -48,37 +48,25 @@ class Benchmark:
     """Lower is tried first, where a file could be several."""
 
 
-@dataclass(frozen=True)
-class Inside:
+def inside(key: str, *keys: str) -> Callable[[Document], bool]:
     """The object's list `key` holds objects with these keys."""
 
-    key: str
-    keys: tuple[str, ...]
-
-    def __call__(self, document: Document) -> bool:
-        found = document.object.values.get(self.key) if document.object is not None else None
+    def recognise(document: Document) -> bool:
+        found = document.object.values.get(key) if document.object is not None else None
         first = found[0] if isinstance(found, list) and found else None
-        return isinstance(first, dict) and first.keys() >= set(self.keys)
+        return isinstance(first, dict) and first.keys() >= set(keys)
+
+    return recognise
 
 
-@dataclass(frozen=True)
-class Each:
+def each(*keys: str) -> Callable[[Document], bool]:
     """The first record has these keys (a single JSONL line is one), and not `id`, which only our own lines have."""
-
-    keys: tuple[str, ...]
-
-    def __call__(self, document: Document) -> bool:
-        return document.keys.issuperset(self.keys) and "id" not in document.keys
+    return lambda document: document.keys.issuperset(keys) and "id" not in document.keys
 
 
-@dataclass(frozen=True)
-class ById:
+def by_id(*keys: str) -> Callable[[Document], bool]:
     """An object by id whose first value has these keys."""
-
-    keys: tuple[str, ...]
-
-    def __call__(self, document: Document) -> bool:
-        return document.object is not None and document.first.keys() >= set(self.keys)
+    return lambda document: document.object is not None and document.first.keys() >= set(keys)
 
 
 def without_extension(image: str) -> str:

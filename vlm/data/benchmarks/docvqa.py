@@ -15,7 +15,7 @@ from functools import partial
 from itertools import permutations
 from pathlib import PurePosixPath
 
-from vlm.data.benchmarks.contract import Benchmark, Inside, Predictions
+from vlm.data.benchmarks.contract import Benchmark, Predictions, inside
 from vlm.data.items import Item, Shown
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
@@ -24,7 +24,7 @@ FORMAT = Benchmark(
     about='DocVQA, InfographicVQA: {"data": [{"questionId", "answers"}]}',
     name="rrc",
     gold="questions",
-    recognise=Inside("data", ("questionId", "answers")),
+    recognise=inside("data", "questionId", "answers"),
     predictions=(
         Predictions(
             name="rrc",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from vlm.data.benchmarks.contract import Benchmark, ById, Predictions
+from vlm.data.benchmarks.contract import Benchmark, Predictions, by_id
 from vlm.data.items import Item, Shown
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
@@ -24,7 +24,7 @@ from vlm.data.source import Folder, Source
 FORMAT = Benchmark(
     about='GQA questions: {id: {"question", "answer"}}',
     gold="questions",
-    recognise=ById(("question", "answer")),
+    recognise=by_id("question", "answer"),
     predictions=(
         Predictions(
             name="gqa",

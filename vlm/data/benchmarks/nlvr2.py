@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from vlm.data.benchmarks.contract import Benchmark, Each, Predictions
+from vlm.data.benchmarks.contract import Benchmark, Predictions, each
 from vlm.data.items import Item, Shown
 from vlm.data.source import Folder, Source
 
 FORMAT = Benchmark(
     about='NLVR2: JSONL of {"identifier", "sentence", "label"}',
     gold="sentences",
-    recognise=Each(("identifier", "sentence", "label")),
+    recognise=each("identifier", "sentence", "label"),
     predictions=(
         Predictions(
             name="nlvr2",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from vlm.data.benchmarks.contract import Benchmark, Each, Predictions
+from vlm.data.benchmarks.contract import Benchmark, Predictions, each
 from vlm.data.items import Item, Shown
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
@@ -19,7 +19,7 @@ from vlm.data.source import Folder, Source
 FORMAT = Benchmark(
     about='POPE: JSONL of {"question_id", "text", "label"}',
     gold="questions",
-    recognise=Each(("question_id", "label")),
+    recognise=each("question_id", "label"),
     predictions=(
         Predictions(
             name="pope",

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from vlm.data.benchmarks.contract import Benchmark, ById, Predictions
+from vlm.data.benchmarks.contract import Benchmark, Predictions, by_id
 from vlm.data.items import LETTERS, Item, Shown, choice_fields
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
@@ -23,7 +23,7 @@ from vlm.data.source import Folder, Source
 FORMAT = Benchmark(
     about='ScienceQA problems.json: {id: {"choices", "answer"}}',
     gold="problems",
-    recognise=ById(("choices", "answer")),
+    recognise=by_id("choices", "answer"),
     predictions=(
         Predictions(
             name="scienceqa",

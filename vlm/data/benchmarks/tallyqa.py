@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from vlm.data.benchmarks.contract import Benchmark, Each
+from vlm.data.benchmarks.contract import Benchmark, each
 from vlm.data.items import Item, Shown
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
@@ -20,7 +20,7 @@ from vlm.data.source import Folder, Source
 FORMAT = Benchmark(
     about='TallyQA: list of {"image_id", "question_id", "answer", "issimple"}; the id is image_id-question_id',
     gold="questions",
-    recognise=Each(("question_id", "answer", "issimple")),
+    recognise=each("question_id", "answer", "issimple"),
     order=7,
 )
 

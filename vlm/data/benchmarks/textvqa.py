@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.data.benchmarks.contract import Benchmark, Inside
+from vlm.data.benchmarks.contract import Benchmark, inside
 from vlm.data.items import Item, Shown
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORMAT = Benchmark(
     about='TextVQA, ST-VQA: {"data": [{"question_id", "answers"}]}',
     gold="questions",
-    recognise=Inside("data", ("question_id", "answers")),
+    recognise=inside("data", "question_id", "answers"),
     order=3,
 )
 

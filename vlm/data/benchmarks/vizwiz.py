@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from vlm.data.benchmarks.contract import Benchmark, Each, Predictions, without_extension
+from vlm.data.benchmarks.contract import Benchmark, Predictions, each, without_extension
 from vlm.data.items import Item, Shown
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
@@ -19,7 +19,7 @@ from vlm.data.source import Folder, Source
 FORMAT = Benchmark(
     about='VizWiz: list of {"image", "question", "answers": [{"answer"}]}',
     gold="questions",
-    recognise=Each(("image", "question", "answers")),
+    recognise=each("image", "question", "answers"),
     predictions=(
         Predictions(
             name="vizwiz", about='VizWiz: list of {"image", "answer"}', id="image", text="answer", images=True, order=7

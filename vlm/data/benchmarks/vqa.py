@@ -11,11 +11,10 @@ Files: `questions`, `annotations`, and the folder `images`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from vlm.data.benchmarks.contract import Benchmark, Inside, Predictions
+from vlm.data.benchmarks.contract import Benchmark, Predictions, inside
 from vlm.data.items import Item, Shown, check_same, once
 from vlm.data.rows import Row
 from vlm.data.source import Folder, Source
@@ -23,7 +22,7 @@ from vlm.data.source import Folder, Source
 FORMAT = Benchmark(
     about='VQA v2, OK-VQA: {"annotations": [{"question_id", "answers": [{"answer"}]}]}',
     gold="annotations",
-    recognise=Inside("annotations", ("question_id", "answers")),
+    recognise=inside("annotations", "question_id", "answers"),
     predictions=(
         Predictions(
             name="vqa",
@@ -39,24 +38,25 @@ FORMAT = Benchmark(
 
 def read(source: Source) -> Iterator[Item]:
     annotations = source.object("annotations")
-    items = (_item(row) for row in annotations.rows("annotations"))
+    rows = annotations.rows("annotations")
     if not source.has("questions"):
-        yield from items
+        yield from map(_item, rows)
         return
-    gold = once(((item.id, item) for item in items), annotations.where)
+    gold = once(((row.key("question_id"), row) for row in rows), annotations.where)
     questions = source.object("questions")
     asked = once(((row.key("question_id"), row) for row in questions.rows("questions")), questions.where)
     check_same(asked, gold, questions.where)
     folder = source.images()
     for key, row in asked.items():
-        yield replace(gold[key], show=partial(_show, folder, row))
+        yield _item(gold[key], partial(_show, folder, row))
 
 
-def _item(row: Row) -> Item:
+def _item(row: Row, show: Callable[[], Shown] | None = None) -> Item:
     return Item(
         id=row.key("question_id"),
         answers=tuple(answer.text("answer") for answer in row.some_rows("answers")),
         info=row.facts("question_type", "answer_type"),
+        show=show,
     )
 
 
