@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import traintools
 from coretools import loud, shake
 from PIL import Image
 from transformers import Qwen2ForCausalLM
@@ -20,15 +21,19 @@ import vlm.data.benchmarks
 import vlm.data.formats
 import vlm.decoders
 import vlm.projectors
+import vlm.train
+import vlm.train.objectives
 from vlm import check
 from vlm.build.presets import tiny
 from vlm.check import runner
 from vlm.cli import main
+from vlm.data.order import Mixture, stage_seed
 from vlm.errors import ConfigError, DataError
 from vlm.eval import tasks
 from vlm.measure import info
 from vlm.model import decoder
 from vlm.registry import kinds
+from vlm.train import metrics
 
 A_CHECK = """
 from vlm.check.report import Finding
@@ -309,3 +314,64 @@ def test_a_benchmark_reader(
     [example] = tasks.load(task, tmp_path)
     assert (example.id, example.prefix, example.answers) == ("1", "answer en which bird?", ("crow",))
     assert example.image == tmp_path / "pictures" / "1.png"
+
+
+AN_OBJECTIVE = """
+import torch
+
+from vlm.train.batches import MicroBatches
+from vlm.train.objectives.contract import Loss
+
+
+class Objective:
+    needs = ("encoder", "projector")
+
+    def __init__(self, stage):
+        self.stage = stage
+
+    def check(self, examples):
+        pass
+
+    def batches(self, examples, mixture, processor, **how):
+        return MicroBatches(examples, mixture, processor, **how)
+
+    def loss(self, model, inputs, encoded=None):
+        tokens = model.model.project(encoded)[0].view(len(encoded.features), -1)  # [M, Q * D]
+        return Loss((tokens.mean(1) - 1).square().sum(), torch.tensor(float(len(tokens))))
+
+    def reached(self, batch):
+        return {"encoder", "projector"}
+"""
+
+
+def test_an_objective(tmp_path: Path, put: Callable[[ModuleType, str, str], None]) -> None:
+    """Image tokens whose mean is 1: two steps, and the loss is the mean over images however a step is cut."""
+    put(vlm.train.objectives, "mean_one", AN_OBJECTIVE)
+    start, data = traintools.world()
+    rows, ids = {}, [json.loads(line)["id"] for line in data.read_text().splitlines()]
+    for cuts in (1, 2):
+        stage = traintools.align(objective="mean_one", steps=2, accumulate=cuts)
+        vlm.train.run(traintools.config(tmp_path / str(cuts), stage))
+        rows[cuts] = metrics.read(tmp_path / str(cuts) / "metrics.csv")
+    assert [row["step"] for row in rows[1]] == ["1", "2"] and float(rows[1][1]["loss"]) < float(rows[1][0]["loss"])
+    assert [row["seen"] for row in rows[1]] == [row["seen"] for row in rows[2]]
+    model, processor = vlm.load(start, dtype="float32")
+    order = Mixture((len(ids),), (1.0,), stage_seed(0, 0))
+    pictures = [data.parent / "images" / f"{order.example(position)}.png" for position in range(4)]
+    with torch.no_grad():
+        features = model.encode(processor(pictures, ["caption en"] * 4).pixel_values).features
+        line = model.model.multi_modal_projector.linear
+        expected = ((features @ line.weight.T + line.bias).mean((1, 2)) - 1).square().mean()
+    for found in rows.values():
+        assert float(found[0]["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    changed = traintools.weights(tmp_path / "1" / "model")
+    before = traintools.weights(start)
+    moved = {name for name in before if not torch.equal(before[name], changed[name])}
+    assert moved == {name for name in before if "projector" in name}
+
+
+def test_an_objective_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    run = traintools.config(tmp_path / "out", traintools.align(objective="captoining"))
+    with pytest.raises(ConfigError, match="unknown objective 'captoining'.*'captioning'"):
+        vlm.train.run(run)
+    assert not (tmp_path / "out").exists()
