@@ -17,8 +17,9 @@ from vlm.errors import ConfigError, DataError
 from vlm.eval import gold as files
 from vlm.eval import tasks
 from vlm.settings import from_dict
-from vlm.train.config import ModelConfig, StageConfig
+from vlm.train.config import ModelConfig
 from vlm.train.run import make_model
+from vlm.train.stage_config import StageConfig
 
 
 def captions(root: Root, name: str) -> None:

@@ -23,7 +23,7 @@ from vlm.images.fused import open_transform
 from vlm.model.parts import encoder_spec
 from vlm.registry import kinds, part
 from vlm.train import parts
-from vlm.train.config import StageConfig
+from vlm.train.stage_config import StageConfig
 
 PROJECTORS = kinds("vlm.projectors")
 SIZES = [(70, 30), (25, 80), (40, 40)]

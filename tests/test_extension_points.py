@@ -359,7 +359,9 @@ def test_an_objective(tmp_path: Path, put: Callable[[ModuleType, str, str], None
     order = Mixture((len(ids),), (1.0,), stage_seed(0, 0))
     pictures = [data.parent / "images" / f"{order.example(position)}.png" for position in range(4)]
     with torch.no_grad():
-        features = model.encode(processor(pictures, ["caption en"] * 4).pixel_values).features
+        pixels = processor(pictures, ["caption en"] * 4).pixel_values
+        assert pixels is not None
+        features = model.encode(pixels).features
         line = model.model.multi_modal_projector.linear
         expected = ((features @ line.weight.T + line.bias).mean((1, 2)) - 1).square().mean()
     for found in rows.values():

@@ -21,7 +21,9 @@ from vlm.errors import CheckpointError, ConfigError, TrainingError, VLMError
 from vlm.settings import from_dict, to_dict
 from vlm.train import RunConfig, StageConfig, checkpoint, metrics, rundir
 from vlm.train.changes import Begun, Change, changes, essential
+from vlm.train.config import DataConfig
 from vlm.train.failures import explain
+from vlm.train.stage_config import settings_that
 
 
 def names(folder: Path) -> set[str]:
@@ -538,3 +540,18 @@ def test_what_two_runs_have_in_common_leaves_out_what_changes_no_result() -> Non
 def test_a_change_is_shown_in_one_line() -> None:
     assert str(Change("stage a", "steps", 1, 2, "results")) == "stage a: steps 1 -> 2"
     assert str(Change("run", "seed", 1, 2, "results")) == "seed 1 -> 2"
+
+
+def test_what_a_change_does_stands_at_the_setting() -> None:
+    where = "out accelerator devices nodes strategy workers checkpoint_every keep_checkpoints log_every"
+    measured = "deterministic force_fp16 validate_every evaluate evaluate_every bad_image_share"
+    assert set(rundir.FREE) == set(where.split()) == set(settings_that(RunConfig, "machine"))
+    assert set(settings_that(RunConfig, "none")) == set(measured.split())
+    assert set(settings_that(DataConfig, "none")) == {"val", "cache_images_mb"}
+    assert set(settings_that(StageConfig, "rounding")) == {"accumulate", "batch_tokens", "cache_features"}
+    shape = {"objective", "image_size", "image", "layer", "projector", "encoder_kind"}
+    assert set(settings_that(StageConfig, "shape")) == shape
+    # A plain field changes results; there is no list to put it in.
+    assert {"batch_size", "train", "schedule", "loss_reduction"} <= set(settings_that(StageConfig, "results"))
+    tree = to_dict(config(Path("somewhere")))
+    assert set(tree) - set(essential(tree)) == {*where.split(), *measured.split()}

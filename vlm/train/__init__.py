@@ -19,7 +19,7 @@ _HOMES = {
     "ModelConfig": "config",
     "DataConfig": "config",
     "Source": "config",
-    "StageConfig": "config",
+    "StageConfig": "stage_config",
     "FrozenEncoderModule": "step",
     "FullModule": "step",
 }
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from vlm.train.config import ModelConfig as ModelConfig
     from vlm.train.config import RunConfig as RunConfig
     from vlm.train.config import Source as Source
-    from vlm.train.config import StageConfig as StageConfig
     from vlm.train.config import load_config as load_config
     from vlm.train.run import run as run
+    from vlm.train.stage_config import StageConfig as StageConfig
     from vlm.train.step import FrozenEncoderModule as FrozenEncoderModule
     from vlm.train.step import FullModule as FullModule
 

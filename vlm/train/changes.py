@@ -16,34 +16,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from vlm.train.config import DataConfig, RunConfig
+from vlm.train.stage_config import StageConfig, settings_that
+
 Effect = Literal["none", "rounding", "same data", "same model", "later", "results", "never"]
 
-# Top-level settings that no result depends on (devices only in the last bits).
-FREE = (
-    "out",
-    "accelerator",
-    "devices",
-    "nodes",
-    "strategy",
-    "workers",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-)
-_NOTHING: dict[str, tuple[str, ...]] = {
-    "run": (
-        *FREE,
-        "validate_every",
-        "evaluate",
-        "evaluate_every",
-        "bad_image_share",
-        "deterministic",
-        "force_fp16",
-    ),
-    "data": ("val", "cache_images_mb"),
+FREE = settings_that(RunConfig, "machine")
+"""Top-level settings that no result depends on (devices only in the last bits)."""
+_NOTHING = {
+    "run": settings_that(RunConfig, "machine", "none"),
+    "data": settings_that(DataConfig, "machine", "none"),
 }
-_ROUNDING = ("accumulate", "batch_tokens", "cache_features")
-_SHAPE = ("objective", "image_size", "image", "layer", "projector", "encoder_kind")
+_ROUNDING = settings_that(StageConfig, "rounding")
+_SHAPE = settings_that(StageConfig, "shape")
 _LENGTH = ("steps", "epochs")
 _WORDS: dict[Effect, str] = {
     "none": "no result depends on it",

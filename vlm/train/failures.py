@@ -7,9 +7,9 @@ from typing import Any
 from vlm import ranks
 from vlm.errors import DataError, TrainingError
 from vlm.files import Journal, read_lines
-from vlm.train.config import StageConfig
 from vlm.train.items import Failure
 from vlm.train.loader import LONGEST_WAIT_S
+from vlm.train.stage_config import StageConfig
 
 NAME = "failures.jsonl"
 TRAINING, VALIDATION, EVALUATION = "training", "validation", "evaluation"

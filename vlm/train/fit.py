@@ -18,9 +18,10 @@ from vlm.model.config import VLMConfig
 from vlm.model.lengths import Room, context_of, refuse, too_long
 from vlm.model.processor import Processor
 from vlm.train.batches import with_budget
-from vlm.train.config import DataConfig, RunConfig, StageConfig
+from vlm.train.config import DataConfig, RunConfig
 from vlm.train.plan import Sources, Stage
 from vlm.train.sources import data_digest, tell_skipped
+from vlm.train.stage_config import StageConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from vlm.errors import TrainingError
-from vlm.train.config import StageConfig
+from vlm.train.stage_config import StageConfig
 from vlm.words import listed
 
 log = logging.getLogger(__name__)

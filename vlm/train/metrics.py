@@ -10,7 +10,7 @@ from typing import Any
 from vlm import files
 from vlm.report.charts import Curve, Point, draw, smooth
 from vlm.report.page import page
-from vlm.train.config import PARTS
+from vlm.train.stage_config import PARTS
 
 COLUMNS = (
     "stage",

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm.errors import CheckpointError
-from vlm.train.config import StageConfig
 from vlm.train.parts import Row
+from vlm.train.stage_config import StageConfig
 
 
 def adamw(model: nn.Module, rows: list[Row], stage: StageConfig, *, fused: bool = True) -> torch.optim.AdamW:

@@ -13,7 +13,7 @@ from torch import nn
 from vlm import files
 from vlm.checkpoints import digests
 from vlm.errors import TrainingError, nearest
-from vlm.train.config import PARTS, StageConfig
+from vlm.train.stage_config import PARTS, StageConfig
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 from vlm.data import augment
 from vlm.data.examples import Example
 from vlm.data.order import Mixture, stage_seed, steps_of
-from vlm.train.config import RunConfig, StageConfig
+from vlm.train.config import RunConfig
 from vlm.train.objectives.contract import Objective
+from vlm.train.stage_config import StageConfig
 
 
 @dataclass(frozen=True)

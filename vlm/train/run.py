@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vlm")
 
-OBJECTIVES = "vlm.train.objectives"
-
 
 def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, accept_changes: bool = False) -> Path:
     """Train all stages of `config`, each from the last one's model, and return the directory of the final model.
@@ -47,9 +45,10 @@ def run(config: RunConfig, *, resume: bool = False, skip_bad: bool = False, acce
         VLMError: anything the caller can mend: configuration, data, a directory in use, a non-finite loss, a full disk.
         Stopped: (a SystemExit with code 143 or 130) SIGTERM or SIGINT came; a checkpoint was saved.
     """
-    for stage in config.stages:
-        if stage.objective not in registry.kinds(OBJECTIVES):
-            registry.part(OBJECTIVES, stage.objective)  # says which there are; a kind that is known would load torch
+    for wanted in config.stages:
+        if wanted.objective not in registry.kinds("vlm.train.objectives"):
+            # Only to say which there are: one that is known would load torch.
+            registry.part("vlm.train.objectives", wanted.objective)
     main = ranks.is_main()
     try:
         with (
@@ -131,7 +130,7 @@ def _prepared(config: RunConfig, directory: RunDirectory, *, main: bool, skip_ba
     sources.tell_skipped([problem for job in jobs.values() for problem in job.problems])
     skipped += skipped_val + sum(len(job.problems) for job in jobs.values())
     read = plan.Sources(examples, counts, val, sources.data_digest(examples))
-    objectives = [registry.part(OBJECTIVES, stage.objective).Objective(stage) for stage in config.stages]
+    objectives = [registry.part("vlm.train.objectives", wanted.objective).Objective(wanted) for wanted in config.stages]
     stages = plan.make_stages(config, read, objectives)
     preview.check(stages)
     start = config.out / "start"

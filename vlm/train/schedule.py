@@ -2,7 +2,7 @@
 
 import math
 
-from vlm.train.config import StageConfig
+from vlm.train.stage_config import StageConfig
 
 
 def multiplier(stage: StageConfig, step: int, steps: int) -> float:

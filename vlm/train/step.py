@@ -32,13 +32,13 @@ from vlm.errors import TrainingError, VLMError
 from vlm.images.transforms import Pixels
 from vlm.model.batch import Batch
 from vlm.train import optim, parts
-from vlm.train.config import StageConfig
 from vlm.train.features.batch import PIXELS, FeatureBatch
 from vlm.train.health import Health
 from vlm.train.items import MicroBatch, StepReport, checksum
 from vlm.train.objectives.contract import Loss, Objective
 from vlm.train.randomness import reseed
 from vlm.train.schedule import multiplier
+from vlm.train.stage_config import StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from vlm.checkpoints.files import read_json
 from vlm.checkpoints.names import HEAD, to_live
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError
-from vlm.train.config import StageConfig
 from vlm.train.parts import frozen_digests
+from vlm.train.stage_config import StageConfig
 from vlm.words import listed
 
 HINT = "give the model of a run (OUT/model or OUT/STAGE/model), or --stage-manifest FILE"

@@ -16,11 +16,11 @@ from vlm.encoders.contract import EncoderOutput
 from vlm.model.batch import Batch
 from vlm.model.processor import Processor
 from vlm.train.batches import MicroBatches
-from vlm.train.config import StageConfig
 from vlm.train.features.batch import has_images
 from vlm.train.features.batches import FeatureBatches
 from vlm.train.features.store import FeatureStore
 from vlm.train.objectives.contract import Loss
+from vlm.train.stage_config import StageConfig
 
 
 class Objective:
