@@ -18,7 +18,7 @@ import pytest
 import test_layers
 import yaml
 
-from vlm.cli import commands
+from vlm import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,7 +56,7 @@ def refusal(words: list[str]) -> str:
     """What the parsers say against these words, "" when nothing."""
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
         try:
-            commands.parse(words)
+            cli.parse(words)
         except SystemExit as end:
             return said.getvalue() if end.code else ""
     return ""
@@ -88,8 +88,7 @@ def test_the_reader_sees_the_commands() -> None:
 
 @each_page
 def test_options_in_the_text_exist(page: Path) -> None:
-    parser, known = commands.parsers()
-    options = {name for one in (parser, *known.values()) for name in one.option_names}
+    options = {name for one in cli.known().values() for name in cli.parser(one).option_names} | {"--version"}
     # Of other programs: pip, torchrun, vLLM, lmms-eval, VLMEvalKit, the benchmarks and pytest.
     others = {
         "--require-hashes",
@@ -149,7 +148,7 @@ def test_the_comparison_of_the_readme_names_encoders_of_its_file() -> None:
                 from vlm.compare.config import load_config
 
                 known = set(yaml.safe_load(file.read_text(encoding="utf-8"))["encoders"])
-                options = commands.parse(words)[1]
+                options = cli.parse(words)[1]
                 assert set(options.encoders) <= known, f"{page.name}: {' '.join(words)}"
                 assert load_config(file, []).seeds
 
@@ -197,8 +196,8 @@ def test_the_layer_table_is_the_one_that_is_checked() -> None:
 
 def test_exit_codes_are_told_where_they_are_promised() -> None:
     from vlm import children
-    from vlm.cli import check, console
+    from vlm.cli import console
 
-    codes = {console.OK, check.FAILED, children.REFUSED, console.SKIPPED, children.INTERRUPTED, children.TERMINATED}
-    told = {int(code) for code in re.findall(r"(?:^  |/)(\d+)", commands.EXIT_CODES, re.M)}
+    codes = {console.OK, console.FAILED, children.REFUSED, console.SKIPPED, children.INTERRUPTED, children.TERMINATED}
+    told = {int(code) for code in re.findall(r"(?:^  |/)(\d+)", cli.EXIT_CODES, re.M)}
     assert told == codes == {int(code) for code in re.findall(r"^ +(\d+) {2,}", console.__doc__ or "", re.M)} | {143}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vlm.cli.commands import parse
+from vlm.cli import parse
 from vlm.errors import ConfigError, DataError
 from vlm.eval import gold as files
 from vlm.eval import metrics, score_files
@@ -368,14 +368,14 @@ def test_the_command(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     gold = write("gold.json", {"a": "cat", "b": ["dog", "a dog"]})
     said = write("said.json", {"a": "cat", "b": "a cow"})
     options = ["score", "-p", str(said), "-r", str(gold), "-m", "exact_match,anls"]
-    body, parsed = parse([*options, "--json"])
-    assert body(parsed) == 0
+    command, parsed = parse([*options, "--json"])
+    assert command.run(parsed) == 0
     printed = capsys.readouterr()
     outcome = json.loads(printed.out)
     assert outcome["metrics"]["exact_match"]["value"] == 0.5 and len(outcome["references"]["sha256"]) == 64
     assert printed.err.splitlines() == [f"predictions: {said} read as mapping", f"references: {gold} read as mapping"]
-    body, parsed = parse(options)
-    assert body(parsed) == 0
+    command, parsed = parse(options)
+    assert command.run(parsed) == 0
     assert capsys.readouterr().out.rstrip("\n") == table(outcome)
     lines = table(outcome).splitlines()
     assert lines[0].split() == ["metric", "value", "95", "%", "interval", "items", "normaliser"]
@@ -384,16 +384,16 @@ def test_the_command(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_lists_metrics_and_formats(capsys: pytest.CaptureFixture[str]) -> None:
-    body, parsed = parse(["score", "--list"])
-    assert body(parsed) == 0
+    command, parsed = parse(["score", "--list"])
+    assert command.run(parsed) == 0
     printed = capsys.readouterr().out
     assert (
         "scienceqa_paligemma" in printed
         and "[needs choices" in printed
         and 'COCO results: list of {"image_id"' in printed
     )
-    body, parsed = parse(["score", "--list", "--json"])
-    assert body(parsed) == 0
+    command, parsed = parse(["score", "--list", "--json"])
+    assert command.run(parsed) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {"name", "rule", "reads", "needs", "uses"} == set(listed["metrics"][0])
 
@@ -409,7 +409,8 @@ def test_the_command_needs_files_and_says_so(write: Any) -> None:
 
 def test_scoring_starts_without_torch() -> None:
     heavy = ("torch", "transformers", "PIL")
-    code = f"import sys, vlm.eval.scoring, vlm.cli.score; print([name for name in {heavy} if name in sys.modules])"
+    code = "import sys, vlm.eval.scoring, vlm.cli.commands.score"
+    code += f"; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

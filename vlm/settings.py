@@ -23,6 +23,38 @@ from typing import Any, Literal, TypeVar, Union
 from vlm.errors import ConfigError, nearest
 
 T = TypeVar("T")
+
+
+def option(
+    help: str,
+    *,
+    default: Any = dataclasses.MISSING,
+    flags: tuple[str, ...] = (),
+    metavar: str | None = None,
+    least: int | None = None,
+    shown: str | None = None,
+    place: bool = False,
+    either: str = "",
+    parse: Any = None,
+    prints: Any = None,
+) -> Any:
+    """A field of a dataclass that is also an option of the command line: its name, type, default and help stand once.
+
+    Args:
+        help: what it does; the default is added to it.
+        flags: other spellings, such as `-m`; `--name` is always one.
+        metavar: what stands for its value in a help text.
+        least: the smallest whole number it may be.
+        shown: what the help says of the default, where the value itself would say nothing; "" leaves it out.
+        place: it is given by its place, without a name.
+        either: one of several that exclude each other; those with the same word here. A `!` at the end: one is needed.
+        parse: text -> value, where the type does not say it.
+        prints: a function whose text is printed, and nothing else is done, as with `--help`.
+    """
+    about = {name: value for name, value in locals().items() if name != "default"}
+    return dataclasses.field(default=default, metadata=about)
+
+
 _SCALARS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 

@@ -14,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-OK, SKIPPED = 0, 3
+OK, FAILED, SKIPPED = 0, 1, 3
 
 
 def again(option: str, without: str = "") -> str:

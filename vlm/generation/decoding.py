@@ -6,11 +6,12 @@ Each option stands here once: its type, its default, its help on the command lin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from typing import Any, Literal, get_args
 
 from vlm.errors import DataError, GenerationError, nearest
+from vlm.settings import option
 
 BeamSearch = Literal["transformers", "big_vision"]
 """Whose rule of beam search: transformers' (normalised by length), or PaliGemma's own (`vlm.generation.beam`)."""
@@ -27,10 +28,6 @@ _NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 """Of sampling: the values that change nothing."""
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
     """How text is generated; greedy unless `num_beams` is above 1. Part of what identifies a set of predictions.
@@ -40,21 +37,23 @@ class Decoding:
             of decoding would not read (`temperature` without `do_sample`, `length_penalty` without beams).
     """
 
-    max_new_tokens: int = _option(64, "most tokens of an answer")
-    num_beams: int = _option(1, "beams of the search; 1, greedy, if not given")
-    beam_search: BeamSearch = _option(
-        "transformers", "whose rule: transformers' (normalised by length), or that of PaliGemma's published results"
+    max_new_tokens: int = option("most tokens of an answer", default=64, least=1, metavar="N")
+    num_beams: int = option("beams of the search; 1, greedy, if not given", default=1, least=1, metavar="N")
+    beam_search: BeamSearch = option(
+        "whose rule: transformers' (normalised by length), or that of PaliGemma's published results",
+        default="transformers",
+        shown="",
     )
     """`big_vision`: the highest sum of log-probabilities. With one beam both are greedy."""
-    length_penalty: float = _option(1.0, "of transformers' beams: above 1 favours long answers")
-    do_sample: bool = _option(False, "draw tokens by their probability")
-    temperature: float = _option(1.0, "of sampling: below 1 sharpens, above 1 flattens")
-    top_p: float = _option(1.0, "of sampling: only the likeliest tokens that have this probability together")
-    top_k: int = _option(0, "of sampling: only so many likeliest tokens; 0 for no limit")
-    seed: int | None = _option(None, "of sampling: makes it repeatable")
-    by: By = _option("generate", "write answers, or choose the likeliest of the candidates")
-    normalization: Normalization = _option(
-        "none", "of likelihood: the sum over a candidate's tokens, or divided by its tokens or bytes"
+    length_penalty: float = option("of transformers' beams: above 1 favours long answers", default=1.0)
+    do_sample: bool = option("draw tokens by their probability", default=False)
+    temperature: float = option("of sampling: below 1 sharpens, above 1 flattens", default=1.0)
+    top_p: float = option("of sampling: only the likeliest tokens that have this probability together", default=1.0)
+    top_k: int = option("of sampling: only so many likeliest tokens; 0 for no limit", default=0)
+    seed: int | None = option("of sampling: makes it repeatable", default=None)
+    by: By = option("write answers, or choose the likeliest of the candidates", default="generate")
+    normalization: Normalization = option(
+        "of likelihood: the sum over a candidate's tokens, or divided by its tokens or bytes", default="none"
     )
     """See `vlm.generation.likelihood`."""
 

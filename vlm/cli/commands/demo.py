@@ -1,60 +1,44 @@
 """`vlm demo`: a model of a small drawn world."""
 
-from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from vlm.cli import console
-from vlm.cli.options import at_least, command
-
-DETAILS = (
-    "Draws scenes, trains in two stages, scores the model on scenes it has never seen and shows its captions: minutes"
-    " on two cores. Run again with the same options, it goes on where it stopped."
-)
+from vlm.cli.options import Command, Shared
+from vlm.errors import ConfigError
+from vlm.settings import option
 
 
-def add(commands: Any) -> None:
-    """The options of `vlm demo`."""
-    parser = command(commands, run, "demo", "train a model on a small drawn world", DETAILS)
-    parser.add_argument("--out", "-o", type=Path, default=Path("demo"), metavar="DIR", help="folder (demo)")
-    parser.add_argument("--from-scratch", action="store_true", help="pretrain the start checkpoints first; longer")
-    parser.add_argument("--pretrain", action="store_true", help="only make the start checkpoints the package ships")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of data, weights and training (0)")
-    parser.add_argument(
-        "--task",
-        choices=("scenes", "text"),
-        default="scenes",
-        help="text: read numbers on strips of every shape, at a fixed resolution and as NaFlex (scenes)",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    shared: Shared
+    out: Path = option("folder", default=Path("demo"), flags=("-o",), metavar="DIR")
+    from_scratch: bool = option("pretrain the start checkpoints first; longer", default=False)
+    pretrain: bool = option("only make the start checkpoints the package ships", default=False)
+    seed: int = option("of data, weights and training", default=0, metavar="N", least=0)
+    task: Literal["scenes", "text"] = option(
+        "text: read numbers on strips of every shape, at a fixed resolution and as NaFlex", default="scenes"
     )
-    _tower(parser)
-    parser.add_argument(
-        "--prepare", type=Path, metavar="DIR", help="only write data, towers and a compare.yaml for `vlm compare`"
-    )
-    parser.add_argument(
-        "--encoders", nargs="+", metavar="KIND", help="of --prepare (siglip siglip2_naflex clip dinov2)"
-    )
-
-
-def _tower(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--encoder",
+    encoder: str = option(
+        "the tower: siglip (the package's), siglip2_naflex (the same weights), another kind (NEW weights), or a"
+        " checkpoint",
         default="siglip",
         metavar="NAME",
-        help="the tower: siglip (the package's), siglip2_naflex (the same weights), another kind (NEW weights), or a"
-        " checkpoint (siglip)",
     )
-    parser.add_argument(
-        "--pretrain-encoder", action="store_true", help="first pretrain a tower of that kind as the package's was"
+    pretrain_encoder: bool = option("first pretrain a tower of that kind as the package's was", default=False)
+    pretrain_steps: int | None = option(
+        "of each pretraining; 0: new weights", default=None, metavar="N", least=0, shown="2000; with --prepare 450"
     )
-    parser.add_argument(
-        "--pretrain-steps",
-        type=at_least(0),
-        metavar="N",
-        help="of each pretraining; 0: new weights (2000; with --prepare 450)",
+    prepare: Path | None = option(
+        "only write data, towers and a compare.yaml for `vlm compare`", default=None, metavar="DIR"
+    )
+    encoders: list[str] | None = option(
+        "of --prepare", default=None, metavar="KIND", shown="siglip siglip2_naflex clip dinov2"
     )
 
 
-def run(options: Namespace) -> int:
+def run(options: Options) -> int:
     """The demo prints its figures itself."""
     _check(options)
     if options.prepare is not None:
@@ -78,10 +62,8 @@ def run(options: Namespace) -> int:
     return console.OK
 
 
-def _check(options: Namespace) -> None:
+def _check(options: Options) -> None:
     """Refuse options that would change nothing."""
-    from vlm.errors import ConfigError
-
     if options.encoders is not None and options.prepare is None:
         raise ConfigError("--encoders names the towers of --prepare DIR; for one demo give --encoder NAME")
     one = {
@@ -101,11 +83,11 @@ def _check(options: Namespace) -> None:
         raise ConfigError("--pretrain-steps: nothing is pretrained; add --pretrain-encoder, or leave it out")
 
 
-def _pretrains(options: Namespace) -> bool:
+def _pretrains(options: Options) -> bool:
     return bool(options.pretrain or options.from_scratch)
 
 
-def _read(options: Namespace) -> int:
+def _read(options: Options) -> int:
     """The table on stdout."""
     from vlm.demo import reading
     from vlm.train.run import run as train
@@ -115,11 +97,25 @@ def _read(options: Namespace) -> int:
     return console.OK
 
 
-def _prepare(options: Namespace) -> int:
+def _prepare(options: Options) -> int:
     """The comparison's file on stdout."""
     from vlm.demo.prepare import ENCODERS, prepare
 
     console.quiet_transformers()
     encoders = options.encoders or ENCODERS
+    assert options.prepare is not None
     print(prepare(options.prepare, encoders, seed=options.seed, steps=options.pretrain_steps))
     return console.OK
+
+
+COMMAND = Command(
+    name="demo",
+    help="train a model on a small drawn world",
+    details=(
+        "Draws scenes, trains in two stages, scores the model on scenes it has never seen and shows its captions:"
+        " minutes on two cores. Run again with the same options, it goes on where it stopped."
+    ),
+    options=Options,
+    run=run,
+    group="train",
+)
