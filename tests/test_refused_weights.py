@@ -16,8 +16,8 @@ from torch import Tensor
 
 import vlm
 from vlm.checkpoints import manifest
-from vlm.checkpoints.parts import directory_source
 from vlm.checkpoints.shards import parse_size
+from vlm.checkpoints.weights import directory_source
 from vlm.cli import main
 from vlm.errors import CheckpointError, ConfigError
 from vlm.train import checkpoint

@@ -24,11 +24,10 @@ def image_transform(member: Member, settings: dict[str, Any]) -> ImageTransform:
     """
     kind, config = member.kind, member.config
     if member.transform is not None:
-        return change_transform(member.transform, kind, config, settings)
-    check_settings(settings, kind, config)
-    transform: ImageTransform = encoder_spec(kind).transform(
-        config, **{**recorded_settings(member, settings), **settings}
-    )
+        return change_transform(member.transform, kind, config, settings, encoder_spec)
+    spec = encoder_spec(kind)
+    check_settings(settings, spec, config)
+    transform: ImageTransform = spec.transform(config, **{**recorded_settings(member, settings), **settings})
     return transform
 
 

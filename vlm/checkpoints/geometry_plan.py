@@ -100,7 +100,7 @@ def change_tower(
         config = _with_layer(kind, config, layer)
     if config is not tower.config:
         config._attn_implementation = tower.config._attn_implementation
-    return Tower(kind, config, change_transform(transform, kind, config, image or {}))
+    return Tower(kind, config, change_transform(transform, kind, config, image or {}, encoder_spec))
 
 
 def _with_layer(kind: str, config: Any, layer: int | list[int]) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from vlm.encoders.contract import Spec
 from vlm.errors import ConfigError, nearest
 from vlm.images.fused import FusedTransform, one_view
 from vlm.images.transforms import ImageTransform, any_aspect
-from vlm.model.parts import encoder_spec, towers
 
 OWN_TRANSFORM = "vlm_image_transform"
 """In a configuration file: the image transform as this library has it, with what other formats cannot say."""
@@ -27,13 +28,13 @@ def known_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def check_settings(settings: dict[str, Any], kind: str, config: Any) -> None:
+def check_settings(settings: dict[str, Any], spec: Spec, config: Any) -> None:
     """Refuse image settings that are the tower's, or that it does not have.
 
     Raises:
         ConfigError: with what to set instead.
     """
-    size = encoder_spec(kind).image_size(config)
+    size = spec.image_size(config)
     owned = {"image_size": size, "patch_size": config.patch_size}
     for key, value in known_settings(settings).items():
         own = owned.get(key)
@@ -47,20 +48,26 @@ def check_settings(settings: dict[str, Any], kind: str, config: Any) -> None:
         )
 
 
-def change_transform(transform: ImageTransform, kind: str, config: Any, settings: dict[str, Any]) -> ImageTransform:
+def change_transform(
+    transform: ImageTransform, kind: str, config: Any, settings: dict[str, Any], spec_of: Callable[[str], Spec]
+) -> ImageTransform:
     """An image transform at its tower's size, with these settings changed.
+
+    Args:
+        kind, config: of the tower.
+        spec_of: what a kind of tower is, `vlm.model.parts.encoder_spec`.
 
     Raises:
         ConfigError: settings that the tower cannot have.
     """
+    spec = spec_of(kind)
     if isinstance(transform, FusedTransform):
-        sizes = [encoder_spec(own).image_size(member) for own, member in towers(kind, config)]
+        sizes = [spec_of(own).image_size(member) for own, member in spec.members(config)]
         members = [one.at_size(size) for one, size in zip(transform.members, sizes, strict=True)]
         known_settings(settings)
         return FusedTransform.of(one_view(members, settings), tuple(config.grid))
-    check_settings(settings, kind, config)
+    check_settings(settings, spec, config)
     mode = settings.get("mode", transform.mode)
-    spec = encoder_spec(kind)
     if any_aspect(mode) != spec.any_aspect:
         raise ConfigError(
             f"image mode {mode!r} does not fit a {kind} tower; a SigLIP tower is read the other way with encoder_kind"

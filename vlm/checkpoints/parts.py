@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm.checkpoints import big_vision
-from vlm.checkpoints.files import SINGLE
 from vlm.checkpoints.names import DECODER, TOWER
-from vlm.checkpoints.places import locate
 from vlm.checkpoints.source import Source, expected_shapes, fill
-from vlm.checkpoints.weights import Weights
+from vlm.checkpoints.weights import directory_source
 from vlm.encoders.contract import Spec
 from vlm.errors import CheckpointError
 from vlm.model.parts import encoder_spec, kind_of
@@ -161,16 +159,6 @@ def load_decoder(decoder: nn.Module, path: str | Path, old_rows: int, *, allow_n
         rows = torch.randn(wanted[0] - old_rows, wanted[1]) * NEW_ROW_STD
         source = _changed(source, name, wanted, lambda table: torch.cat([table, rows.to(table.dtype)]))
     fill(decoder, source, allow_nonfinite=allow_nonfinite)
-
-
-def directory_source(path: str | Path, single: str = SINGLE) -> Source:
-    """All tensors of a Hugging Face directory or hub repository. Those of a whole model have their live names
-    (`vlm.checkpoints.names`, the one table of layouts), all others the names in its files.
-
-    Args:
-        single: name of the file with the weights, where there is no index.
-    """
-    return Weights(locate(path), single).source(str(path))
 
 
 def part_of(

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from vlm.checkpoints import big_vision
 from vlm.checkpoints.names import TOWER
-from vlm.checkpoints.parts import directory_source
 from vlm.checkpoints.source import Source
-from vlm.checkpoints.weights import Weights
+from vlm.checkpoints.weights import Weights, directory_source
 from vlm.encoders.contract import Published, Spec
 from vlm.images.transforms import ImageTransform
 

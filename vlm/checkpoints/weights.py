@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlm.checkpoints.files import INDEX, SINGLE, check_regular, is_plain, read_json
+from vlm.checkpoints.places import locate
 from vlm.checkpoints.source import Source, live_source
 from vlm.errors import CheckpointError
 
@@ -81,6 +82,16 @@ class Weights:
         """All tensors; those of a whole model under their live names (`vlm.checkpoints.names`), others under the names
         in the files, without the constants that older versions of transformers stored."""
         return live_source(origin, self.tensors, self.read)
+
+
+def directory_source(path: str | Path, single: str = SINGLE) -> Source:
+    """All tensors of a Hugging Face directory or hub repository. Those of a whole model have their live names
+    (`vlm.checkpoints.names`, the one table of layouts), all others the names in its files.
+
+    Args:
+        single: name of the file with the weights, where there is no index.
+    """
+    return Weights(locate(path), single).source(str(path))
 
 
 def _refuse_quantised(folder: Path, tensors: dict[str, TensorInfo]) -> None:
