@@ -347,6 +347,8 @@ def test_a_full_disk_leaves_the_old_model_and_is_told_in_a_line(
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(DiskError, match=r"cannot write .*m: No space left on device; make room"):
         vlm.save(new, new_processor, tmp_path / "m")
+    if what == "json":  # as an export's own files are written
+        monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(CheckpointError, match="out: cannot be written: .*No space left on device"):
         vlm.export(old, processor, tmp_path / "out", parity="none")
     monkeypatch.undo()

@@ -85,7 +85,7 @@ def _rebuilt(model: VLM, config: VLMConfig, seed: int) -> VLM:
         )
     made = empty(VLM, config)
     place(made, _source(model, made, seed), allow_nonfinite=True)
-    made.tie_weights()
+    made.tie_weights()  # the embedding is another tensor since `place`
     made.to(model.device)  # type: ignore[arg-type]  # constants; weights are there already
     made.generation_config = model.generation_config
     made.tower_head = model.tower_head

@@ -60,7 +60,7 @@ def load_model(
         _take_dtypes(model, source)
     devices = device_map(model, placement)
     _fill(model, source, placement, devices, allow_nonfinite)
-    model.tie_weights()
+    model.tie_weights()  # again: `put` has replaced the embedding, and the output embedding still is the old one
     check_tied(model, source.origin)
     kept = [FLOATS[dtype] for name, dtype in source.dtypes.items() if name != HEAD]
     model.config.dtype = placement.dtype or widest(kept)
@@ -96,7 +96,7 @@ def _take_dtypes(model: PreTrainedModel, source: Source) -> None:
         dtype = FLOATS.get(source.dtypes.get(name, ""))
         if tensor.is_meta and dtype is not None and tensor.dtype != dtype:
             put(model, name, torch.empty_like(tensor, dtype=dtype))
-    model.tie_weights()
+    model.tie_weights()  # an untied head would count twice where devices are planned
 
 
 def _fill(
