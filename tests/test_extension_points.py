@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import vlm.check.checks
 import vlm.data.benchmarks
 import vlm.data.formats
 import vlm.decoders
+import vlm.eval.metrics
 import vlm.projectors
 import vlm.train
 import vlm.train.objectives
@@ -29,7 +31,9 @@ from vlm.check import runner
 from vlm.cli import main
 from vlm.data.order import Mixture, stage_seed
 from vlm.errors import ConfigError, DataError
-from vlm.eval import tasks
+from vlm.eval import evaluate_tasks, metrics, tasks
+from vlm.eval.metrics import registry
+from vlm.eval.tasks import catalogue
 from vlm.measure import info
 from vlm.model import decoder
 from vlm.registry import kinds
@@ -377,3 +381,89 @@ def test_an_objective_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown objective 'captoining'.*'captioning'"):
         vlm.train.run(run)
     assert not (tmp_path / "out").exists()
+
+
+A_METRIC = """
+from vlm.eval.metrics.registry import register
+from vlm.eval.metrics.result import mean_result
+
+
+@register("same_length", summary="as many words as a reference", reads="references")
+def same_length(predictions, references):
+    words = {key: {len(text.split()) for text in gold} for key, gold in references.items()}
+    scores = {key: float(len(predictions[key].split()) in counts) for key, counts in words.items()}
+    return mean_result("same_length", scores, "1 for as many words as any reference")
+"""
+
+
+def test_a_metric(put: Callable[[ModuleType, str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+    with pytest.raises(ConfigError, match="same_length"):
+        metrics.get("same_length")
+    put(vlm.eval.metrics, "lengths", A_METRIC)
+    metrics.find()
+    said, gold = {"1": "a red cat", "2": "an owl"}, {"1": ("the big dog",), "2": ("owl", "bird")}
+    found = metrics.compute("same_length", said, gold)
+    assert found.value == 0.5 and found.per_item == {"1": 1.0, "2": 0.0}
+    # `vlm score` finds it by its name too.
+    for name, lines in (("said", said), ("gold", {key: texts[0] for key, texts in gold.items()})):
+        key = "prediction" if name == "said" else "suffix"
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"id": id, "prefix": "", key: text}) + "\n" for id, text in lines.items())
+        )
+    files = ["-p", str(tmp_path / "said.jsonl"), "-r", str(tmp_path / "gold.jsonl")]
+    assert main(["score", "-m", "same_length", *files]) == 0
+
+
+A_TASK = """
+name: colours
+title: colours of squares
+format: jsonl
+default_split: test
+metrics: [exact_match]
+prompt: "answer en {prefix}"
+decoding: {max_new_tokens: 3}
+splits:
+  test:
+    files: {data: {path: squares/test.jsonl}}
+"""
+
+
+SQUARES = {"a": "red", "b": "blue"}
+
+
+class Sees:
+    """Says `red` to every picture, and keeps what it was asked."""
+
+    background = (255, 255, 255)
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+
+    def identity(self) -> dict[str, str]:
+        return {"model": "sees"}
+
+    def predict(self, images: Any, prompts: Any, *, ids: Any, decoding: Any) -> list[str]:
+        self.asked += [(prompt, decoding.max_new_tokens) for prompt in prompts]
+        return ["red"] * len(prompts)
+
+
+def test_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A YAML in the folder of the tasks is one by its name."""
+    room = tmp_path / "tasks"
+    room.mkdir()
+    (room / "colours.yaml").write_text(A_TASK)
+    monkeypatch.setattr(catalogue, "_HERE", room)
+    catalogue.get.cache_clear()
+    data = tmp_path / "data" / "squares"
+    data.mkdir(parents=True)
+    for name, colour in SQUARES.items():
+        Image.new("RGB", (8, 8), colour).save(data / f"{name}.png")
+    lines = [{"id": name, "image": f"{name}.png", "prefix": "which?", "suffix": said} for name, said in SQUARES.items()]
+    (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "colours" in tasks.names()
+    sees = Sees()
+    found = evaluate_tasks(sees, "colours", tmp_path / "data", tmp_path / "out")["tasks"]["colours"]
+    catalogue.get.cache_clear()
+    assert sees.asked == [("answer en which?", 3)] * 2
+    assert found["metrics"]["exact_match"]["value"] == 0.5 and found["task"]["title"] == "colours of squares"

@@ -128,6 +128,7 @@ def test_a_broken_image_is_told_and_a_broken_file_stops_the_run_before_it_begins
     vlm.train.run(run)
     assert "asked: items that count as wrong, because an image could not be decoded: 1" in caplog.text
     assert {row["num_items"] for row in evaluations(run.out)} == {"2"}
+    assert "evaluate asked: 2 of 2 items" in (run.out / "train.log").read_text()  # how far it is
     path.write_text('{"image": "good.png"}\n')
     broken = config(tmp_path / "broken", align(steps=1), **asked(data=path))
     with pytest.raises(DataError, match="asked.jsonl"):

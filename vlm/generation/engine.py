@@ -53,7 +53,7 @@ class Engine:
         group: the processes that share the requests; each is given all of them, and answers its share of the batches.
         strict: raise the first error, instead of making it a reply.
         most_bad: stop after so many undecodable images in a row; None never does.
-        progress: what a bar (or lines in the log) calls the work; "" shows nothing.
+        progress: what a bar (or lines in the log) calls the work; "" shows nothing. bar: False is for lines only.
         size: after a run, the most items of a batch.
     """
 
@@ -64,6 +64,7 @@ class Engine:
     strict: bool = False
     most_bad: int | None = None
     progress: str = ""
+    bar: bool = True
     size: int = field(default=0, init=False)
 
     def run(self, requests: Sequence[Request], *, done: Collection[str] = ()) -> Iterator[list[Reply]]:
@@ -114,6 +115,7 @@ class Engine:
             done=len(done) if alone else 0,
             label=self.progress if alone else f"{self.progress} (process {group.rank} of {group.world})",
             visible=bool(self.progress) and group.main,
+            bar=self.bar,
         )
 
     # --- which together ---

@@ -18,12 +18,14 @@ class Progress:
         done: how many were there already.
         label: what is being done.
         visible: False shows and logs nothing.
+        bar: False gives lines in the log on a terminal too, where another bar stands already.
     """
 
-    def __init__(self, total: int, *, done: int = 0, label: str, visible: bool = True) -> None:
+    def __init__(self, total: int, *, done: int = 0, label: str, visible: bool = True, bar: bool = True) -> None:
         self.total, self.done, self.label = total, done, label
-        self._log = visible and not sys.stderr.isatty()
-        self._bar: Any = self._make_bar() if visible and sys.stderr.isatty() else None
+        drawn = bar and sys.stderr.isatty()
+        self._log = visible and not drawn
+        self._bar: Any = self._make_bar() if visible and drawn else None
         self._task: Any = None
 
     def __enter__(self) -> Progress:

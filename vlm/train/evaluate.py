@@ -76,6 +76,7 @@ class Evaluator:
             batching=Batching(size=self._size, may_shrink=True),
             group=ranks.current(),
             progress=f"evaluate {name}",
+            bar=False,  # the stage's own stands on the terminal
         )
         own: list[dict[str, Any]] = []
         error: VLMError | None = None

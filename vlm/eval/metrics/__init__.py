@@ -59,5 +59,11 @@ __all__ = [
     "vizwiz",
 ]
 
-for _file in iter_modules(__path__):
-    import_module(f"{__name__}.{_file.name}")
+
+def find() -> None:
+    """Import every file of this folder, so that its metrics are known."""
+    for file in iter_modules(__path__):
+        import_module(f"{__name__}.{file.name}")
+
+
+find()
