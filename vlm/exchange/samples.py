@@ -39,14 +39,8 @@ def pictures() -> list[Image.Image]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients; each module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_mode(model), torch.inference_mode():
+        yield
 
 
 def add(out: Outputs, name: str, value: Tensor) -> None:

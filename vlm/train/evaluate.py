@@ -19,6 +19,7 @@ from vlm.errors import DataError, VLMError
 from vlm.generation.engine import Engine
 from vlm.generation.models import ModelPredictor
 from vlm.generation.schedule import Batching
+from vlm.model.modes import in_mode
 from vlm.model.processor import Processor
 from vlm.train.items import Failure, Score
 from vlm.train.step import StageModule
@@ -118,14 +119,10 @@ def _failures(job: Any, records: Sequence[dict[str, Any]]) -> list[Failure]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Whatever happens to modes and random states inside, afterwards they are what they were."""
-    modes = {module: module.training for module in model.modules()}
     states = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng():
-        model.eval()
+    with torch.random.fork_rng(), in_mode(model):
         try:
             yield
         finally:
-            for module, training in modes.items():
-                module.training = training  # one by one: frozen parts are in eval mode among parts that train
             np.random.set_state(states[0])
             random.setstate(states[1])
