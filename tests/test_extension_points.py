@@ -31,7 +31,7 @@ from vlm.check import runner
 from vlm.cli import main
 from vlm.data.order import Mixture, stage_seed
 from vlm.errors import ConfigError, DataError
-from vlm.eval import evaluate_tasks, metrics, tasks
+from vlm.eval import evaluate_tasks, tasks
 from vlm.eval.metrics import registry
 from vlm.eval.tasks import catalogue
 from vlm.measure import info
@@ -399,11 +399,11 @@ def same_length(predictions, references):
 def test_a_metric(put: Callable[[ModuleType, str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
     with pytest.raises(ConfigError, match="same_length"):
-        metrics.get("same_length")
+        vlm.eval.metrics.get("same_length")
     put(vlm.eval.metrics, "lengths", A_METRIC)
-    metrics.find()
+    vlm.eval.metrics.find()
     said, gold = {"1": "a red cat", "2": "an owl"}, {"1": ("the big dog",), "2": ("owl", "bird")}
-    found = metrics.compute("same_length", said, gold)
+    found = vlm.eval.metrics.compute("same_length", said, gold)
     assert found.value == 0.5 and found.per_item == {"1": 1.0, "2": 0.0}
     # `vlm score` finds it by its name too.
     for name, lines in (("said", said), ("gold", {key: texts[0] for key, texts in gold.items()})):

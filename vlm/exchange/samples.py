@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vlm.model.modes import in_mode
+
 NEW_TOKENS = 16
 """Greedy tokens per sample."""
 Outputs = dict[str, list[Tensor]]
