@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,42 @@ def test_describe_names_unseen_pixels() -> None:
     assert "never seen" not in ImageTransform(mode="squash", patch_size=14, image_size=378).describe()
     naflex = ImageTransform(mode="naflex", patch_size=16, max_num_patches=256)
     assert "256 patches" in naflex.describe() and "256x256" in naflex.describe() and naflex.max_patches == 256
+
+
+EACH_WAY: list[dict[str, Any]] = [
+    {"mode": "squash", "image_size": 56},
+    {"mode": "letterbox", "image_size": 60},
+    {"mode": "crop", "image_size": 56, "resize_shortest": 64},
+    {"mode": "naflex", "max_num_patches": 12, "resample": "bilinear"},
+]
+
+
+@pytest.mark.parametrize("settings", EACH_WAY, ids=lambda settings: settings["mode"])
+def test_every_way_answers_the_same_questions(settings: dict[str, Any]) -> None:
+    """Nobody has to know the mode: the most patches, the widest grids, the setting that makes a square image so many
+    patches, other settings, another size."""
+    transform = ImageTransform(patch_size=14, **settings)
+    kept = {"resize_shortest": None} if transform.crops else {}
+    widest = transform.widest_grids()
+    assert max(rows * columns for rows, columns in widest) == transform.max_patches
+    for size in ((500, 500), (1, 4000), (4000, 1), (30, 90)):
+        rows, columns = transform.grid(*size)
+        assert any(rows <= most and columns <= wide for most, wide in widest)
+    for rows in (1, 3, 5):
+        setting = transform.size_of(rows)
+        # An image size is the tower's, and the transform follows it; a budget is the transform's own.
+        larger = transform.at_size(setting.pop("image_size", None)).changed({**kept, **setting})
+        assert larger.grid(1 << 12, 1 << 12) == (rows, rows) and larger.square_side == rows * 14
+    assert transform.each == (transform,) and transform.members == ()
+    assert transform.any_aspect == (transform([picture(0, (20, 20))]).spatial_shapes is not None)
+    assert str(transform.max_patches) in transform.describe() and "14 px" in transform.short()
+    assert transform.changed({"mean": (0.1, 0.2, 0.3)}) == replace(transform, mean=(0.1, 0.2, 0.3))
+    assert transform.at_size(None) is transform
+    doubled = transform.at_size(112)
+    if transform.any_aspect:
+        assert doubled is transform
+    else:
+        assert doubled.image_size == 112 and transform.at_size(transform.image_size) is transform
+    if transform.crops:
+        assert doubled.resize_shortest == 128
+        assert transform.changed({"mode": "squash"}).resize_shortest is None

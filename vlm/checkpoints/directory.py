@@ -28,6 +28,7 @@ from vlm.model import decoder
 from vlm.model.attention import check_name
 from vlm.model.dtypes import check_dtype, named
 from vlm.model.forward import VLM
+from vlm.model.parts import model_types
 from vlm.model.processor import Processor
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def _open_folder(
 
 def _expected(kind: Any) -> str:
     known = " or ".join(map(repr, READERS))
-    if kind in ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model"):
+    if kind in model_types():
         return f"{known}; this is a vision tower, build a model on it: vlm new --encoder"
     if kind in decoder.checkpoint_types():
         return f"{known}; this is a decoder, build a model on it: vlm new --decoder"

@@ -53,7 +53,7 @@ def of_model(model: VLM, processor: Processor) -> dict[str, Any]:
         "processor_sha256": of_processor(processor),
         "dtype": ", ".join(sorted({dtype_name(parameter.dtype) for parameter in model.parameters()})),
         "attention": {
-            "vision_tower": getattr(model.config.vision_config, "_attn_implementation", None),
+            "vision_tower": model.config.vision_config._attn_implementation,
             "decoder": model.config.text_config._attn_implementation,
         },
         "generation": _generation_settings(model),

@@ -18,6 +18,7 @@ from vlm.checkpoints.names import TOWER
 from vlm.checkpoints.source import Source
 from vlm.checkpoints.weights import Weights, directory_source
 from vlm.encoders.contract import Published, Spec
+from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
 
 
@@ -62,7 +63,10 @@ def _kept(
     """
     if spec.published is None:
         return {}
-    rename = spec.published(tower.config, transform, None).rename
+    try:
+        rename = spec.published(tower.config, transform, None).rename
+    except ConfigError:  # its format cannot hold this tower: an export says so, and a model can be made all the same
+        return {}
     spelled = {rename(name): stored for name, stored in names.items()} | dict(names)
     shapes = {name: tuple(source.shapes[stored]) for name, stored in spelled.items()}
     _, beside = fitting(spec, tower.config, transform, tower.state_dict(), shapes)

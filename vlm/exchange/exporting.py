@@ -238,7 +238,7 @@ def _notes(report: ParityReport, model: VLM, parts: list[Part], parity: Parity) 
     facts = decoder.facts(model.config.text_config)
     cap = facts.final_softcap
     if cap is not None:
-        in_use = getattr(model.config, "softcap_in_generation", True)
+        in_use = model.config.softcap_in_generation
         written = "" if in_use else "; this model generates without it, so it is written as null"
         report.notes.append(f"`logits` and `loss` are without the final soft-cap of {cap:g} on both sides{written}")
     if facts.attention_softcap is not None:
@@ -247,4 +247,4 @@ def _notes(report: ParityReport, model: VLM, parts: list[Part], parity: Parity) 
 
 def _origin(model: VLM, source: str | Path | None) -> str:
     """Directory or hub id the model was opened from, or an empty string."""
-    return str(source or getattr(model.config, "_name_or_path", "") or "")
+    return str(source or model.config.name_or_path or "")

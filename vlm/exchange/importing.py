@@ -36,6 +36,7 @@ from vlm.model import decoder
 from vlm.model.config import VLMConfig
 from vlm.model.dtypes import dtype_name
 from vlm.model.dual import SigLIP
+from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
 from vlm.siglip import text as siglip
 
@@ -231,12 +232,12 @@ def _write_towers(towers: SigLIP, folder: Path, max_shard_size: str) -> dict[str
     towers.model.save_pretrained(folder, max_shard_size=max_shard_size)
     vision = towers.config.vision_config
     common = {"do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
-    if towers.kind == "siglip":
-        side = vision.image_size
-        values = {**common, "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
-    else:
+    if encoder_spec(towers.kind).any_aspect:
         sizes = {"patch_size": vision.patch_size, "max_num_patches": vision.num_patches}
         values = {**common, "image_processor_type": "Siglip2ImageProcessor", **sizes}
+    else:
+        side = vision.image_size
+        values = {**common, "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
     write_json(folder / "preprocessor_config.json", values)
     return dict(towers.model.state_dict())
 

@@ -77,7 +77,7 @@ def parts(model: VLM, processor: Processor) -> list[Alone]:
         ConfigError: a tower whose file does not say what its library's format is, or that the format cannot hold.
     """
     inner: Any = model.model.vision_tower
-    kept: Mapping[str, Tensor] = getattr(model, "tower_head", {})
+    kept: Mapping[str, Tensor] = model.tower_head
     if not processor.image_transform.members:
         return [_alone("", model.config.encoder, inner, processor.image_transform, kept)]
     found = []

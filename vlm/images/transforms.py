@@ -105,7 +105,7 @@ class ImageTransform:
             raise ConfigError(f"unknown resample filter {self.resample!r}; known: {', '.join(RESAMPLING)}")
         self._check_resize()
         self._check_policy()
-        needed = "max_num_patches" if self.mode == "naflex" else "image_size"
+        needed = "max_num_patches" if self.any_aspect else "image_size"
         for name in ("patch_size", needed):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -129,7 +129,7 @@ class ImageTransform:
             raise ConfigError(f"unknown rounding {self.rounding!r}{nearest(str(self.rounding), known)}; known: {known}")
         if not isinstance(self.antialias, bool):
             raise ConfigError(f"image transform antialias must be true or false, got {self.antialias!r}")
-        if self.mode == "naflex" and self.rounding != "nearest":
+        if self.any_aspect and self.rounding != "nearest":
             raise ConfigError(f"naflex never rounds to 8 bit; leave rounding={self.rounding!r} out")
         if self._in_float and self.resample not in FLOAT_FILTERS:
             raise ConfigError(
@@ -143,7 +143,7 @@ class ImageTransform:
             raise ConfigError(
                 f"unknown naflex policy {self.naflex!r}{nearest(str(self.naflex), known)}; known: {known}"
             )
-        if self.mode != "naflex" and self.naflex != "fill":
+        if not self.any_aspect and self.naflex != "fill":
             raise ConfigError(
                 f"naflex={self.naflex!r} is for towers that take any aspect ratio; this one reads squares (mode"
                 f" {self.mode!r}): leave it out, or read a SigLIP tower as siglip2_naflex"
@@ -185,7 +185,7 @@ class ImageTransform:
 
     def __call__(self, images: Sequence[Image.Image]) -> Pixels:
         """Transform RGB images (use `vlm.images.load_image` to get them from files)."""
-        if self.mode == "naflex":
+        if self.any_aspect:
             return self._naflex(images)
         grid = self.grid(0, 0)
         values = torch.stack([self._square(image) for image in images])
@@ -193,7 +193,7 @@ class ImageTransform:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the patch grid that an image of this size gets."""
-        if self.mode == "naflex":
+        if self.any_aspect:
             assert self.max_num_patches is not None
             return naflex_grid(height, width, self.patch_size, self.max_num_patches, self.naflex)
         assert self.image_size is not None
@@ -208,7 +208,7 @@ class ImageTransform:
     @property
     def max_patches(self) -> int:
         """The most patches that one image can have."""
-        if self.mode == "naflex":
+        if self.any_aspect:
             assert self.max_num_patches is not None
             return self.max_num_patches
         return math.prod(self.grid(0, 0))
@@ -216,7 +216,7 @@ class ImageTransform:
     def widest_grids(self) -> list[tuple[int, int]]:
         """(rows, columns) of the grids that use the most patches: the one there is, or, for each number of rows, the
         longest that the budget allows."""
-        if self.mode != "naflex":
+        if not self.any_aspect:
             return [self.grid(0, 0)]
         budget = self.max_patches
         return [(rows, budget // rows) for rows in range(1, budget + 1)]
@@ -224,25 +224,25 @@ class ImageTransform:
     @property
     def square_side(self) -> int:
         """Side in pixels of a large square image as the tower sees it, the rest that makes no patch included."""
-        if self.mode == "naflex":
+        if self.any_aspect:
             return round(math.sqrt(self.max_patches)) * self.patch_size
         return self._side
 
     def size_of(self, rows: int) -> dict[str, int]:
         """The setting with which a large square image has a grid of `rows` x `rows` patches."""
-        if self.mode == "naflex":
+        if self.any_aspect:
             return {"max_num_patches": rows * rows}
         return {"image_size": rows * self.patch_size}
 
     def short(self) -> str:
         """Size and patches in a few words."""
-        if self.mode == "naflex":
+        if self.any_aspect:
             return f"NaFlex, {self.max_patches} patches of {self.patch_size} px"
         return f"{self.image_size} px, {self.mode}, patches of {self.patch_size} px"
 
     def describe(self) -> str:
         """One line for people: the effective resolution and the number of patches."""
-        if self.mode == "naflex":
+        if self.any_aspect:
             side = self.square_side
             small = ", smaller images keep their size" if self.naflex == "native" else ""
             return f"naflex, at most {self.max_patches} patches of {self.patch_size} px (about {side}x{side} px){small}"
