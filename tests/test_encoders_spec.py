@@ -37,7 +37,7 @@ COMPARED = {
         "a field of a PaliGemma file, whose format names one tower"
     ),
     ("vlm.ranks", "kind.__name__ == 'DistError'"): "an error of torch, which one of its builds does not have",
-    ("vlm.cli.demo", "options.encoder != 'siglip'"): "an option that has not its default",
+    ("vlm.cli.commands.demo", "options.encoder != 'siglip'"): "an option that has not its default",
     ("vlm.demo.prepare", "'siglip' in encoders"): "the demo's own SigLIP is among the towers asked for",
     ("vlm.demo.towers", "kind != 'siglip'"): "the model that the demo pretrains is a SigLIP already",
     ("vlm.demo.towers", "kind == 'siglip'"): "the model that the demo pretrains is a SigLIP already",
