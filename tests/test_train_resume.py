@@ -19,8 +19,8 @@ from vlm import files
 from vlm.data.order import StepSampler
 from vlm.errors import CheckpointError, ConfigError, TrainingError, VLMError
 from vlm.settings import from_dict, to_dict
-from vlm.train import RunConfig, StageConfig, checkpoint, metrics, rundir
-from vlm.train.changes import Begun, Change, changes, essential
+from vlm.train import RunConfig, StageConfig, checkpoint, history, metrics, rundir
+from vlm.train.changes import FREE, Begun, Change, changes, essential
 from vlm.train.config import DataConfig
 from vlm.train.failures import explain
 from vlm.train.stage_config import settings_that
@@ -132,7 +132,7 @@ def test_what_a_kill_leaves_is_taken_over_by_either_start(point: str, tmp_path: 
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
     left = names(run.out)
-    assert left and not rundir.trained(run.out)
+    assert left and not history.trained(run.out)
     (run.out / "notes.txt").write_text("mine")
     if point in ("the lock", "the record"):  # without a configuration nobody knows whose this is
         (run.out / "notes.txt").rename(tmp_path / "notes.txt")
@@ -412,7 +412,7 @@ def test_the_advice_for_a_full_memory_is_accepted_and_gives_the_same_training(ha
         assert [float(row[key]) for row in rows(cut)] == pytest.approx(
             [float(row[key]) for row in rows(alone)], rel=1e-4
         )
-    record = rundir.accepted(cut)
+    record = history.accepted(cut)
     assert [entry["after_steps"] for entry in record] == [{"align": 4}]
     assert {(c["setting"], c["effect"]) for c in record[0]["changes"]} == {
         ("accumulate", "rounding"),
@@ -455,7 +455,7 @@ def test_what_changes_results_is_refused_and_on_purpose_accepted_once(
     vlm.train.run(longer, resume=True, accept_changes=True)
     assert [row["step"] for row in rows(out)] == [str(step) for step in range(1, 8)]
     assert json.loads((out / "model" / "training.json").read_text())["steps"] == 7
-    assert len(rundir.accepted(out)) == 2
+    assert len(history.accepted(out)) == 2
     shutil.rmtree(out / "align" / "checkpoints")
     longer = config(out, align(steps=8, batch_size=2, train={"projector": 1e-3}))
     with pytest.raises(CheckpointError, match="its 7 steps are done, and it cannot go on to 8: .* holds no checkpoint"):
@@ -471,7 +471,7 @@ def test_other_data_is_accepted_on_purpose_only(tmp_path: Path, halfway: Path) -
         vlm.train.run(run, resume=True)
     vlm.train.run(run, resume=True, accept_changes=True)
     vlm.train.run(run, resume=True)
-    (entry,) = rundir.accepted(out)
+    (entry,) = history.accepted(out)
     assert {c["setting"] for c in entry["changes"]} == {"train", "stages.1", "examples (sha256)"}
 
 
@@ -545,7 +545,7 @@ def test_a_change_is_shown_in_one_line() -> None:
 def test_what_a_change_does_stands_at_the_setting() -> None:
     where = "out accelerator devices nodes strategy workers checkpoint_every keep_checkpoints log_every"
     measured = "deterministic force_fp16 validate_every evaluate evaluate_every bad_image_share"
-    assert set(rundir.FREE) == set(where.split()) == set(settings_that(RunConfig, "machine"))
+    assert set(FREE) == set(where.split()) == set(settings_that(RunConfig, "machine"))
     assert set(settings_that(RunConfig, "none")) == set(measured.split())
     assert set(settings_that(DataConfig, "none")) == {"val", "cache_images_mb"}
     assert set(settings_that(StageConfig, "rounding")) == {"accumulate", "batch_tokens", "cache_features"}

@@ -28,9 +28,8 @@ import yaml
 
 from vlm.data.order import Mixture, stage_seed, steps_of
 from vlm.train import metrics
-from vlm.train.changes import essential
+from vlm.train.changes import differences, essential
 from vlm.train.config import RunConfig
-from vlm.train.rundir import differences
 
 OF_THE_TOWER = ("encoder", "encoder_kind", "image_size", "image", "layer", "fuse", "projector", "seed")
 """Settings of `model` that make the arm and the seed."""

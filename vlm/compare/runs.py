@@ -21,9 +21,8 @@ from vlm import settings
 from vlm.compare.config import Arm, CompareConfig, ProbeConfig, TaskConfig, run_config
 from vlm.errors import ConfigError
 from vlm.files import write_json
-from vlm.train.changes import essential
+from vlm.train.changes import differences, essential
 from vlm.train.config import RunConfig
-from vlm.train.rundir import differences
 
 SPEC, MEASUREMENTS, LOG = "spec.json", "measurements.json", "log.txt"
 

@@ -12,9 +12,12 @@
 A stage has begun with its first checkpoint: without one a resumed run starts it again from nothing.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import yaml
 
 from vlm.train.config import DataConfig, RunConfig
 from vlm.train.stage_config import StageConfig, settings_that
@@ -85,6 +88,16 @@ def essential(tree: Mapping[str, Any]) -> dict[str, Any]:
         "data": kept(tree["data"], _NOTHING["data"]),
         "stages": [kept(s, _ROUNDING) for s in tree["stages"]],
     }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """A line diff of two configurations, without what a continued run may always change; empty when they agree."""
+    before, after = (
+        yaml.safe_dump({key: value for key, value in tree.items() if key not in FREE}, sort_keys=True).splitlines()
+        for tree in (old, new)
+    )
+    lines = difflib.unified_diff(before, after, n=0, lineterm="")
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], begun: Mapping[str, Begun]) -> list[Change]:

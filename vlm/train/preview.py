@@ -12,8 +12,8 @@ from vlm.images.load import image_size
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 from vlm.train.config import RunConfig
+from vlm.train.history import begun
 from vlm.train.plan import Stage
-from vlm.train.rundir import begun
 from vlm.train.schedule import warmup_steps
 from vlm.train.trainer import world_size
 from vlm.words import aligned

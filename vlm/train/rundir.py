@@ -17,12 +17,9 @@ A run that ends before its first step leaves nothing. What a killed one leaves b
 the next start, with or without `--resume`. What no run has written is never deleted nor replaced.
 """
 
-import difflib
 import importlib.metadata
-import json
 import logging
 import platform
-import re
 import shutil
 import sys
 import time
@@ -37,19 +34,16 @@ import yaml
 
 from vlm import files, settings
 from vlm.errors import CheckpointError, ConfigError, TrainingError
-from vlm.train import metrics
-from vlm.train.changes import FREE as FREE
-from vlm.train.changes import Begun, Change, changes, listed, too_late
+from vlm.train.changes import Change, changes, listed, too_late
 from vlm.train.config import RunConfig
+from vlm.train.history import RECORD, begun, configuration, known_data, names_of, newest, read_record, trained
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-RECORD = "versions.json"
 LIBRARIES = ("vlm-backbone", "torch", "transformers", "lightning", "safetensors", "pillow", "numpy")
 _FILES = ("config.yaml", "metrics.csv", "evaluations.csv", "train.log")
 _OF_A_STAGE = ("manifest.json", "checkpoints", "features")
-_STEP = re.compile(r"step-(\d{8,})$")
 
 
 class RunDirectory:
@@ -84,8 +78,8 @@ class RunDirectory:
             )
         else:
             self._fresh, self._past = False, past
-            old = _configuration(self.path, past)
-            self._changes = changes(old, settings.to_dict(self._config), begun(self.path, _names(old)))
+            old = configuration(self.path, past)
+            self._changes = changes(old, settings.to_dict(self._config), begun(self.path, names_of(old)))
             judge(self.path, self._changes, self._accept)
         self._entry = _this_start(self._config)
         if past and self._entry["libraries"] != past[-1]["libraries"]:
@@ -110,7 +104,7 @@ class RunDirectory:
         if self._lock is None:
             return
         found = list(self._changes)
-        known = _known_data(self.path, self._past, steps)
+        known = known_data(self.path, self._past, steps)
         if any(change.effect == "same model" for change in found) and not same_model():
             why = "the run has its model already, in start/"
             found = [too_late(change, why) if change.effect == "same model" else change for change in found]
@@ -123,7 +117,7 @@ class RunDirectory:
         if known is not None and known != data:
             if not self._accept:
                 raise CheckpointError(
-                    f"{_newest(self.path, stages)}: data changed since this checkpoint was written (sha256 of the"
+                    f"{newest(self.path, stages)}: data changed since this checkpoint was written (sha256 of the"
                     f" examples then {known[:16]}, now {data[:16]}); put it back, or use another `out`, or add"
                     f" --accept-changes to go on with it on purpose (it is recorded)"
                 )
@@ -158,9 +152,9 @@ class RunDirectory:
 
     def _take_over(self, past: list[dict[str, Any]], resume: bool) -> None:
         """Clear away what a run that was killed before its first step has left here, and nothing else."""
-        old, new = _configuration(self.path, past), settings.to_dict(self._config)
-        own = {*_names(old), *(entry.name for entry in _own(self.path, _names(old)))}
-        replaced = [*_names(new), *(f"{name}/model" for name in _names(new)), "model", "summary.json", "loss.html"]
+        old, new = configuration(self.path, past), settings.to_dict(self._config)
+        own = {*names_of(old), *(entry.name for entry in _own(self.path, names_of(old)))}
+        replaced = [*names_of(new), *(f"{name}/model" for name in names_of(new)), "model", "summary.json", "loss.html"]
         for name in replaced:
             if name not in own and (self.path / name).exists():
                 raise TrainingError(
@@ -170,7 +164,7 @@ class RunDirectory:
         keep = {self.path / stage.name / "features" for stage in self._config.stages if stage.cache_features}
         if resume and old.get("model") == new["model"]:
             keep.add(self.path / "start")
-        _clear(self.path, _names(old), keep)
+        _clear(self.path, names_of(old), keep)
         log.info("%s: the run here was stopped before its first step; it begins anew", self.path)
 
     def _leave_nothing(self) -> None:
@@ -241,59 +235,7 @@ def _remove_empty(made: Iterable[Path]) -> None:
             path.rmdir()
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """A line diff of two configurations, without what a continued run may always change; empty when they agree."""
-    before, after = (
-        yaml.safe_dump({key: value for key, value in tree.items() if key not in FREE}, sort_keys=True).splitlines()
-        for tree in (old, new)
-    )
-    lines = difflib.unified_diff(before, after, n=0, lineterm="")
-    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
-
-
-# --- what the directory says -----------------------------------------------------------------------------------------
-
-
-def read_record(out: Path) -> list[dict[str, Any]] | None:
-    """The entries of `versions.json`, or None where no run has written any."""
-    try:
-        entries = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(entries, list) and entries and all(isinstance(e, dict) and "libraries" in e for e in entries)
-    return entries if whole else None
-
-
-def accepted(out: Path) -> list[dict[str, Any]]:
-    """What was changed on the way: an entry per start with changes, with `started`, `after_steps` and `changes`."""
-    names = ("started", "after_steps", "changes")
-    return [{name: e[name] for name in names} for e in read_record(out) or [] if "changes" in e]
-
-
-def trained(out: Path) -> bool:
-    """Whether a run here has done a step, by its metrics, checkpoints and models."""
-    patterns = ("*/checkpoints/step-*[0-9]", "*/model/manifest.json", "model/manifest.json")
-    return bool(metrics.read(out / "metrics.csv")) or any(any(out.glob(pattern)) for pattern in patterns)
-
-
-def begun(out: Path, names: Iterable[str]) -> dict[str, Begun]:
-    """How far the stages of these names have come; without a checkpoint a stage has not begun."""
-    found = {}
-    for name in names:
-        steps = [int(match[1]) for p in out.glob(f"{name}/checkpoints/step-*") if (match := _STEP.match(p.name))]
-        done = _steps_of_the_model(out / name / "model")
-        if steps or done is not None:
-            step = max([*steps, done or 0])
-            found[name] = Begun(step, done is not None and step <= done)
-    return found
-
-
-def _steps_of_the_model(folder: Path) -> int | None:
-    """Optimizer steps behind the model of a finished stage."""
-    try:
-        return int(json.loads((folder / "training.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+# --- what may go on -----------------------------------------------------------------------------------------
 
 
 def judge(out: Path, found: list[Change], accept: bool) -> None:
@@ -310,38 +252,6 @@ def judge(out: Path, found: list[Change], accept: bool) -> None:
             f"{out}: the configuration is not that of the run to resume; undo this, or use another `out`, or add"
             f" --accept-changes to go on with it on purpose (it is recorded):\n{listed(results)}"
         )
-
-
-def _configuration(out: Path, past: list[dict[str, Any]]) -> dict[str, Any]:
-    """The configuration of the last start, with the defaults of settings that did not exist then."""
-    recorded = past[-1].get("config")
-    if recorded is None:  # begun before the record held it
-        recorded = settings.read_yaml(out / "config.yaml")
-    with suppress(ConfigError):  # a combination that is refused today
-        recorded = settings.to_dict(settings.from_dict(RunConfig, recorded))
-    return dict(recorded)
-
-
-def _names(config: Mapping[str, Any]) -> list[str]:
-    return [stage["name"] for stage in config["stages"]]
-
-
-def _newest(out: Path, stages: Mapping[str, Begun]) -> Path:
-    """The newest checkpoint, or the model of the last finished stage."""
-    folders = [path for name in stages for path in (out / name).glob("checkpoints/step-*") if _STEP.match(path.name)]
-    return max(folders, key=lambda path: path.stat().st_mtime, default=out / list(stages)[-1] if stages else out)
-
-
-def _known_data(out: Path, past: list[dict[str, Any]], stages: Iterable[str]) -> str | None:
-    """The digest of the data that the run has trained on."""
-    for entry in reversed(past):
-        if "data_sha256" in entry:
-            return str(entry["data_sha256"])
-    for name in stages:  # the record of a run that was begun before it held the digest
-        for path in sorted(out.glob(f"{name}/checkpoints/step-*/state.json"), reverse=True):
-            with suppress(OSError, ValueError, KeyError):
-                return str(json.loads(path.read_text(encoding="utf-8"))["data"])
-    return None
 
 
 def _own(out: Path, stages: Iterable[str]) -> list[Path]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm.train.config import RunConfig
-from vlm.train.rundir import begun, trained
+from vlm.train.history import begun, trained
 
 log = logging.getLogger("vlm")
 

@@ -8,8 +8,8 @@ from typing import Any
 from vlm import files, settings
 from vlm.train import checkpoint, failures, metrics
 from vlm.train.config import RunConfig
+from vlm.train.history import accepted, read_record
 from vlm.train.plan import Stage
-from vlm.train.rundir import accepted, read_record
 
 log = logging.getLogger(__name__)
 

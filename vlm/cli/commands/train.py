@@ -32,7 +32,7 @@ def run(options: Options) -> int:
     from vlm import settings
     from vlm.train.config import load_config
     from vlm.train.run import run as train
-    from vlm.train.rundir import trained
+    from vlm.train.history import trained
     from vlm.train.signals import Stopped
 
     if options.accept_changes and not options.resume:
