@@ -22,6 +22,20 @@ _HOMES = {
     "StageConfig": "stage_config",
     "FrozenEncoderModule": "step",
     "FullModule": "step",
+    # What other rooms of the package use, each from the module that defines it.
+    "Stopped": "signals",
+    "StopSignal": "signals",
+    "data_digest": "sources",
+    "differences": "changes",
+    "essential": "changes",
+    "failures": "",
+    "frozen_digests": "parts",
+    "metrics": "",
+    "quiet_transformers": "quiet",
+    "read_sources": "sources",
+    "tower_settings": "models",
+    "towers": "models",
+    "trained": "history",
 }
 
 __all__ = list(_HOMES)
