@@ -31,8 +31,8 @@ def run(options: Options) -> int:
     """`vlm train`: the final model's directory on stdout."""
     from vlm import settings
     from vlm.train.config import load_config
-    from vlm.train.run import run as train
     from vlm.train.history import trained
+    from vlm.train.run import run as train
     from vlm.train.signals import Stopped
 
     if options.accept_changes and not options.resume:
