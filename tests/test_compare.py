@@ -28,6 +28,7 @@ from vlm.compare import compare, comparison, disagreements, fixed, load_config, 
 from vlm.compare.measure import costs, decodable, measure, read_task
 from vlm.compare.statistics import over_seeds
 from vlm.errors import ConfigError, DataError
+from vlm.eval import evaluate
 from vlm.report.sections import Gallery
 from vlm.train import metrics
 
@@ -222,7 +223,7 @@ def test_another_decoder_seed_is_noticed(ran: tuple[Path, dict[str, Any]], tmp_p
     wrong = replace(spec, run=replace(spec.run, out=folder / "train", model=replace(spec.run.model, seed=7)))
     runs.claim(wrong)
     vlm.train.run(wrong.run, resume=True)
-    measure(wrong)
+    measure(wrong, evaluate)
     right = runs.read(out / "runs/a+linear/seed0/spec.json")
     broken = [item for item in fixed.check([right.measurements(), wrong.measurements()]) if not item.held]
     assert [item.what for item in broken] == ["decoder at the start, per seed"]

@@ -245,7 +245,7 @@ import torch
 asked = []
 for name in ("is_available", "device_count", "init", "current_device", "get_device_capability"):
     setattr(torch.cuda, name, lambda *a, _name=name, **k: asked.append(_name) or 0)
-import vlm.compare.measure, vlm.train.stage
+import vlm.build.assembly, vlm.checkpoints.saving, vlm.compare.measure, vlm.eval.harness, vlm.train.run, vlm.train.stage
 print(asked)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

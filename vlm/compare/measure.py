@@ -9,7 +9,7 @@ import json
 import platform
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
@@ -30,7 +30,6 @@ from vlm.data.examples import Example, Labelled
 from vlm.data.reading import read
 from vlm.errors import CheckpointError, DataError, ImageError
 from vlm.eval import results
-from vlm.eval.harness import evaluate
 from vlm.files import write_json
 from vlm.images.load import image_size, load_image
 from vlm.measure.cost import count_parameters, flops_per_image, image_tokens, inference_speed
@@ -42,13 +41,19 @@ from vlm.train.config import RunConfig, load_config
 from vlm.train.quiet import quiet_transformers
 from vlm.train.sources import data_digest, read_sources
 
+Evaluate = Callable[..., dict[str, Any]]
+"""`vlm.eval.evaluate`: its arguments -> the results."""
 TOKEN_IMAGES = 500
 """Images whose tokens are counted."""
 SPEED_REPEATS = 3
 
 
-def measure(spec: Spec) -> None:
-    """Measure a finished training run and write `measurements.json`. Raises `VLMError`."""
+def measure(spec: Spec, evaluate: Evaluate) -> None:
+    """Measure a finished training run and write `measurements.json`. Raises `VLMError`.
+
+    Args:
+        evaluate: `vlm.eval.evaluate`.
+    """
     run = spec.run
     device = "cuda" if run.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     tasks = {name: read_task(task) for name, task in spec.tasks.items()}
@@ -63,7 +68,7 @@ def measure(spec: Spec) -> None:
             "encoder_kind": model.config.encoder,
             **costs(model, processor, spec, tasks),
             "training": training_facts(run),
-            "tasks": {name: score(model, processor, spec, name) for name in tasks},
+            "tasks": {name: score(model, processor, spec, name, evaluate) for name in tasks},
             "probes": None if spec.probes is None else probes(model, processor, spec, spec.probes, device),
             "fixed": fixed_facts(spec),
             "conditions": conditions(device),
@@ -179,7 +184,7 @@ def training_facts(run: RunConfig) -> dict[str, Any]:
 # --- quality ----------------------------------------------------------------------------------------------------------
 
 
-def score(model: VLM, processor: Processor, spec: Spec, name: str) -> dict[str, Any]:
+def score(model: VLM, processor: Processor, spec: Spec, name: str, evaluate: Evaluate) -> dict[str, Any]:
     """One task, evaluated as `vlm eval` does; goes on where it stopped."""
     task = spec.tasks[name]
     outcome = evaluate(

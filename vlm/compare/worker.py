@@ -32,13 +32,14 @@ def main(phase: str, path: Path) -> int:
 
                 use("vlm.encoders", spec.encoder_class)
             if phase == "train":
-                from vlm import train
+                from vlm.train.run import run as train
 
-                train.run(spec.run, resume=True)
+                train(spec.run, resume=True)
             else:
                 from vlm.compare.measure import measure
+                from vlm.eval.harness import evaluate
 
-                measure(spec)
+                measure(spec, evaluate)
         return 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
@@ -57,7 +58,11 @@ def serve() -> None:
     # Imported once, for all. Nothing may be computed here: threads and CUDA contexts do not survive a fork. Not even a
     # library that asks whether there is a GPU may start CUDA.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import vlm.build.assembly
+    import vlm.checkpoints.saving
     import vlm.compare.measure
+    import vlm.eval.harness
+    import vlm.train.run
     import vlm.train.stage  # noqa: F401
 
     started: dict[int, str] = {}
