@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from vlm.compare.runs import Spec, read_items
+from vlm.compare.items import read_items
 from vlm.data.examples import Example
 from vlm.eval.items import gold_texts
 from vlm.eval.metrics import registry
 from vlm.report.sections import GalleryItem
 
 
+class Run(Protocol):
+    """A finished run."""
+
+    @property
+    def arm(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def folder(self) -> Path: ...
+
+
+R = TypeVar("R", bound=Run)
+
+
 def cards(
-    finished: Sequence[Spec],
+    finished: Sequence[Run],
     task: str,
     metric_name: str,
     examples: Sequence[Example],
@@ -49,9 +64,9 @@ def cards(
     ]
 
 
-def one_seed(finished: Sequence[Spec]) -> list[Spec]:
+def one_seed(finished: Sequence[R]) -> list[R]:
     """The runs of the seed that most arms have, the earlier one among equals."""
-    by_seed: dict[int, list[Spec]] = {}
+    by_seed: dict[int, list[R]] = {}
     for spec in finished:
         by_seed.setdefault(spec.seed, []).append(spec)
     return max(by_seed.values(), key=len, default=[])

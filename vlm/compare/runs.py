@@ -109,17 +109,6 @@ def read(path: Path) -> Spec:
     return settings.from_dict(Spec, json.loads(path.read_text(encoding="utf-8")), where=str(path))
 
 
-def item_scores(folder: Path, task: str, metric: str) -> dict[str, float]:
-    """Item id -> score of a finished run."""
-    return {item["id"]: item["scores"][metric] for item in read_items(folder, task)}
-
-
-def read_items(folder: Path, task: str) -> list[dict[str, Any]]:
-    """What the evaluation of a finished run wrote about each item."""
-    lines = (folder / "eval" / task / "items.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
-
-
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
     """A spec without what may change between two starts."""
     kept = {key: value for key, value in values.items() if key not in ("keep_checkpoints", "run")}

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from vlm.compare import fixed, statistics
+from vlm.compare.items import item_scores
 from vlm.compare.match import Matched
-from vlm.compare.runs import Spec, item_scores
+from vlm.compare.runs import Spec
 
 EXECUTION = ("images_per_second", "encoder_images_per_second", "peak_memory_bytes", "seconds")
 """Figures that depend on the machine and differ from run to run."""
