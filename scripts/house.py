@@ -62,7 +62,7 @@ ROOMS: dict[str, Room] = {
     "train": Room(5, "run -> stage -> step; objectives, records", ("eval", "build")),
     "check": Room(5, "what a model does, and what it should", ("train", "exchange", "measure", "build")),
     "compare": Room(6, "towers and projectors against each other", ("train", "measure")),
-    "demo": Room(6, "the small world of the first command", ("train", "measure")),
+    "demo": Room(6, "the small world of the first command", ("train", "measure", "exchange")),
     "cli": Room(6, "the commands; nobody imports it", ("compare", "demo", "check")),
 }
 """The table of rooms. A room may import what its row names, and whatever those may."""
@@ -160,9 +160,8 @@ class House:
         if isinstance(node, ast.Call):
             if "getLogger" in ast.unparse(node.func):
                 return
-            words = [word for word in (*node.args, *(key.value for key in node.keywords))]
-            for word in words:
-                text = word.value if isinstance(word, ast.Constant) and isinstance(word.value, str) else ""
+            for word in (*node.args, *(key.value for key in node.keywords)):
+                text = self._text(name, word)
                 module, _, function = text.partition(":")
                 if text in self.doors and text != PACKAGE:
                     yield from (Import(name, kind, node.lineno, COMPUTED) for kind in self.kinds(text) if kind != name)
@@ -170,6 +169,22 @@ class House:
                     yield Import(name, module, node.lineno, COMPUTED)
         elif name in self.doors and any(ast.unparse(target) == "_HOMES" for target in node.targets):
             yield from (Import(name, home, node.lineno, COMPUTED) for home in self._homes(name, node.value))
+
+    def _text(self, name: str, word: ast.expr) -> str:
+        """A text as it is written, or the constant of the file that is named; "" for anything else."""
+        if isinstance(word, ast.Constant) and isinstance(word.value, str):
+            return word.value
+        if isinstance(word, ast.Name):
+            if word.id == "__name__":
+                return name
+            for node in self.trees[name].body:
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == word.id:
+                    return (
+                        node.value.value
+                        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+                        else ""
+                    )
+        return ""
 
     def _homes(self, name: str, table: ast.AST) -> Iterator[str]:
         for node in ast.walk(table):
