@@ -3,10 +3,12 @@ different prefix lengths, dynamic and static caches, beams."""
 
 from __future__ import annotations
 
+import ast
 import copy
 import itertools
 import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -412,3 +414,24 @@ def test_every_case_is_covered() -> None:
     lengths = [len(line[0].ids(0)) for line in PROMPTS]
     assert max(lengths) > 8 and len(set(lengths)) == 3
     assert len(list(itertools.chain.from_iterable(PROMPTS))) == 3
+
+
+def test_a_default_of_decoding_stands_once() -> None:
+    """No other function or dataclass of the package writes a default of its own for one of the options."""
+    options = {"max_new_tokens", "num_beams", "beam_search", "length_penalty", "temperature", "top_p", "top_k"}
+    options |= {"normalization", "do_sample"}
+    root = Path(vlm.__file__).parent
+    found = set()
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            pairs: list[tuple[str, Any]] = []
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                pairs.append((node.target.id, node.value))
+            elif isinstance(node, ast.arguments):
+                named = [*node.posonlyargs, *node.args][::-1]
+                pairs += [(one.arg, value) for one, value in zip(named, node.defaults[::-1], strict=False)]
+                pairs += [(one.arg, value) for one, value in zip(node.kwonlyargs, node.kw_defaults, strict=True)]
+            wrong = [name for name, value in pairs if name in options and isinstance(value, ast.Constant)]
+            found |= {(str(path.relative_to(root)), name) for name in wrong if name is not None}
+    # A task says whose beams; a speed is measured with so many tokens whatever is said.
+    assert found == {("eval/tasks/task.py", "beam_search"), ("measure/cost.py", "max_new_tokens")}

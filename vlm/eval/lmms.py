@@ -56,7 +56,7 @@ class Answers:
         dtype: str | None = None,
         prefix: str = "",
         first_line: bool | str = False,
-        beam_search: str = "transformers",
+        beam_search: str = Decoding.beam_search,
         **others: Any,
     ) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vlm.errors import ConfigError, DataError, nearest
-from vlm.generation.decoding import Normalization
+from vlm.generation.decoding import Decoding, Normalization
 from vlm.generation.predictor import Network
 from vlm.model.dtypes import check_dtype
 from vlm.model.loss import IGNORE
@@ -39,7 +39,7 @@ def score_candidates(
     prompts: Sequence[str],
     candidates: Sequence[Sequence[str]],
     *,
-    normalization: Normalization = "none",
+    normalization: Normalization = Decoding.normalization,
     batch_size: int = 16,
     ids: Sequence[str] | None = None,
     force_fp16: bool = False,

@@ -18,7 +18,7 @@ from vlm.model.processor import Processor
 
 @torch.inference_mode()
 def generate_ids(
-    model: Network, batch: Batch, settings: GenerationConfig, *, beam_search: BeamSearch = "transformers"
+    model: Network, batch: Batch, settings: GenerationConfig, *, beam_search: BeamSearch = Decoding.beam_search
 ) -> torch.Tensor:
     """Generate for one batch made without suffixes; returns int64[B, N], the new tokens only, padded after EOS.
 
