@@ -19,7 +19,6 @@ from vlm.checkpoints.geometry_plan import Tower, change_tower, read_as, set_imag
 from vlm.checkpoints.image_settings import known_settings
 from vlm.checkpoints.places import locate
 from vlm.checkpoints.preprocessing import own_transform
-from vlm.encoders.fused import KIND as FUSED
 from vlm.encoders.fused import fuse as fuse_towers
 from vlm.errors import ConfigError, nearest
 from vlm.images.fused import FusedTransform, cells_shown
@@ -63,10 +62,11 @@ def choose(
         if key not in known:
             raise ConfigError(f"unknown fuse setting {key!r}{nearest(key, known)}; known: {', '.join(known)}")
     config = fuse_towers([(member.kind, member.config) for member in members], **(fuse or {}))
+    kind = model_types()[config.model_type]
     notes = [recorded_settings(member, image or {}) for member in members]
-    transform = encoder_spec(FUSED).transform(config, recorded=notes, **known_settings(image or {}))
+    transform = encoder_spec(kind).transform(config, recorded=notes, **known_settings(image or {}))
     _say_resampled(config, transform)
-    return Choice(FUSED, config, members, transform)
+    return Choice(kind, config, members, transform)
 
 
 def several(encoder: Any) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vlm import registry
 
 _HOMES = {
+    "RUNNING": "contract",
     "Spec": "contract",
     "TextTower": "contract",
     "EncoderOutput": "contract",
@@ -26,6 +27,7 @@ __all__ = [*_HOMES, "use"]
 if TYPE_CHECKING:
     from vlm.encoders._layers import final_norm as final_norm
     from vlm.encoders._layers import run_blocks as run_blocks
+    from vlm.encoders.contract import RUNNING as RUNNING
     from vlm.encoders.contract import EncoderOutput as EncoderOutput
     from vlm.encoders.contract import Published as Published
     from vlm.encoders.contract import Spec as Spec

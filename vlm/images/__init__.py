@@ -5,6 +5,16 @@ from typing import TYPE_CHECKING
 from vlm.registry import door
 
 _HOMES = {
+    "any_aspect": "transforms",
+    "RESAMPLING": "transforms",
+    "resize_float": "patches",
+    "ImageInput": "load",
+    "DEFAULT_LIMITS": "load",
+    "unpack": "fused",
+    "open_transform": "fused",
+    "one_view": "fused",
+    "cells_shown": "fused",
+    "FusedTransform": "fused",
     "load_image": "load",
     "image_size": "load",
     "is_image": "load",
@@ -16,11 +26,21 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
+    from vlm.images.fused import FusedTransform as FusedTransform
+    from vlm.images.fused import cells_shown as cells_shown
+    from vlm.images.fused import one_view as one_view
+    from vlm.images.fused import open_transform as open_transform
+    from vlm.images.fused import unpack as unpack
+    from vlm.images.load import DEFAULT_LIMITS as DEFAULT_LIMITS
+    from vlm.images.load import ImageInput as ImageInput
     from vlm.images.load import ImageLimits as ImageLimits
     from vlm.images.load import image_size as image_size
     from vlm.images.load import is_image as is_image
     from vlm.images.load import load_image as load_image
+    from vlm.images.patches import resize_float as resize_float
+    from vlm.images.transforms import RESAMPLING as RESAMPLING
     from vlm.images.transforms import ImageTransform as ImageTransform
     from vlm.images.transforms import Pixels as Pixels
+    from vlm.images.transforms import any_aspect as any_aspect
 
 __getattr__, __dir__ = door(__name__, _HOMES)
