@@ -175,11 +175,11 @@ def test_a_disk_that_is_full_at_the_start_costs_nothing(tmp_path: Path, monkeypa
     real = files.write_bytes
     for name in ("versions.json", "config.yaml", "manifest.json", "metrics.csv"):
 
-        def full(path: Path, data: bytes, name: str = name) -> None:
+        def full(path: Path, data: bytes, name: str = name, **how: Any) -> None:
             if Path(path).name == name:
                 with files.disk_errors(path):
                     raise OSError(28, "No space left on device")
-            real(path, data)
+            real(path, data, **how)
 
         monkeypatch.setattr(files, "write_bytes", full)
         with pytest.raises(VLMError, match=rf"({name}|out/start): No space left on device"):
