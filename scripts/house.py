@@ -175,8 +175,6 @@ class House:
         if isinstance(word, ast.Constant) and isinstance(word.value, str):
             return word.value
         if isinstance(word, ast.Name):
-            if word.id == "__name__":
-                return name
             for node in self.trees[name].body:
                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == word.id:
                     return (

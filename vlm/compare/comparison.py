@@ -10,7 +10,8 @@ from typing import Any
 
 from vlm.compare import match, page, table
 from vlm.compare.config import CompareConfig, ProbeConfig, make_arms, run_config
-from vlm.compare.match import How, Matched
+from vlm.compare.match import How
+from vlm.compare.matched import Matched
 from vlm.compare.processes import Server, run_all, slots, visible_gpus
 from vlm.compare.runs import Spec, claim, make_specs
 from vlm.compare.sources import check_sources, sources
@@ -21,9 +22,8 @@ from vlm.errors import ConfigError, DataError, TrainingError
 from vlm.eval import items
 from vlm.eval.metrics import registry
 from vlm.files import Lock, disk_errors, locked, write_json, write_text
-from vlm.measure.probes import check_sets, images_in_both
 from vlm.registry import use
-from vlm.siglip.zero_shot import check_templates
+from vlm.siglip.sets import check_sets, check_templates, images_in_both
 from vlm.train.sources import data_digest, read_sources
 
 log = logging.getLogger(__name__)

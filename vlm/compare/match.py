@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from PIL import Image
 from vlm.build.choice import Choice
 from vlm.build.towers import choose, sized
 from vlm.compare.config import Arm
+from vlm.compare.matched import Matched
 from vlm.errors import ImageError
 from vlm.images.load import image_size
 from vlm.images.transforms import ImageTransform
@@ -33,22 +34,6 @@ How = Literal["tokens", "resolution", "none"]
 """Kind of several towers in one, whose image sizes belong together."""
 MOST_PATCHES = 1 << 14
 """No tower is brought to more than this."""
-
-
-@dataclass(frozen=True)
-class Matched:
-    """An arm after matching."""
-
-    arm: Arm
-    """With the settings that the match needs."""
-    kind: str
-    """Of the encoder."""
-    transform: ImageTransform
-    tokens: float
-    """Per image after the projector: mean over the sizes that were given."""
-    note: str
-    """What was done, and what could not be matched."""
-    exact: bool
 
 
 def match(arms: Sequence[Arm], how: How, sizes: Mapping[tuple[int, int], int], target: int | None) -> list[Matched]:

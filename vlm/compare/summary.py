@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm.compare import fixed, statistics
 from vlm.compare.items import item_scores
-from vlm.compare.match import Matched
+from vlm.compare.matched import Matched
 from vlm.compare.runs import Spec
 
 EXECUTION = ("images_per_second", "encoder_images_per_second", "peak_memory_bytes", "seconds")

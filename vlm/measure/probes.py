@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm.data.examples import Labelled
 from vlm.data.reading import read_labelled
-from vlm.errors import ConfigError, DataError
-from vlm.siglip.features import ProbeResult, check_ids, features
+from vlm.siglip.features import ProbeResult, features
+from vlm.siglip.sets import check_sets, images_in_both
 from vlm.siglip.zero_shot import why_no_zero_shot, zero_shot
 
 if TYPE_CHECKING:
@@ -102,19 +101,6 @@ def probe(
 FEATURES = "mean of the real patches' features"
 
 
-def check_sets(train: Sequence[Labelled], test: Sequence[Labelled], k: int) -> None:
-    """Raise what `probe` would raise for its images and `k` before it looks at any."""
-    if k < 1:
-        raise ConfigError(f"k is {k}, expected at least 1 neighbour")
-    if not train or not test:
-        raise DataError(f"a probe needs images to learn from and others to test, got {len(train)} and {len(test)}")
-    if len({item.label for item in train}) < 2:
-        raise DataError(
-            f"all {len(train)} training images have the label {train[0].label!r}; give at least two classes"
-        )
-    check_ids(test)
-
-
 def _notes(train: Sequence[Labelled], test: Sequence[Labelled], numbers: dict[str, int]) -> dict[str, Any]:
     """What a reader of the accuracy has to know of the data."""
     unseen = Counter(item.label for item in test if item.label not in numbers)
@@ -123,12 +109,6 @@ def _notes(train: Sequence[Labelled], test: Sequence[Labelled], numbers: dict[st
         "unseen_items": sum(unseen.values()),
         "images_in_both": images_in_both(train, test),
     }
-
-
-def images_in_both(train: Sequence[Labelled], test: Sequence[Labelled]) -> int:
-    """Image files that are in both sets: their test answers may be learnt by heart."""
-    one, other = ({item.image for item in items if isinstance(item.image, Path)} for items in (train, test))
-    return len(one & other)
 
 
 # --- nearest neighbours ----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from vlm.data.examples import Labelled
     from vlm.encoders.contract import EncoderOutput
     from vlm.images.transforms import ImageTransform
 
@@ -45,13 +43,6 @@ class ProbeResult:
     num_test: int
     num_classes: int
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-def check_ids(test: Sequence[Labelled]) -> None:
-    """Raise `DataError` unless each id occurs once."""
-    twice = [name for name, count in Counter(item.id for item in test).items() if count > 1]
-    if twice:
-        raise DataError(f"ids occur more than once among the test images: {', '.join(twice[:10])}")
 
 
 def features(

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.errors import CheckpointError, ConfigError, DataError
-from vlm.siglip.features import ProbeResult, check_ids, over_images
+from vlm.siglip.features import ProbeResult, over_images
+from vlm.siglip.sets import check_ids, check_templates
 
 if TYPE_CHECKING:
     import torch
@@ -134,13 +135,6 @@ def _about_shared(shared: Mapping[str, Sequence[str]], num_classes: int) -> str:
         " text is one class here, where an evaluation by class numbers gives all its images to the first. Give each"
         " class a name of its own ('crane bird', 'construction crane') for figures that compare"
     )
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Raise `DataError` unless each text has one place for the class."""
-    bad = [template for template in templates if template.count("{}") != 1]
-    if bad or not templates:
-        raise DataError(f"templates need the place of the class, {{}}, exactly once; got {bad or list(templates)}")
 
 
 def why_no_zero_shot(checkpoint: str | Path | tuple[SigLIP, Any], encoder: nn.Module) -> str | None:
