@@ -426,6 +426,19 @@ def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
     assert "on 5,000 examples" in text and "secret-client" not in text
 
 
+def test_parts_given_as_configurations_or_as_several_towers_are_no_obstacle(tmp_path: Path) -> None:
+    """A run may name its encoder by keys and values, and a fused one as a list."""
+    model, processor = loud("siglip", "gemma")
+    made_from = {
+        "encoder": ["google/siglip2-base-patch16-224", {"model_type": "dinov2"}],
+        "decoder": {"model_type": "x"},
+    }
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "training.json").write_text(json.dumps({"config": {"model": made_from}}))
+    export(model, processor, tmp_path / "a", parity="none", source=tmp_path / "m")
+    assert front_matter(tmp_path / "a")["base_model"] == "google/siglip2-base-patch16-224"
+
+
 def test_a_hub_id_is_the_base_model_and_a_broken_record_is_no_obstacle(tmp_path: Path) -> None:
     model, processor = loud("siglip", "gemma")
     export(model, processor, tmp_path / "a", parity="none", source="google/paligemma2-3b-pt-224")

@@ -122,8 +122,10 @@ def _library(model: VLM) -> str:
 def _base_models(origin: str, provenance: dict[str, Any]) -> list[str]:
     """Hub ids among the things the model was made from; local paths are nobody else's."""
     made_from = provenance.get("config", {}).get("model", {})
-    names = [origin, *(made_from.get(key) for key in ("path", "encoder", "decoder"))]
-    return [n for n in dict.fromkeys(names) if isinstance(n, str) and HUB_ID.fullmatch(n) and not Path(n).exists()]
+    named = [origin, *(made_from.get(key) for key in ("path", "encoder", "decoder"))]
+    # A part is also given as its configuration (keys and values), and several towers as a list.
+    flat = [one for item in named for one in (item if isinstance(item, list) else [item]) if isinstance(one, str)]
+    return [name for name in dict.fromkeys(flat) if HUB_ID.fullmatch(name) and not Path(name).exists()]
 
 
 def _provenance(origin: str) -> dict[str, Any]:
