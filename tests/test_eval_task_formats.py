@@ -271,5 +271,5 @@ def test_countbenchqa_leaves_out_what_the_reference_leaves_out(tmp_path: Path) -
 
 
 def test_every_format_is_that_of_a_task() -> None:
-    used = {tasks.get(name).format for name in tasks.names()} | {"jsonl", "choices"}
-    assert used == {*registry.kinds("vlm.data.benchmarks"), *reading.formats()}
+    used = {tasks.get(name).format for name in tasks.names()} | {"choices"}
+    assert used - set(reading.formats()) == set(registry.kinds("vlm.data.benchmarks"))

@@ -1,12 +1,14 @@
-"""Each extension point takes one more from outside, with one new file and nothing else."""
+"""Each extension point takes one more part from outside, with one new file and nothing else: the one that
+docs/adding.md shows, read from the page, put on the path of its room and used as a user does."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,16 +19,10 @@ from PIL import Image
 from transformers import Qwen2ForCausalLM
 
 import vlm
-import vlm.check.checks
-import vlm.data.benchmarks
-import vlm.data.formats
-import vlm.decoders
 import vlm.eval.metrics
-import vlm.projectors
 import vlm.train
-import vlm.train.objectives
 from vlm import check
-from vlm.build.presets import tiny
+from vlm.build.presets import tiny, tiny_decoder
 from vlm.check import runner
 from vlm.cli import main
 from vlm.data.order import Mixture, stage_seed
@@ -39,64 +35,136 @@ from vlm.model import decoder
 from vlm.registry import kinds
 from vlm.train import metrics
 
-A_CHECK = """
-from vlm.check.report import Finding
-from vlm.check.subject import Check, Subject
+ROOT = Path(__file__).resolve().parent.parent
+POINTS = {
+    "Encoder": "vlm/encoders/patches.py",
+    "Projector": "vlm/projectors/mean.py",
+    "Decoder": "vlm/decoders/qwen2.py",
+    "Metric": "vlm/eval/metrics/first_letter.py",
+    "Task": "vlm/eval/tasks/colours.yaml",
+    "Data format": "vlm/data/formats/pipes.py",
+    "Benchmark reader": "vlm/data/benchmarks/birds.py",
+    "Check": "vlm/check/checks/finite.py",
+    "Objective": "vlm/train/objectives/mean_one.py",
+    "Command": "vlm/cli/commands/hello.py",
+}
+"""Heading of docs/adding.md -> the file that it shows."""
+Put = Callable[[str], Path]
 
 
-def finite(subject: Subject) -> Finding:
-    wrong = sum(int((~weight.isfinite()).sum()) for weight in subject.model.parameters())
-    return Finding(measured=wrong, limit=0, detail="weights that are NaN or infinite")
+def page() -> str:
+    return (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
 
 
-CHECKS = (Check("finite", "every weight is a number", finite, runs_tower=False),)
-"""
+def shown(point: str) -> tuple[Path, str]:
+    """The path and the text of the one file that a section shows."""
+    (section,) = re.findall(rf"^## {point}\n(.*?)(?=^## |\Z)", page(), re.M | re.S)
+    ((path, code),) = re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```", section, re.M | re.S)
+    return Path(path), code
 
 
-def test_a_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "finite.py").write_text(A_CHECK)
-    monkeypatch.setattr(vlm.check.checks, "__path__", [*vlm.check.checks.__path__, str(tmp_path)])
-    known = [entry.name for entry in runner.CHECKS]
-    monkeypatch.setattr(runner, "CHECKS", runner.find())
-    assert [entry.name for entry in runner.CHECKS] == [*known, "finite"]
-    model, processor = tiny("siglip", "gemma")
-    assert check.run(model, processor, only=["finite"])["finite"].status == "ok"
+def test_the_page_shows_one_file_for_each_point() -> None:
+    assert re.findall(r"^## (.*)$", page(), re.M) == list(POINTS)
+    assert {point: shown(point)[0].as_posix() for point in POINTS} == POINTS
+    rooms = re.findall(r"^\| \[([a-z ]+)\]\(#[a-z-]+\) \| `(\S+)/NAME\.\w+` \|", page(), re.M)
+    assert rooms == [(point.lower(), Path(path).parent.as_posix()) for point, path in POINTS.items()]
+    for path in POINTS.values():
+        assert (ROOT / path).parent.is_dir() and not (ROOT / path).exists()
+
+
+def test_tests_that_the_page_names_are_there() -> None:
+    for text in page().split("**Tests that pick it up**")[1:]:
+        named = re.findall(r"`(tests/\w+\.py)`", text.split("\n## ")[0])
+        assert all((ROOT / name).is_file() for name in named)
+        assert named or text.startswith(": none")
+
+
+@pytest.fixture
+def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
+    """Writes the file of a section, alone, into a folder of its own, and puts that on the path of the room."""
+    made = []
+
+    def to_room(point: str) -> Path:
+        path, code = shown(point)
+        name = ".".join(path.parent.parts)
+        assert path.stem not in kinds(name)
+        file = tmp_path / "added" / path
+        file.parent.mkdir(parents=True)
+        file.write_text(code, encoding="utf-8")
+        room = importlib.import_module(name)
+        monkeypatch.setattr(room, "__path__", [*room.__path__, str(file.parent)])
+        made.append((room, path.stem))
+        importlib.invalidate_caches()
+        assert [one for one in kinds(name) if one == path.stem] == ([path.stem] if path.suffix == ".py" else [])
+        return file
+
+    yield to_room
+    decoder.named.cache_clear()
+    for room, name in made:
+        sys.modules.pop(f"{room.__name__}.{name}", None)
+        if hasattr(room, name):
+            delattr(room, name)
+
+
+def test_an_encoder(put: Put, tmp_path: Path) -> None:
+    """Each channel 0 is made the mean of the patch: white and black halves are 1 and -1, row by row."""
+    tokenizer, text = tiny()[1].tokenizer, tiny_decoder("gemma")
+    with pytest.raises(ConfigError, match="patches"):
+        vlm.new({"model_type": "patches"}, "linear", text, tokenizer)
+    put("Encoder")
+    model, processor = vlm.new({"model_type": "patches", "hidden_size": 8}, "linear", text, tokenizer)
+    assert model.config.encoder == "patches" and model.model.multi_modal_projector.linear.in_features == 8
+    shake(model)
+    patches = model.model.vision_tower.patches
+    model.model.vision_tower.blocks.apply(lambda module: [one.data.zero_() for one in module.parameters()])
     with torch.no_grad():
-        next(model.parameters()).view(-1)[:3] = torch.nan
-    result = check.run(model, processor, only=["finite", "tied-weights"])["finite"]
-    assert result.status == "FAIL" and result.measured == 3
+        patches.weight[0], patches.bias[0] = 1 / patches.weight[0].numel(), 0.0
+    picture = Image.new("RGB", (28, 28), "black")
+    picture.paste("white", (0, 0, 14, 28))
+    batch = processor([picture], ["caption en"], ["a red square"])
+    assert int((batch.input_ids == processor.image_token_id).sum()) == 4
+    assert batch.pixel_values is not None
+    features, mask, grid = model.encode(batch.pixel_values)
+    torch.testing.assert_close(features[0, :, 0], torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    assert mask is None and grid.tolist() == [[2, 2]]
+    loss = model(**batch).loss
+    loss.backward()
+    assert bool(loss.isfinite()) and bool((patches.weight.grad != 0).any())
+    vlm.save(model, processor, tmp_path / "model")
+    again, _ = vlm.load(tmp_path / "model")
+    torch.testing.assert_close(again(**batch).loss, loss, rtol=0, atol=0)
 
 
-# Causal, without soft-caps, windows or a scaled embedding: nothing that Gemma has.
-A_DECODER = """
-from transformers import Qwen2Config, Qwen2Model
-
-from vlm.decoders.contract import FULL, SMALL, Facts, Spec
-
-SPEC = Spec(
-    title="Qwen 2",
-    config=Qwen2Config,
-    model=Qwen2Model,
-    blocks=("Qwen2DecoderLayer",),
-    facts=lambda config: Facts(
-        embedding_scale=1.0,
-        attention_width=config.hidden_size,
-        layer_types=(FULL,) * config.num_hidden_layers,
-        context=config.max_position_embeddings,
-        bidirectional_prefix=False,
-    ),
-    small={**SMALL, "tie_word_embeddings": True},
-    overflows_float16=False,
-)
-"""
+def test_a_projector(put: Put, tmp_path: Path) -> None:
+    put("Projector")
+    assert "contract" not in kinds("vlm.projectors")
+    model, processor = tiny("siglip", "gemma", {"kind": "mean", "scale": 2.0})
+    torch.nn.init.ones_(model.model.multi_modal_projector.linear.weight)
+    batch = processor([Image.new("RGB", (28, 28), (200, 30, 30))], ["caption en"], ["a red square"])
+    assert int((batch.input_ids == processor.image_token_id).sum()) == 1
+    assert batch.pixel_values is not None
+    features = model.encode(batch.pixel_values).features
+    seen = model(**batch).image_hidden_states  # the sum over the channels of the mean patch, twice
+    torch.testing.assert_close(seen, (2 * features.mean(1).sum(-1, keepdim=True)).expand_as(seen))
+    vlm.save(model, processor, tmp_path / "model")
+    again, _ = vlm.load(tmp_path / "model")
+    torch.testing.assert_close(again(**batch).loss, model(**batch).loss, rtol=0, atol=0)
 
 
-def test_a_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    request.addfinalizer(decoder.named.cache_clear)
+def test_a_projector_counts_no_padding(put: Put) -> None:
+    put("Projector")
+    projector = tiny("siglip", "gemma", {"kind": "mean"})[0].model.multi_modal_projector
+    torch.nn.init.ones_(projector.linear.weight)
+    features = torch.zeros(1, 3, projector.linear.in_features)
+    features[0, :, 0] = torch.tensor([1.0, 3.0, torch.nan])
+    tokens, _ = projector(features, torch.tensor([[True, True, False]]), torch.tensor([[1, 2]]))
+    assert tokens.shape[1] == 1 and torch.equal(tokens, torch.full_like(tokens, 2.0))
+
+
+def test_a_decoder(put: Put, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown decoder 'qwen2'; known: gemma, gemma2, gemma3_text"):
         tiny("siglip", "qwen2")
-    (tmp_path / "qwen2.py").write_text(A_DECODER)
-    monkeypatch.setattr(vlm.decoders, "__path__", [*vlm.decoders.__path__, str(tmp_path)])
+    put("Decoder")
     model, processor = tiny("siglip", "qwen2")
     assert "Qwen2DecoderLayer" in (model._no_split_modules or [])
     shake(model)
@@ -136,99 +204,70 @@ def test_a_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pyt
     assert vlm.load(tmp_path / "model", dtype="float16")[0].dtype == torch.float16
 
 
-A_PROJECTOR = """
-from dataclasses import dataclass
-
-import torch
-from torch import nn
-
-from vlm.projectors.contract import Spec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    scale: float = 1.0
-
-
-class Mean(nn.Module):
-    def __init__(self, config, encoder_width, decoder_width):
-        super().__init__()
-        self.config, self.linear = config, nn.Linear(encoder_width, decoder_width, bias=False)
-
-    def init_weights(self):
-        nn.init.ones_(self.linear.weight)
-
-    def num_tokens(self, grid):
-        return 1
-
-    def flops(self, grid):
-        return 2 * self.linear.weight.numel()
-
-    def forward(self, features, mask, grid):
-        return self.config.scale * self.linear(features.mean(1, keepdim=True)), None
-
-
-SPEC = Spec(config=Config, build=Mean, num_tokens=lambda config, grid: 1)
-"""
-
-
-def test_a_projector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mean.py").write_text(A_PROJECTOR)
-    monkeypatch.setattr(vlm.projectors, "__path__", [*vlm.projectors.__path__, str(tmp_path)])
-    assert "mean" in kinds("vlm.projectors") and "contract" not in kinds("vlm.projectors")
-    model, processor = tiny("siglip", "gemma", {"kind": "mean", "scale": 2.0})
-    batch = processor([Image.new("RGB", (28, 28), (200, 30, 30))], ["caption en"], ["a red square"])
-    assert int((batch.input_ids == processor.image_token_id).sum()) == 1
-    assert batch.pixel_values is not None
-    features = model.encode(batch.pixel_values).features
-    seen = model(**batch).image_hidden_states  # ones for weights: the sum over the channels of the mean patch
-    torch.testing.assert_close(seen, (2 * features.mean(1).sum(-1, keepdim=True)).expand_as(seen))
-    vlm.save(model, processor, tmp_path / "model")
-    again, _ = vlm.load(tmp_path / "model")
-    torch.testing.assert_close(again(**batch).loss, model(**batch).loss, rtol=0, atol=0)
-
-
-@pytest.fixture
-def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[ModuleType, str, str], None]]:
-    """Writes one new file into a folder of its own and puts the folder on the path of a room."""
-    made = []
-
-    def to_room(room: ModuleType, name: str, code: str) -> None:
-        folder = tmp_path / f"room of {name}"
-        folder.mkdir()
-        (folder / f"{name}.py").write_text(code)
-        monkeypatch.setattr(room, "__path__", [*room.__path__, str(folder)])
-        made.append((room, name))
-
-    yield to_room
-    for room, name in made:
-        sys.modules.pop(f"{room.__name__}.{name}", None)
-        if hasattr(room, name):
-            delattr(room, name)
-
-
-A_DATA_FORMAT = """
-from vlm.data.formats.contract import AnnotationFormat
-from vlm.data.problems import Refused
-
-FORMAT = AnnotationFormat(
-    about="a first line #pipes, then image|prefix|suffix a line", recognise=lambda head: head.startswith(b"#pipes")
-)
-
-
-def records(path, name):
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        cells = line.split("|")
-        if number > 1:
-            keys = ("image", "prefix", "suffix")
-            yield number, dict(zip(keys, cells)) if len(cells) == 3 else Refused("not-three", f"{len(cells)} cells")
-"""
-
-
-def test_a_data_format(
-    tmp_path: Path, put: Callable[[ModuleType, str, str], None], capsys: pytest.CaptureFixture[str]
+def test_a_metric(
+    put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(vlm.data.formats, "pipes", A_DATA_FORMAT)
+    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
+    with pytest.raises(ConfigError, match="first_letter"):
+        vlm.eval.metrics.get("first_letter")
+    put("Metric")
+    vlm.eval.metrics.find()
+    said = {"1": "Apple", "2": "an owl", "3": ""}
+    gold = {"1": ("big dog", "a cat"), "2": ("bird", "owl"), "3": ("",)}
+    found = vlm.eval.metrics.compute("first_letter", said, gold)
+    assert found.value == pytest.approx(1 / 3) and found.per_item == {"1": 1.0, "2": 0.0, "3": 0.0}
+    # `vlm score` finds it by its name too.
+    (tmp_path / "said.json").write_text(json.dumps(said))
+    lines = [{"id": id, "prefix": "", "suffix": texts[-1]} for id, texts in gold.items()]
+    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = ["-p", str(tmp_path / "said.json"), "-r", str(tmp_path / "gold.jsonl")]
+    assert main(["score", "-m", "first_letter", *files, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["first_letter"]["value"] == pytest.approx(1 / 3)
+    assert main(["score", "--list"]) == 0 and "\nfirst_letter " in capsys.readouterr().out
+
+
+SQUARES = {"a": "red", "b": "blue"}
+
+
+class Sees:
+    """Says `red` to every picture, and keeps what it was asked."""
+
+    background = (255, 255, 255)
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+
+    def identity(self) -> dict[str, str]:
+        return {"model": "sees"}
+
+    def predict(self, images: Any, prompts: Any, *, ids: Any, decoding: Any) -> list[str]:
+        self.asked += [(prompt, decoding.max_new_tokens) for prompt in prompts]
+        return ["red"] * len(prompts)
+
+
+def test_a_task(put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A YAML in the folder of the tasks is one by its name."""
+    request.addfinalizer(catalogue.get.cache_clear)
+    with pytest.raises(ConfigError, match="unknown task 'colours'"):
+        tasks.get("colours")
+    monkeypatch.setattr(catalogue, "_HERE", put("Task").parent)
+    data = tmp_path / "data" / "squares"
+    data.mkdir(parents=True)
+    for name, colour in SQUARES.items():
+        Image.new("RGB", (8, 8), colour).save(data / f"{name}.png")
+    lines = [{"id": name, "image": f"{name}.png", "prefix": "which?", "suffix": said} for name, said in SQUARES.items()]
+    (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert tasks.names() == ["colours"]
+    loaded = tasks.load(tasks.get("colours"), tmp_path / "data")
+    assert [(ex.prefix, ex.suffix) for ex in loaded] == [("answer en which?", "red"), ("answer en which?", "blue")]
+    sees = Sees()
+    found = evaluate_tasks(sees, "colours", tmp_path / "data", tmp_path / "out")["tasks"]["colours"]
+    assert sees.asked == [("answer en which?", 3)] * 2
+    assert found["metrics"]["exact_match"]["value"] == 0.5 and found["task"]["title"] == "Colours of squares"
+
+
+def test_a_data_format(put: Put, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put("Data format")
     file = tmp_path / "train.txt"
     file.write_text("#pipes\na.png|caption en|a cat\nb.png|answer en what?|a dog\n")
     for name in ("a.png", "b.png"):
@@ -265,35 +304,8 @@ def test_a_data_format(
     assert f"{file} read as pipes" in printed.err
 
 
-A_BENCHMARK = """
-from functools import partial
-
-from vlm.data.items import Item, Shown
-from vlm.data.benchmarks.contract import Benchmark, inside, Predictions
-
-FORMAT = Benchmark(
-    about='Birds: {"birds": [{"bird", "picture", "species"}]}',
-    gold="birds",
-    recognise=inside("birds", "bird", "species"),
-    predictions=(Predictions(name="birds", about='list of {"bird", "guess"}', id="bird", text="guess"),),
-)
-
-
-def read(source):
-    folder = source.images()
-    for row in source.object("birds").rows("birds"):
-        yield Item(id=row.key("bird"), answers=(row.text("species"),), show=partial(_show, folder, row))
-
-
-def _show(folder, row):
-    return Shown(images=(folder / row.text("picture"),), fields={"question": row.text("question")})
-"""
-
-
-def test_a_benchmark_reader(
-    tmp_path: Path, put: Callable[[ModuleType, str, str], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    put(vlm.data.benchmarks, "birds", A_BENCHMARK)
+def test_a_benchmark_reader(put: Put, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put("Benchmark reader")
     gold, said = tmp_path / "birds.json", tmp_path / "said.json"
     birds = [{"bird": 1, "species": "crow"}, {"bird": 2, "species": "owl"}]
     gold.write_text(json.dumps({"birds": birds}))
@@ -320,37 +332,25 @@ def test_a_benchmark_reader(
     assert example.image == tmp_path / "pictures" / "1.png"
 
 
-AN_OBJECTIVE = """
-import torch
-
-from vlm.train.batches import MicroBatches
-from vlm.train.objectives.contract import Loss
-
-
-class Objective:
-    needs = ("encoder", "projector")
-
-    def __init__(self, stage):
-        self.stage = stage
-
-    def check(self, examples):
-        pass
-
-    def batches(self, examples, mixture, processor, **how):
-        return MicroBatches(examples, mixture, processor, **how)
-
-    def loss(self, model, inputs, encoded=None):
-        tokens = model.model.project(encoded)[0].view(len(encoded.features), -1)  # [M, Q * D]
-        return Loss((tokens.mean(1) - 1).square().sum(), torch.tensor(float(len(tokens))))
-
-    def reached(self, batch):
-        return {"encoder", "projector"}
-"""
+def test_a_check(put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    known = [entry.name for entry in runner.CHECKS]
+    put("Check")
+    monkeypatch.setattr(runner, "CHECKS", runner.find())
+    assert [entry.name for entry in runner.CHECKS] == [*known, "finite"]
+    model, processor = tiny("siglip", "gemma")
+    vlm.save(model, processor, tmp_path / "model")
+    assert main(["check", str(tmp_path / "model"), "--only", "finite", "--json"]) == 0
+    (printed,) = json.loads(capsys.readouterr().out)["checks"]
+    assert (printed["name"], printed["status"], printed["measured"]) == ("finite", "ok", 0)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[:3] = torch.nan
+    result = check.run(model, processor, only=["finite", "tied-weights"])["finite"]
+    assert result.status == "FAIL" and result.measured == 3
 
 
-def test_an_objective(tmp_path: Path, put: Callable[[ModuleType, str, str], None]) -> None:
+def test_an_objective(put: Put, tmp_path: Path) -> None:
     """Image tokens whose mean is 1: two steps, and the loss is the mean over images however a step is cut."""
-    put(vlm.train.objectives, "mean_one", AN_OBJECTIVE)
+    put("Objective")
     start, data = traintools.world()
     rows, ids = {}, [json.loads(line)["id"] for line in data.read_text().splitlines()]
     for cuts in (1, 2):
@@ -383,87 +383,16 @@ def test_an_objective_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-A_METRIC = """
-from vlm.eval.metrics.registry import register
-from vlm.eval.metrics.result import mean_result
-
-
-@register("same_length", summary="as many words as a reference", reads="references")
-def same_length(predictions, references):
-    words = {key: {len(text.split()) for text in gold} for key, gold in references.items()}
-    scores = {key: float(len(predictions[key].split()) in counts) for key, counts in words.items()}
-    return mean_result("same_length", scores, "1 for as many words as any reference")
-"""
-
-
-def test_a_metric(put: Callable[[ModuleType, str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
-    with pytest.raises(ConfigError, match="same_length"):
-        vlm.eval.metrics.get("same_length")
-    put(vlm.eval.metrics, "lengths", A_METRIC)
-    vlm.eval.metrics.find()
-    said, gold = {"1": "a red cat", "2": "an owl"}, {"1": ("the big dog",), "2": ("owl", "bird")}
-    found = vlm.eval.metrics.compute("same_length", said, gold)
-    assert found.value == 0.5 and found.per_item == {"1": 1.0, "2": 0.0}
-    # `vlm score` finds it by its name too.
-    for name, lines in (("said", said), ("gold", {key: texts[0] for key, texts in gold.items()})):
-        key = "prediction" if name == "said" else "suffix"
-        (tmp_path / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"id": id, "prefix": "", key: text}) + "\n" for id, text in lines.items())
-        )
-    files = ["-p", str(tmp_path / "said.jsonl"), "-r", str(tmp_path / "gold.jsonl")]
-    assert main(["score", "-m", "same_length", *files]) == 0
-
-
-A_TASK = """
-name: colours
-title: colours of squares
-format: jsonl
-default_split: test
-metrics: [exact_match]
-prompt: "answer en {prefix}"
-decoding: {max_new_tokens: 3}
-splits:
-  test:
-    files: {data: {path: squares/test.jsonl}}
-"""
-
-
-SQUARES = {"a": "red", "b": "blue"}
-
-
-class Sees:
-    """Says `red` to every picture, and keeps what it was asked."""
-
-    background = (255, 255, 255)
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, int]] = []
-
-    def identity(self) -> dict[str, str]:
-        return {"model": "sees"}
-
-    def predict(self, images: Any, prompts: Any, *, ids: Any, decoding: Any) -> list[str]:
-        self.asked += [(prompt, decoding.max_new_tokens) for prompt in prompts]
-        return ["red"] * len(prompts)
-
-
-def test_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A YAML in the folder of the tasks is one by its name."""
-    room = tmp_path / "tasks"
-    room.mkdir()
-    (room / "colours.yaml").write_text(A_TASK)
-    monkeypatch.setattr(catalogue, "_HERE", room)
-    catalogue.get.cache_clear()
-    data = tmp_path / "data" / "squares"
-    data.mkdir(parents=True)
-    for name, colour in SQUARES.items():
-        Image.new("RGB", (8, 8), colour).save(data / f"{name}.png")
-    lines = [{"id": name, "image": f"{name}.png", "prefix": "which?", "suffix": said} for name, said in SQUARES.items()]
-    (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "colours" in tasks.names()
-    sees = Sees()
-    found = evaluate_tasks(sees, "colours", tmp_path / "data", tmp_path / "out")["tasks"]["colours"]
-    catalogue.get.cache_clear()
-    assert sees.asked == [("answer en which?", 3)] * 2
-    assert found["metrics"]["exact_match"]["value"] == 0.5 and found["task"]["title"] == "colours of squares"
+def test_a_command(put: Put, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["hello"]) == 2 and "unknown command: hello" in capsys.readouterr().err
+    put("Command")
+    assert main(["hello"]) == 0 and capsys.readouterr().out == "hello, world\n"
+    assert main(["hello", "Ada", "--loud"]) == 0 and capsys.readouterr().out == "HELLO, ADA\n"
+    assert main(["hello", "--lout"]) == 2 and "--loud" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert re.search(r"^    hello +greet$", capsys.readouterr().out, re.M)
+    assert main(["hello", "--help"]) == 0 and "who is greeted (default: world)" in capsys.readouterr().out
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    (options,) = re.findall(r"^    hello\)\n        options='(.*)';;$", script, re.M)
+    assert "--loud" in options.split() and " hello " in script
