@@ -3,6 +3,7 @@
     python scripts/house.py                     a table: rooms, circles, the longest chains
     python scripts/house.py --json              the same as JSON
     python scripts/house.py --map FILE.svg      the picture of docs/design.md
+    python scripts/house.py --table FILE.md     the table of rooms between the two markers of that page
 
 Every import counts: at the top of a file, inside functions, for the type checker alone, and by computed names (a room
 given as text to `vlm.registry`, the table of names of a door, `module:function` of a command). `tests/test_house.py`
@@ -15,8 +16,10 @@ import argparse
 import ast
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
@@ -301,29 +304,106 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# --- the picture ------------------------------------------------------------------------------------------------------
+# --- the table and the picture of docs/design.md ----------------------------------------------------------------------
 
-_WIDTH, _HEIGHT, _GAP, _STEP, _MARGIN = 132, 42, 22, 96, 24
+BEGIN, END = "<!-- rooms: scripts/house.py --table -->", "<!-- end of rooms -->"
+
+
+def rows() -> list[str]:
+    """The table of rooms as lines of Markdown, from the top of the house down."""
+    lines = ["| layer | room | what it knows | may import, and what those may |", "|---|---|---|---|"]
+    for name, one in reversed(ROOMS.items()):
+        names = ", ".join(f"`{other}`" for other in one.imports) or ("-" if name == GROUND else "the ground alone")
+        lines.append(f"| {one.layer} | `{name}` | {one.knows} | {names} |")
+    return lines
+
+
+def with_table(page: str) -> str:
+    """A page with the table of rooms between its two markers.
+
+    Raises:
+        ValueError: the page does not have both markers.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected the lines {BEGIN} and {END} in the page, around the table")
+    return "\n".join([before + BEGIN, "", *rows(), "", END + after])
+
+
+_WIDTH, _HEIGHT, _GAP, _STEP, _MARGIN = 140, 42, 26, 86, 24
+
+
+class _Layout(NamedTuple):
+    places: Mapping[str, tuple[float, float]]
+    """Room, or where an arrow passes a row -> (middle, top)."""
+    paths: list[list[str]]
+    """From a room to one that it imports, through a place in each row between."""
+    size: tuple[float, float]
 
 
 def draw(house: House) -> str:
-    """The rooms in their layers as SVG, with an arrow to each room that is imported and not also reached by another."""
-    graph = house.room_graph()
-    layers: dict[int, list[str]] = {}
-    for name, one in ROOMS.items():
-        if name != GROUND:
-            layers.setdefault(one.layer, []).append(name)
-    width = max(len(names) for names in layers.values()) * (_WIDTH + _GAP) - _GAP + 2 * _MARGIN
-    height = (max(layers) + 1) * _STEP + _HEIGHT
-    places = {}
-    for number, names in layers.items():
-        left = (width - len(names) * (_WIDTH + _GAP) + _GAP) / 2
-        for place, name in enumerate(names):
-            places[name] = (left + place * (_WIDTH + _GAP), _MARGIN + (max(layers) - number) * _STEP)
-    parts = [_arrow(places[above], places[below]) for above, below in _direct(graph)]
-    parts += [_box(name, places[name], house) for name in places]
-    parts.append(_ground(width, height - _HEIGHT, house))
-    return "\n".join([_head(width, height + 12), *parts, "</svg>", ""])
+    """The rooms as SVG, all arrows downwards: one to each room that is imported and not also reached by another."""
+    found = _layout(house.room_graph())
+    width, height = found.size
+    parts = [_arrow([found.places[name] for name in path]) for path in found.paths]
+    parts += [_box(name, place, house) for name, place in found.places.items() if name in ROOMS]
+    parts.append(_ground(width, height - _HEIGHT - _MARGIN, house))
+    return "\n".join([_head(width, height), *parts, "</svg>", ""])
+
+
+def _layout(graph: Mapping[str, set[str]]) -> _Layout:
+    arrows, row_of = _direct(graph), _rows_of(graph)
+    paths = [
+        [above, *(f"{above} > {below} in row {row}" for row in range(row_of[above] + 1, row_of[below])), below]
+        for above, below in arrows
+    ]
+    rows: dict[int, list[str]] = {number: [] for number in range(max(row_of.values()) + 1)}
+    for name in graph:
+        rows[row_of[name]].append(name)
+    for path in paths:
+        for number, name in enumerate(path[1:-1], row_of[path[0]] + 1):
+            rows[number].append(name)
+    links = [pair for path in paths for pair in pairwise(path)]
+    for _ in range(4):  # each row as its neighbours like it best, until nothing changes any more
+        for number in rows:
+            rows[number] = min(map(list, permutations(rows[number])), key=partial(_length, rows, links, number))
+    across = max(map(len, rows.values())) * (_WIDTH + _GAP) - _GAP + 2 * _MARGIN
+    places = {
+        name: (across / 2 + x * (_WIDTH + _GAP), _MARGIN + number * _STEP)
+        for number, names in rows.items()
+        for name, x in _middles(names).items()
+    }
+    return _Layout(places, paths, (across, len(rows) * _STEP + _HEIGHT + 2 * _MARGIN))
+
+
+def _rows_of(graph: Mapping[str, set[str]]) -> dict[str, int]:
+    """The row of each room, 0 at the top: below all that import it, and as high as that."""
+    known: dict[str, int] = {}
+
+    def row(name: str) -> int:
+        if name not in known:
+            known[name] = max((row(above) + 1 for above, names in graph.items() if name in names), default=0)
+        return known[name]
+
+    return {name: row(name) for name in graph}
+
+
+def _middles(names: Sequence[str]) -> dict[str, float]:
+    return {name: place - (len(names) - 1) / 2 for place, name in enumerate(names)}
+
+
+def _length(
+    rows: Mapping[int, list[str]], links: Sequence[tuple[str, str]], number: int, order: Sequence[str]
+) -> float:
+    """How far the arrows of a row go sideways in this order of its rooms, and how often they cross."""
+    above, own, below = _middles(rows.get(number - 1, [])), _middles(order), _middles(rows.get(number + 1, []))
+    total = 0.0
+    for upper, lower in ((above, own), (own, below)):
+        lines = [(upper[one], lower[other]) for one, other in links if one in upper and other in lower]
+        total += sum(abs(x0 - x1) for x0, x1 in lines)
+        total += 2 * sum((a0 - b0) * (a1 - b1) < 0 for (a0, a1), (b0, b1) in combinations(lines, 2))
+    return total
 
 
 def _direct(graph: Mapping[str, set[str]]) -> list[tuple[str, str]]:
@@ -339,36 +419,36 @@ def _direct(graph: Mapping[str, set[str]]) -> list[tuple[str, str]]:
 def _head(width: float, height: float) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" font-family="sans-serif">\n'
-        "<style>.box{fill:#eef3fb;stroke:#4a6fa5}.ground{fill:#f1ede4;stroke:#8a7d5f}.line{stroke:#9aa7b8;fill:none}"
-        ".name{font-size:15px;fill:#16202e}.size{font-size:11px;fill:#5a6675}</style>\n"
+        "<style>.box{fill:#eef3fb;stroke:#4a6fa5}.ground{fill:#f1ede4;stroke:#8a7d5f}.line{stroke:#7f8ea3;fill:none;"
+        "stroke-width:1.3}.name{font-size:15px;fill:#16202e}.size{font-size:11px;fill:#5a6675}</style>\n"
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0 8 4 0 8z" fill="#9aa7b8"/></marker></defs>\n'
+        '<path d="M0 0 8 4 0 8z" fill="#7f8ea3"/></marker></defs>\n'
         f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>'
     )
 
 
-def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
-    """From the foot of a room to the head of another; between neighbours of a layer from side to side, in a bow."""
-    (x0, y0), (x1, y1) = start, end
-    if y0 == y1:
-        x0, x1 = x0 + _WIDTH / 2, x1 + _WIDTH / 2
-        bow = y0 - 26
-        path = f"M{x0:g} {y0:g} C{x0:g} {bow:g} {x1:g} {bow:g} {x1:g} {y1:g}"
-    else:
-        x0, y0, x1 = x0 + _WIDTH / 2, y0 + _HEIGHT, x1 + _WIDTH / 2
-        middle = (y0 + y1) / 2
-        path = f"M{x0:g} {y0:g} C{x0:g} {middle:g} {x1:g} {middle:g} {x1:g} {y1:g}"
+def _arrow(places: Sequence[tuple[float, float]]) -> str:
+    """From the foot of a room to the head of another, straight down through the rows between."""
+    x, y = places[0][0], places[0][1] + _HEIGHT
+    path = f"M{x:g} {y:g}"
+    for number, (across, top) in enumerate(places[1:], 1):
+        middle = (y + top) / 2
+        path += f" C{x:g} {middle:g} {across:g} {middle:g} {across:g} {top:g}"
+        x, y = across, top
+        if number < len(places) - 1:
+            y += _HEIGHT
+            path += f" V{y:g}"
     return f'<path class="line" d="{path}" marker-end="url(#tip)"/>'
 
 
 def _box(name: str, place: tuple[float, float], house: House) -> str:
     count = sum(lines for module, lines in house.lines.items() if room(module) == name)
     files = sum(room(module) == name for module in house.files)
-    x, y = place
+    x, y = place[0] - _WIDTH / 2, place[1]
     return (
         f'<rect class="box" x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="6"/>'
         f'<text class="name" x="{x + 10:g}" y="{y + 18:g}">{escape(name)}</text>'
-        f'<text class="size" x="{x + 10:g}" y="{y + 34:g}">{files} files, {round(count, -2)} lines</text>'
+        f'<text class="size" x="{x + 10:g}" y="{y + 34:g}">{files} files, {round(count, -2):,} lines</text>'
         f"<title>{escape(ROOMS[name].knows)}</title>"
     )
 
@@ -377,7 +457,7 @@ def _ground(width: float, y: float, house: House) -> str:
     names = sorted(name.split(".")[1] for name in house.files if room(name) == GROUND and name != PACKAGE)
     return (
         f'<rect class="ground" x="{_MARGIN}" y="{y:g}" width="{width - 2 * _MARGIN:g}" height="{_HEIGHT}" rx="6"/>'
-        f'<text class="name" x="{_MARGIN + 12}" y="{y + 26:g}">ground: {escape(", ".join(names))}</text>'
+        f'<text class="name" x="{_MARGIN + 12}" y="{y + 26:g}">ground, used by all: {escape(", ".join(names))}</text>'
     )
 
 
@@ -386,8 +466,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder that holds the package")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--map", type=Path, metavar="FILE", help="write the picture as SVG")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table of rooms into a page")
     options = parser.parse_args(argv)
     house = House(options.root)
+    if options.table:
+        options.table.write_text(with_table(options.table.read_text(encoding="utf-8")), encoding="utf-8")
     if options.map:
         options.map.write_text(draw(house), encoding="utf-8")
     found = facts(house)

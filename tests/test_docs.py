@@ -47,8 +47,9 @@ def command_lines(page: Path) -> list[list[str]]:
 
 
 def inline_commands(page: Path) -> list[list[str]]:
-    """`vlm ...` between backquotes."""
-    spans = re.findall(r"`(vlm [a-z-]+[^`\n]*)`", text_of(page))
+    """`vlm ...` between backquotes; not in Python, where an example may be a command that is yet to be added."""
+    text = re.sub(r"^```python\n.*?^```", "", text_of(page), flags=re.M | re.S)
+    spans = re.findall(r"`(vlm [a-z-]+[^`\n]*)`", text)
     return [span.split()[1:] for span in spans if not span.startswith("vlm ...")]
 
 
