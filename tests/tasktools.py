@@ -41,7 +41,7 @@ class Root:
 
 def load(name: str, root: Root, split: str | None = None) -> list[Example]:
     """The items; every image has to be there."""
-    examples = tasks.load(tasks.get(name), root.path, split)
+    examples = tasks.get(name).load(root.path, split)
     for example in examples:
         for image in example.images:
             assert isinstance(image, Image.Image) or image.is_file()

@@ -40,11 +40,11 @@ def test_a_link_inside_an_image_folder_may_not_leave_it(tmp_path: Path) -> None:
     (root.path / folder / "a.png").symlink_to(root.path / "elsewhere" / "a.png")
     captions(root, "a.png")
     with pytest.raises(DataError, match=r"image a.png: a symbolic link leads out of .*, to .*elsewhere/a.png; copy"):
-        tasks.load(tasks.get("nocaps"), root.path)
+        tasks.get("nocaps").load(root.path)
     (root.path / folder / "deep").symlink_to(root.path / "elsewhere")
     captions(root, "deep/a.png")
     with pytest.raises(DataError, match="image deep/a.png: a symbolic link leads out of"):
-        tasks.load(tasks.get("nocaps"), root.path)
+        tasks.get("nocaps").load(root.path)
 
 
 def test_the_folder_itself_may_be_a_link_and_so_may_what_stays_inside(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_the_folder_itself_may_be_a_link_and_so_may_what_stays_inside(tmp_path: 
     (root.path / folder).parent.mkdir(parents=True, exist_ok=True)
     (root.path / folder).symlink_to(root.path / "elsewhere")
     captions(root, "b.png")
-    (example,) = tasks.load(tasks.get("nocaps"), root.path)
+    (example,) = tasks.get("nocaps").load(root.path)
     assert example.images == (root.path / folder / "b.png",)
 
 
@@ -91,7 +91,7 @@ def test_easy_vqa_reads_no_endless_listing(tmp_path: Path, monkeypatch: pytest.M
         for split in ("train", "test"):
             archive.writestr(f"data/{split}/questions.json", b"[" + b" " * 2_000_000 + b"]")
     with pytest.raises(DataError, match="questions.json has more than 1,048,576 bytes"):
-        tasks.load(tasks.get("easy_vqa"), tmp_path)
+        tasks.get("easy_vqa").load(tmp_path)
 
 
 def test_a_file_is_bounded_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_one_file_for_scoring_and_for_evaluation(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"caption": "a cat"', '"caption": "a cat", "caption": "a dog"'))
     (tmp_path / "said.json").write_text('[{"image_id": 1, "caption": "a cat"}]')
     with pytest.raises(DataError, match="the key 'caption' is there twice"):
-        tasks.load(tasks.get("nocaps"), tmp_path)
+        tasks.get("nocaps").load(tmp_path)
     assert main(["score", str(tmp_path / "said.json"), "--references", str(path), "--metrics", "cider"]) == 2
 
 
@@ -174,7 +174,7 @@ def test_empty_gold_answers_are_named(tmp_path: Path) -> None:
     split = tasks.get("textvqa").split()
     root.json(split.files["questions"].path, {"data": [question]})
     with pytest.raises(DataError, match=r"'data' 0: 'answers' is an empty list: there is nothing to compare"):
-        tasks.load(tasks.get("textvqa"), tmp_path)
+        tasks.get("textvqa").load(tmp_path)
 
 
 def test_a_table_is_read_strictly(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_evaluation_and_scoring_refuse_the_same(name: str, how: str, content: An
         elif not other.startswith("images"):
             getattr(root, how)(file.path, [content] if how == "lines" else content)
     with pytest.raises(DataError, match=says):
-        tasks.load(tasks.get(name), tmp_path)
+        tasks.get(name).load(tmp_path)
     with pytest.raises(DataError, match=says):
         files.read_gold(tmp_path / split.files[role].path)
 
@@ -277,7 +277,7 @@ def test_a_number_in_quotes_is_read_by_both(tmp_path: Path) -> None:
     }
     root.json(split.files["questions"].path, [record])
     root.images(f"{split.files['images'].path}/000000000003.jpg")
-    (example,) = tasks.load(tasks.get("aokvqa_mc"), tmp_path)
+    (example,) = tasks.get("aokvqa_mc").load(tmp_path)
     gold, _ = files.read_gold(tmp_path / split.files["questions"].path)
     assert example.answers == gold["q"].references == ("b",)
     assert example.info["answer_index"] == gold["q"].info["answer_index"] == 1
@@ -292,7 +292,7 @@ def test_only_the_balanced_questions_of_gqa_count(tmp_path: Path) -> None:
     )
     root.images(f"{split.files['images'].path}/1.jpg")
     gold, _ = files.read_gold(tmp_path / split.files["questions"].path)
-    kept = [example.id for example in tasks.load(tasks.get("gqa"), tmp_path)]
+    kept = [example.id for example in tasks.get("gqa").load(tmp_path)]
     assert kept == [key for key, item in gold.items() if item.scored("answers")] == ["1"]
 
 

@@ -80,7 +80,7 @@ def test_ai2d_without_images_still_loads_the_items(root: Root) -> None:
     ai2d_files(root)
     (root.path / "ai2d/images/0.png").unlink()
     with pytest.raises(DataError, match="2 of 2 images are missing"):
-        tasks.load(tasks.get("ai2d"), root.path)
+        tasks.get("ai2d").load(root.path)
 
 
 def refcoco_files(root: Root) -> None:
@@ -178,7 +178,7 @@ def test_multiple_choice_of_ones_own(root: Root) -> None:
     row = {"id": "1", "question": "Which?", "options": ["a cat", "a dog"], "answer": "B", "images": ["a.png", "b.png"]}
     root.images("mine/images/a.png", "mine/images/b.png")
     task = choices_task(root, [{**row, "subject": "zoology"}])
-    [example] = tasks.load(task, root.path)
+    [example] = task.load(root.path)
     assert example.prefix == "answer en Which? choose from: a cat \t a dog" and len(example.more_images) == 1
     assert values(task, [example], {"1": "a dog"}) == values(task, [example], {"1": "B"}) == {"multiple_choice": 1.0}
     assert task.groups([example], "subject") == {"1": "zoology"}
@@ -187,7 +187,7 @@ def test_multiple_choice_of_ones_own(root: Root) -> None:
         ({"images": []}, "no image; every item needs at least one"),
     ):
         with pytest.raises(DataError, match=f"mine/questions.jsonl, line 1: .*{message}"):
-            tasks.load(choices_task(root, [{**row, **wrong}]), root.path)
+            choices_task(root, [{**row, **wrong}]).load(root.path)
 
 
 MMMU_ROW = {
@@ -217,11 +217,11 @@ def test_mmmu_rows(tmp_path: Path) -> None:
 def test_mmmu_needs_the_extra(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     root.text("mmmu/data/README.md", "")
     with pytest.raises(DataError, match=r"no validation-\*\.parquet in it"):
-        tasks.load(tasks.get("mmmu"), root.path)
+        tasks.get("mmmu").load(root.path)
     root.text("mmmu/data/validation-00000-of-00001.parquet", "")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'vlm-backbone\[datasets\]'"):
-        tasks.load(tasks.get("mmmu"), root.path)
+        tasks.get("mmmu").load(root.path)
 
 
 def test_mmmu_reads_parquet_through_datasets(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:

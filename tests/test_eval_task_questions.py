@@ -79,7 +79,7 @@ def test_aokvqa(root: Root) -> None:
 def test_a_choice_out_of_range_is_named(root: Root) -> None:
     root.json("aokvqa/aokvqa_v1p0_val.json", [{**aokvqa_rows()[0], "correct_choice_idx": 4}])
     with pytest.raises(DataError, match="item 0: 'correct_choice_idx' should be a whole number from 0 to 3, got 4"):
-        tasks.load(tasks.get("aokvqa_mc"), root.path)
+        tasks.get("aokvqa_mc").load(root.path)
 
 
 def test_gqa(root: Root) -> None:
@@ -419,7 +419,7 @@ def test_questions_and_annotations_are_the_same(root: Root) -> None:
     content = json.loads(file.read_text())
     root.json("vqav2/v2_mscoco_val2014_annotations.json", {"annotations": [*content["annotations"], annotation]})
     with pytest.raises(DataError, match="questions.json: 1 annotations without one: '7'"):
-        tasks.load(tasks.get("vqav2"), root.path)
+        tasks.get("vqav2").load(root.path)
 
 
 def test_a_count_of_tallyqa_is_a_whole_number(root: Root) -> None:
@@ -455,4 +455,4 @@ def test_a_hidden_test_split_is_named_for_every_format(root: Root) -> None:
     image = {"filename": "a.jpg", "filepath": "val2014", "split": "val", "cocoid": 1, "sentences": []}
     root.json("coco/dataset_coco.json", {"images": [image]})
     with pytest.raises(DataError, match="item '1' has no gold text; is this a file of the hidden test split"):
-        tasks.load(tasks.get("cococap"), root.path)
+        tasks.get("cococap").load(root.path)

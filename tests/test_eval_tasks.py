@@ -133,7 +133,7 @@ def test_select_takes_tasks_splits_and_files(tmp_path: Path) -> None:
     assert [found.label for found in chosen] == ["vqav2", "pope@adversarial", "mine"]
     mine = chosen[2].task
     assert mine.metrics == ("cider", "rouge_l")
-    examples = tasks.load(mine, Path("not read"))
+    examples = mine.load(Path("not read"))
     assert [(ex.id, ex.prefix, ex.references) for ex in examples] == [
         ("i0", "caption en", ("a cat",)),
         ("i1", "caption en", ("a cat",)),
@@ -166,7 +166,7 @@ def test_a_file_of_ones_own_in_the_short_form(tmp_path: Path) -> None:
     )
     captions, describe = tasks.load_file(path)
     assert captions.split().expected_items == 2
-    assert tasks.load(describe, Path())[0].prefix == "describe caption en"
+    assert describe.load(Path())[0].prefix == "describe caption en"
     assert describe.decoding == TaskDecoding(max_new_tokens=9) and describe.post_process("A Cat") == "a cat"
     assert [found.label for found in tasks.select(str(path))] == ["captions", "describe"]
 
@@ -182,7 +182,7 @@ def test_a_file_of_ones_own_in_the_long_form(tmp_path: Path) -> None:
     draw(tmp_path / "photos" / "a.png")
     content = {"images": [{"id": 7, "file_name": "a.png"}], "annotations": [{"image_id": 7, "caption": "a cat"}]}
     (tmp_path / "photos.json").write_text(json.dumps(content))
-    [example] = tasks.load(task, tmp_path)
+    [example] = task.load(tmp_path)
     assert (example.id, example.references) == ("7", ("a cat",))
 
 
@@ -235,8 +235,8 @@ def task_of(data: Path, **changes: object) -> Task:
 
 def test_limit_takes_the_first_items(tmp_path: Path) -> None:
     task = task_of(own_data(tmp_path, count=4))
-    assert [ex.id for ex in tasks.load(task, tmp_path, limit=3)] == ["i0", "i1", "i2"]
-    assert [ex.line for ex in tasks.load(task, tmp_path)] == [1, 2, 3, 4]
+    assert [ex.id for ex in task.load(tmp_path, limit=3)] == ["i0", "i1", "i2"]
+    assert [ex.line for ex in task.load(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_braces_in_a_question_stay() -> None:
@@ -249,7 +249,7 @@ def test_braces_in_a_question_stay() -> None:
 
 def test_a_missing_file_says_what_to_download_and_to_where(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
-        tasks.load(tasks.get("vqav2"), tmp_path)
+        tasks.get("vqav2").load(tmp_path)
     assert str(error.value) == (
         f"task 'vqav2', split 'val': {tmp_path}/vqav2/v2_mscoco_val2014_annotations.json is missing; download"
         " https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Annotations_Val_mscoco.zip and put it there (archives:"
@@ -271,7 +271,7 @@ def test_missing_images_are_counted_and_stay(tmp_path: Path, caplog: pytest.LogC
     caption_file(tmp_path, 3)
     draw(tmp_path / "nocaps" / "validation" / "1.jpg")
     with caplog.at_level(logging.WARNING):
-        examples = tasks.load(tasks.get("nocaps"), tmp_path)
+        examples = tasks.get("nocaps").load(tmp_path)
     assert len(examples) == 3
     assert "2 of 3 images are missing and count as wrong" in caplog.text and "validation/0.jpg" in caplog.text
 
@@ -281,7 +281,7 @@ def test_no_image_at_all_is_an_error_that_names_the_folder(tmp_path: Path) -> No
     with pytest.raises(
         DataError, match=r"7 of 7 images are missing: .*0\.jpg.* and 2 more; images belong in .*validation"
     ):
-        tasks.load(tasks.get("nocaps"), tmp_path)
+        tasks.get("nocaps").load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_broken_official_file_names_the_place(tmp_path: Path, content: bytes, 
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        tasks.load(tasks.get("nocaps"), tmp_path)
+        tasks.get("nocaps").load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../secret.jpg", "a/../../b.jpg", ""])
@@ -312,20 +312,20 @@ def test_a_name_in_an_official_file_does_not_lead_out_of_the_folder(tmp_path: Pa
     path = tmp_path / "nocaps" / "nocaps_val_4500_captions.json"
     path.write_text(path.read_text().replace("0.jpg", name))
     with pytest.raises(DataError, match=f"image '{name}' does not lie below .*nocaps/validation"):
-        tasks.load(tasks.get("nocaps"), tmp_path)
+        tasks.get("nocaps").load(tmp_path)
 
 
 def test_an_option_that_a_loader_needs_is_named(tmp_path: Path) -> None:
     files = {"captions": File(path="c.json"), "images": File(path="i")}
     task = task_of(tmp_path, format="karpathy", splits={"data": Split(files=files)}, prompt="caption en")
     with pytest.raises(ConfigError, match="task 'mine', split 'data': the loader needs the option 'split'; .* none"):
-        tasks.load(task, tmp_path)
+        task.load(tmp_path)
 
 
 def test_a_role_that_a_loader_needs_is_named(tmp_path: Path) -> None:
     task = task_of(tmp_path, format="vqa", splits={"data": Split(files={"data": File(path="x")})})
     with pytest.raises(DataError, match="the loader needs a file called 'annotations', the task names 'data'"):
-        tasks.load(task, tmp_path)
+        task.load(tmp_path)
 
 
 # --- Candidates and groups --------------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def test_a_data_format(put: Put, tmp_path: Path, capsys: pytest.CaptureFixture[s
         '  prompt: "please {prefix}"\n  splits: {all: {files: {data: {path: train.txt}}}}\n'
     )
     [task] = tasks.load_file(tmp_path / "tasks.yaml")
-    assert [(ex.id, ex.prefix, ex.suffix) for ex in tasks.load(task, tmp_path)] == [
+    assert [(ex.id, ex.prefix, ex.suffix) for ex in task.load(tmp_path)] == [
         ("2", "please caption en", "a cat"),
         ("3", "please answer en what?", "a dog"),
     ]
@@ -323,11 +323,11 @@ def test_a_benchmark_reader(put: Put, tmp_path: Path, capsys: pytest.CaptureFixt
     )
     [task] = tasks.load_file(tmp_path / "tasks.yaml")
     with pytest.raises(DataError, match="no 'picture'; it has 'bird', 'species'. Is this the official file"):
-        tasks.load(task, tmp_path)
+        task.load(tmp_path)
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "1.png")
     gold.write_text(json.dumps({"birds": [{**birds[0], "picture": "1.png", "question": "which bird?"}]}))
-    [example] = tasks.load(task, tmp_path)
+    [example] = task.load(tmp_path)
     assert (example.id, example.prefix, example.answers) == ("1", "answer en which bird?", ("crow",))
     assert example.image == tmp_path / "pictures" / "1.png"
 

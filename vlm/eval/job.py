@@ -16,7 +16,6 @@ from vlm.eval import items, results
 from vlm.eval.metrics import registry
 from vlm.eval.metrics.registry import Metric
 from vlm.eval.tasks.catalogue import Selected
-from vlm.eval.tasks.loading import load
 from vlm.eval.tasks.task import Task
 from vlm.generation.decoding import Decoding
 from vlm.generation.predictor import Bounded, Predictor
@@ -154,13 +153,13 @@ def _examples(data: str | Path | Sequence[Example], reading: FileReading) -> tup
 def task_job(
     selected: Selected, root: Path, reading: Reading = Reading(), decoding: Mapping[str, Any] | None = None
 ) -> Job:
-    """The job that a task describes. Raises ConfigError and DataError as `tasks.loading.load`.
+    """The job that a task describes. Raises ConfigError and DataError as `Task.load`.
 
     Args:
         decoding: options of `Decoding` to use instead of what the task says.
     """
     task, label = selected.task, selected.label
-    examples = load(task, root, selected.split, reading.limit)
+    examples = task.load(root, selected.split, reading.limit)
     examples = without_control(examples, control.SETTING, strip=reading.strip_control)
     items.check(examples)
     averaged = [task.average_over] if task.average_over else []

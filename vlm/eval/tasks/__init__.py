@@ -2,7 +2,7 @@
 
 from vlm.eval import tasks
 task = tasks.get("vqav2")
-examples = tasks.load(task, Path("data"), limit=100)
+examples = task.load(Path("data"), limit=100)
 """
 
 from typing import TYPE_CHECKING
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from vlm.registry import door
 
 _HOMES = {
-    **dict.fromkeys(("POST", "Published", "Split", "Task", "TaskDecoding", "fill"), "task"),
+    **dict.fromkeys(("POST", "Published", "Split", "TaskDecoding", "fill"), "task"),
     **dict.fromkeys(("Selected", "get", "load_file", "names", "select", "table"), "catalogue"),
-    "load": "loading",
+    "Task": "loading",
 }
 
 __all__ = list(_HOMES)
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from vlm.eval.tasks.catalogue import names as names
     from vlm.eval.tasks.catalogue import select as select
     from vlm.eval.tasks.catalogue import table as table
-    from vlm.eval.tasks.loading import load as load
+    from vlm.eval.tasks.loading import Task as Task
     from vlm.eval.tasks.task import POST as POST
     from vlm.eval.tasks.task import Published as Published
     from vlm.eval.tasks.task import Split as Split
-    from vlm.eval.tasks.task import Task as Task
     from vlm.eval.tasks.task import TaskDecoding as TaskDecoding
     from vlm.eval.tasks.task import fill as fill
 

@@ -11,7 +11,8 @@ from typing import Any
 from vlm import settings
 from vlm.data.items import File
 from vlm.errors import ConfigError, nearest
-from vlm.eval.tasks.task import Split, Task, TaskDecoding, check_scoring
+from vlm.eval.tasks.loading import Task
+from vlm.eval.tasks.task import Split, TaskDecoding, check_scoring
 from vlm.words import columns
 
 _HERE = Path(__file__).parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,36 +15,41 @@ from vlm.data.examples import Example
 from vlm.data.items import Item
 from vlm.data.source import Source
 from vlm.errors import ConfigError, DataError, nearest
-from vlm.eval.tasks.task import Task, fill
+from vlm.eval.tasks.task import Task as Facts
+from vlm.eval.tasks.task import fill
 from vlm.words import listed
 
 logger = logging.getLogger(__name__)
 
 
-def load(task: Task, root: Path, split: str | None = None, limit: int | None = None) -> list[Example]:
-    """The items of a split, from the official files below `root`.
+@dataclass(frozen=True, kw_only=True)
+class Task(Facts):
+    """A benchmark, and its examples from the official files."""
 
-    Images that are not there stay in the list (the harness counts them as wrong) and are counted in a warning.
+    def load(self, root: Path, split: str | None = None, limit: int | None = None) -> list[Example]:
+        """The items of a split, from the official files below `root`.
 
-    Args:
-        root: the folder that all of a task's paths are relative to.
-        split: name of a split; the task's own default for None.
-        limit: only the first so many items.
+        Images that are not there stay in the list (the harness counts them as wrong) and are counted in a warning.
 
-    Raises:
-        ConfigError: an unknown split or format, or a prompt that names a field the loader does not give.
-        DataError: a file that is missing (the message says what to download, and to where) or not as the format
-            says; no image of the split is there.
-    """
-    chosen = task.split(split)
-    source = Source(task.name, split or task.default_split, Path(root), chosen.files, chosen.options)
-    items = islice(reader(task.format)(source), limit)
-    file = str(source.place(next(iter(chosen.files))))
-    examples = [_example(task, item, file, number) for number, item in enumerate(items, 1)]
-    if not examples:
-        raise DataError(f"task {task.name!r}, split {source.split!r}: no item in {file}")
-    _report_missing(task, examples, source)
-    return examples
+        Args:
+            root: the folder that all of its paths are relative to.
+            split: name of a split; its own default for None.
+            limit: only the first so many items.
+
+        Raises:
+            ConfigError: an unknown split or format, or a prompt that names a field the loader does not give.
+            DataError: a file that is missing (the message says what to download, and to where) or not as the format
+                says; no image of the split is there.
+        """
+        chosen = self.split(split)
+        source = Source(self.name, split or self.default_split, Path(root), chosen.files, chosen.options)
+        items = islice(reader(self.format)(source), limit)
+        file = str(source.place(next(iter(chosen.files))))
+        examples = [_example(self, item, file, number) for number, item in enumerate(items, 1)]
+        if not examples:
+            raise DataError(f"task {self.name!r}, split {source.split!r}: no item in {file}")
+        _report_missing(self, examples, source)
+        return examples
 
 
 def reader(format: str) -> Callable[[Source], Iterator[Item]]:
@@ -85,7 +91,7 @@ def _annotated(format: str, source: Source) -> Iterator[Item]:
         )
 
 
-def _example(task: Task, item: Item, file: str, number: int) -> Example:
+def _example(task: Facts, item: Item, file: str, number: int) -> Example:
     shown = item.shown
     return Example(
         id=item.id,
@@ -101,7 +107,7 @@ def _example(task: Task, item: Item, file: str, number: int) -> Example:
     )
 
 
-def _report_missing(task: Task, examples: Sequence[Example], source: Source) -> None:
+def _report_missing(task: Facts, examples: Sequence[Example], source: Source) -> None:
     paths = {image for ex in examples for image in ex.images if isinstance(image, Path)}
     missing = sorted(path for path in paths if not path.is_file())
     if not missing:
