@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_layers
 import yaml
 
 from vlm import cli
@@ -121,6 +120,52 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors, f"{page.name}: {target}"
 
 
+def paths_of(text: str) -> set[str]:
+    """Files and folders of the repository that a text names, in backquotes or in a drawing."""
+    found = set(
+        re.findall(r"(?<![\w/.])(?:vlm|tests|scripts|benchmarks|examples|docs)/[\w/]*\w\.(?:py|ya?ml|md)\b", text)
+    )
+    return found | set(re.findall(r"`((?:vlm|tests|scripts|benchmarks|examples|docs)/[\w/.-]*)`", text))
+
+
+def names_of(text: str) -> set[str]:
+    """Dotted names of the package in backquotes, without what they are called with."""
+    return set(re.findall(r"`(vlm(?:\.[A-Za-z_]\w*)+)", text))
+
+
+def missing(dotted: str) -> bool:
+    value: object = importlib.import_module("vlm")
+    names = dotted.split(".")[1:]
+    for depth, name in enumerate(names, 1):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(".".join(["vlm", *names[:depth]]))
+        if not hasattr(value, name):
+            return True
+        value = getattr(value, name)
+    return False
+
+
+@each_page
+def test_paths_and_names_are_there(page: Path) -> None:
+    if page.name == "log.md":
+        pytest.skip("it tells of what was")
+    # Blocks are programs, and on the page of additions they are the files that are yet to be.
+    text = re.sub(r"^```\w*\n.*?^```", "", text_of(page), flags=re.M | re.S)
+    paths = {path.replace("NAME.py", "").replace("NAME.yaml", "") for path in paths_of(text)}
+    assert sorted(path for path in paths if not (ROOT / path).exists()) == []
+    assert sorted(filter(missing, names_of(text))) == []
+
+
+def test_the_reader_of_paths_and_names_finds_them() -> None:
+    text = (
+        "`vlm/model/forward.py`, `vlm/train`,\n    vlm/model/gone.py  `vlm.gone.x(1)` `vlm.model.masks`, user/vlm/x.py"
+    )
+    assert paths_of(text) == {"vlm/model/forward.py", "vlm/train", "vlm/model/gone.py"}
+    assert names_of(text) == {"vlm.gone.x", "vlm.model.masks"}
+    assert missing("vlm.gone.x") and missing("vlm.model.masks.gone") and not missing("vlm.model.masks.additive")
+    assert len(paths_of(text_of(ROOT / "docs" / "design.md"))) > 30
+
+
 @each_page
 def test_python_examples_name_what_is_there(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", text_of(page), re.M | re.S):
@@ -180,19 +225,6 @@ def test_the_loop_of_ones_own_runs_and_logs(monkeypatch: pytest.MonkeyPatch) -> 
     first, last = (example.main(epochs) for epochs in (1, 8))
     assert set(first) == {"loss", "val_loss"}
     assert last["val_loss"] < 0.5 * first["val_loss"] and last["loss"] < 0.5 * first["loss"]
-
-
-def test_the_layer_table_is_the_one_that_is_checked() -> None:
-    """docs/design.md against the data of tests/test_layers.py: modules of each layer, and their libraries."""
-    text = text_of(ROOT / "docs" / "design.md")
-    rows = re.findall(r"^\| (\d) \| (.*?) \| (.*?) \|$", text, re.M)
-    assert [int(number) for number, _, _ in rows] == list(range(len(test_layers.LAYERS)))
-    libraries = {"Pillow": "PIL", "pyyaml": "yaml"}
-    for (_, modules, may), names, third in zip(rows, test_layers.LAYERS, test_layers.THIRD_PARTY, strict=True):
-        named = {name.removesuffix("/*") for name in re.findall(r"`([\w/*]+)`", re.sub(r"\(.*?\)", "", modules))}
-        assert named == {name for name in names if name != "__main__"}
-        listed = {libraries.get(word, word) for word in re.findall(r"[A-Za-z_]+", may.partition(";")[2])}
-        assert listed == third, may
 
 
 def test_exit_codes_are_told_where_they_are_promised() -> None:

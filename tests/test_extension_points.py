@@ -258,7 +258,7 @@ def test_a_task(put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reque
     lines = [{"id": name, "image": f"{name}.png", "prefix": "which?", "suffix": said} for name, said in SQUARES.items()]
     (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert tasks.names() == ["colours"]
-    loaded = tasks.load(tasks.get("colours"), tmp_path / "data")
+    loaded = tasks.get("colours").load(tmp_path / "data")
     assert [(ex.prefix, ex.suffix) for ex in loaded] == [("answer en which?", "red"), ("answer en which?", "blue")]
     sees = Sees()
     found = evaluate_tasks(sees, "colours", tmp_path / "data", tmp_path / "out")["tasks"]["colours"]
