@@ -187,7 +187,7 @@ def _open_folder(
 
 def _expected(kind: Any) -> str:
     known = " or ".join(map(repr, READERS))
-    if kind in model_types():
+    if isinstance(kind, str) and kind in model_types():  # a damaged file may say a list here
         return f"{known}; this is a vision tower, build a model on it: vlm new --encoder"
     if kind in decoder.checkpoint_types():
         return f"{known}; this is a decoder, build a model on it: vlm new --decoder"
