@@ -347,30 +347,34 @@ def test_a_check(put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert result.status == "FAIL" and result.measured == 3
 
 
+def distance(folder: Path, pictures: list[Path]) -> float:
+    """What the objective computes, by hand: the mean over images of (mean of their image tokens - 1) squared."""
+    model, processor = vlm.load(folder, dtype="float32")
+    pixels = processor(pictures, ["caption en"] * len(pictures)).pixel_values
+    assert pixels is not None
+    with torch.no_grad():
+        features, line = model.encode(pixels).features, model.model.multi_modal_projector.linear
+        return float(((features @ line.weight.T + line.bias).mean((1, 2)) - 1).square().mean())
+
+
 def test_an_objective(put: Put, tmp_path: Path) -> None:
-    """Image tokens whose mean is 1: two steps, and the loss is the mean over images however a step is cut."""
+    """Two steps, and the loss is the mean over images however a step is cut; only the projector moves, and closer."""
     put("Objective")
     start, data = traintools.world()
-    rows, ids = {}, [json.loads(line)["id"] for line in data.read_text().splitlines()]
+    rows, count = {}, len(data.read_text().splitlines())
     for cuts in (1, 2):
         stage = traintools.align(objective="mean_one", steps=2, accumulate=cuts)
         vlm.train.run(traintools.config(tmp_path / str(cuts), stage))
         rows[cuts] = metrics.read(tmp_path / str(cuts) / "metrics.csv")
-    assert [row["step"] for row in rows[1]] == ["1", "2"] and float(rows[1][1]["loss"]) < float(rows[1][0]["loss"])
+    assert [row["step"] for row in rows[1]] == ["1", "2"]
     assert [row["seen"] for row in rows[1]] == [row["seen"] for row in rows[2]]
-    model, processor = vlm.load(start, dtype="float32")
-    order = Mixture((len(ids),), (1.0,), stage_seed(0, 0))
-    pictures = [data.parent / "images" / f"{order.example(position)}.png" for position in range(4)]
-    with torch.no_grad():
-        pixels = processor(pictures, ["caption en"] * 4).pixel_values
-        assert pixels is not None
-        features = model.encode(pixels).features
-        line = model.model.multi_modal_projector.linear
-        expected = ((features @ line.weight.T + line.bias).mean((1, 2)) - 1).square().mean()
+    order = Mixture((count,), (1.0,), stage_seed(0, 0))
+    pictures = [data.parent / "images" / f"{order.example(position)}.png" for position in range(count)]
+    expected = distance(start, pictures[:4])
     for found in rows.values():
-        assert float(found[0]["loss"]) == pytest.approx(float(expected), rel=1e-5)
-    changed = traintools.weights(tmp_path / "1" / "model")
-    before = traintools.weights(start)
+        assert float(found[0]["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert distance(tmp_path / "1" / "model", pictures) < distance(start, pictures)
+    changed, before = traintools.weights(tmp_path / "1" / "model"), traintools.weights(start)
     moved = {name for name in before if not torch.equal(before[name], changed[name])}
     assert moved == {name for name in before if "projector" in name}
 
