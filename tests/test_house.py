@@ -293,7 +293,7 @@ def test_nothing_can_run_code_from_a_checkpoint() -> None:
 
 def test_light_modules_do_not_load_torch() -> None:
     light = ["cli.options", "train", "train.config", "eval", "eval.metrics", "eval.tasks", "demo", "data", "images"]
-    light.append("compare.config")
+    light += ["compare.config", "children", "ranks"]
     heavy = ("torch", "transformers", "lightning")
     code = f"import sys, {', '.join('vlm.' + name for name in light)}; print([n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
