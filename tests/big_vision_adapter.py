@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from vlm.checkpoints import big_vision, big_vision_model
 from vlm.encoders._positions import resize_position_grid
 from vlm.encoders.siglip import resample_position_table
-from vlm.generation.writing import generate_ids
+from vlm.generation.text import generate_ids
 from vlm.images.patches import patch_coordinates
 from vlm.images.transforms import ImageTransform, naflex_grid
 from vlm.model.batch import Batch

@@ -18,7 +18,7 @@ from vlm.encoders import siglip
 from vlm.errors import GenerationError
 from vlm.generation import beam
 from vlm.generation.decoding import Decoding
-from vlm.generation.writing import generate_ids, generation_config
+from vlm.generation.text import generate_ids, generation_config
 from vlm.model.batch import Batch
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM

@@ -30,7 +30,7 @@ from vlm.compare.statistics import over_seeds
 from vlm.errors import ConfigError, DataError
 from vlm.eval import evaluate
 from vlm.report.sections import Gallery
-from vlm.train import metrics
+from vlm.train import step_log
 
 JOBS = 2
 BOTH = "28 images are in both the training and the test set"
@@ -199,7 +199,7 @@ def test_a_run_of_two_processes(ran: tuple[Path, dict[str, Any]], server: proces
     result = compare(config, tmp_path / "out", server=server)
     assert result["failed"] == {} and result["arms"][0]["seeds"] == [0]
     alone, shared = (
-        metrics.read(out / "runs/a+linear/seed0/train/metrics.csv")[:4] for out in (ran[0], tmp_path / "out")
+        step_log.read(out / "runs/a+linear/seed0/train/metrics.csv")[:4] for out in (ran[0], tmp_path / "out")
     )
     assert [row["seen"] for row in shared] == [row["seen"] for row in alone]
     for one, other in zip(alone, shared, strict=True):

@@ -11,7 +11,7 @@ import torch
 from coretools import loud, picture
 from torch.nn import functional as F
 
-import vlm.generation.writing
+import vlm.generation.text
 from vlm.build.presets import tiny
 from vlm.errors import ConfigError, DataError
 from vlm.images.load import image_size, load_image
@@ -123,14 +123,14 @@ def test_speed_does_all_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     is timed."""
     model, processor = loud("siglip", "gemma")
     lengths: list[tuple[int, ...]] = []
-    original = vlm.generation.writing.generate_ids
+    original = vlm.generation.text.generate_ids
 
     def watched(*args: Any) -> torch.Tensor:
         output = original(*args)
         lengths.append(tuple(output.shape))
         return output
 
-    monkeypatch.setattr(vlm.generation.writing, "generate_ids", watched)
+    monkeypatch.setattr(vlm.generation.text, "generate_ids", watched)
     model.train()
     images = [picture(i) for i in range(3)]
     found = cost.inference_speed(

@@ -22,7 +22,7 @@ from vlm.errors import ConfigError
 from vlm.images.fused import open_transform
 from vlm.model.parts import encoder_spec
 from vlm.registry import kinds, part
-from vlm.train import parts
+from vlm.train import freezing
 from vlm.train.stage_config import StageConfig
 
 PROJECTORS = kinds("vlm.projectors")
@@ -319,12 +319,12 @@ def test_a_frozen_tower_is_still(kind: str) -> None:
         return [tower(**pixels).features for _ in range(4)]
 
     stage: dict[str, Any] = {"name": "a", "steps": 1, "batch_size": 1}
-    with parts.frozen(model, StageConfig(**stage, module="frozen_encoder", train={"projector": 1e-3})):
+    with freezing.frozen(model, StageConfig(**stage, module="frozen_encoder", train={"projector": 1e-3})):
         still = outputs()
         assert all(torch.equal(still[0], other) for other in still)
         model(**batch).loss.backward()
         assert all(parameter.grad is None and not parameter.requires_grad for parameter in tower.parameters())
-    with parts.frozen(model, StageConfig(**stage, module="full", train={"encoder": 1e-3, "projector": 1e-3})):
+    with freezing.frozen(model, StageConfig(**stage, module="full", train={"encoder": 1e-3, "projector": 1e-3})):
         moving = outputs()
         if kind in DROPPING or kind == "fused":
             assert not all(torch.equal(moving[0], other) for other in moving)

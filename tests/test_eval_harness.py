@@ -17,7 +17,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.eval import evaluate, items, table
 from vlm.eval.metrics import official
 from vlm.generation.decoding import Decoding
-from vlm.generation.journal import PREDICTIONS, SETTINGS, PredictionStore
+from vlm.generation.predictions import PREDICTIONS, SETTINGS, PredictionStore
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 

@@ -19,7 +19,7 @@ from test_eval_model import lively
 
 import vlm
 from vlm.eval import evaluate
-from vlm.generation.journal import PREDICTIONS, PredictionStore
+from vlm.generation.predictions import PREDICTIONS, PredictionStore
 
 ROOT = Path(vlm.__file__).parents[1]
 

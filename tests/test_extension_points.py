@@ -33,7 +33,7 @@ from vlm.eval.tasks import catalogue
 from vlm.measure import info
 from vlm.model import decoder
 from vlm.registry import kinds
-from vlm.train import metrics
+from vlm.train import step_log
 
 ROOT = Path(__file__).resolve().parent.parent
 POINTS = {
@@ -365,7 +365,7 @@ def test_an_objective(put: Put, tmp_path: Path) -> None:
     for cuts in (1, 2):
         stage = traintools.align(objective="mean_one", steps=2, accumulate=cuts)
         vlm.train.run(traintools.config(tmp_path / str(cuts), stage))
-        rows[cuts] = metrics.read(tmp_path / str(cuts) / "metrics.csv")
+        rows[cuts] = step_log.read(tmp_path / str(cuts) / "metrics.csv")
     assert [row["step"] for row in rows[1]] == ["1", "2"]
     assert [row["seen"] for row in rows[1]] == [row["seen"] for row in rows[2]]
     order = Mixture((count,), (1.0,), stage_seed(0, 0))

@@ -21,7 +21,7 @@ import vlm
 from vlm.build.presets import tiny
 from vlm.errors import DataError, GenerationError
 from vlm.generation.decoding import Decoding
-from vlm.generation.writing import generate_ids, generation_config
+from vlm.generation.text import generate_ids, generation_config
 from vlm.model.forward import VLM
 
 # Prompts of 4 + 5, 4 + 11 and 6 tokens: the windows are 8.

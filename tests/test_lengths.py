@@ -16,7 +16,7 @@ from vlm.data.reading import read
 from vlm.errors import DataError
 from vlm.eval import evaluate
 from vlm.model.lengths import Room, context_of, over_context, too_long
-from vlm.train.fit import targets
+from vlm.train.context_fit import targets
 
 CONTEXT = 512
 """Of the tiny model; its image has 4 tokens."""

@@ -19,7 +19,7 @@ import vlm
 from vlm.build.presets import tiny
 from vlm.encoders.contract import EncoderOutput
 from vlm.errors import ConfigError, DataError, GenerationError
-from vlm.generation.writing import generate_ids
+from vlm.generation.text import generate_ids
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM, VLMModel
 from vlm.model.inputs import Inputs

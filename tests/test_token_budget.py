@@ -21,7 +21,7 @@ from test_train_processes import run_on_two
 from traintools import COLORS, config, difference, stop_after, tune
 
 import vlm
-import vlm.generation.writing
+import vlm.generation.text
 import vlm.train
 from vlm.build.presets import tiny
 from vlm.data.budget import cut, padding
@@ -245,13 +245,13 @@ def test_refused_settings(changes: dict[str, Any], message: str) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the batches that are generated for."""
     shapes: list[tuple[int, ...]] = []
-    original = vlm.generation.writing.generate_ids
+    original = vlm.generation.text.generate_ids
 
     def generate_ids(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         shapes.append(tuple(batch.input_ids.shape))
         return original(model, batch, *args, **kwargs)
 
-    monkeypatch.setattr(vlm.generation.writing, "generate_ids", generate_ids)
+    monkeypatch.setattr(vlm.generation.text, "generate_ids", generate_ids)
     return shapes
 
 

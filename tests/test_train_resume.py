@@ -19,7 +19,7 @@ from vlm import files
 from vlm.data.order import StepSampler
 from vlm.errors import CheckpointError, ConfigError, TrainingError, VLMError
 from vlm.settings import from_dict, to_dict
-from vlm.train import RunConfig, StageConfig, checkpoint, history, metrics, rundir
+from vlm.train import RunConfig, StageConfig, checkpoint, history, rundir, step_log
 from vlm.train.changes import FREE, Begun, Change, changes, essential
 from vlm.train.config import DataConfig
 from vlm.train.failures import explain
@@ -105,7 +105,7 @@ POINTS = {
     "the configuration": ("vlm.files", "write_text"),
     "the data": ("vlm.train.sources", "read_sources"),
     "the start model": ("vlm.train.run", "publish"),
-    "the manifest": ("vlm.train.parts", "write_manifest"),
+    "the manifest": ("vlm.train.freezing", "write_manifest"),
     "the trainer": ("vlm.train.stage", "loader"),
 }
 
@@ -397,7 +397,7 @@ def copied(halfway: Path, tmp_path: Path) -> Path:
 
 
 def rows(out: Path) -> list[dict[str, str]]:
-    return metrics.read(out / "metrics.csv")
+    return step_log.read(out / "metrics.csv")
 
 
 def test_the_advice_for_a_full_memory_is_accepted_and_gives_the_same_training(halfway: Path, tmp_path: Path) -> None:

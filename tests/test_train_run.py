@@ -38,7 +38,7 @@ import vlm.train
 from vlm.build.presets import tiny
 from vlm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vlm.ranks import is_main
-from vlm.train import checkpoint, metrics
+from vlm.train import checkpoint, step_log
 from vlm.train.batches import MicroBatches
 
 
@@ -347,14 +347,14 @@ def test_a_kill_between_the_last_checkpoint_and_the_model_costs_nothing(referenc
 
 def test_a_torn_metrics_file_is_repaired(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    file = metrics.MetricsFile(path)
+    file = step_log.MetricsFile(path)
     for stage, step in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3)):
         file.write({"stage": stage, "step": step, "loss": 0.1 + 0.2})
     file.close()
     with path.open("a") as torn:
         torn.write("b,4,0.")
-    metrics.MetricsFile(path, finished=["a"], stage="b", step=2).close()
-    kept = metrics.read(path)
+    step_log.MetricsFile(path, finished=["a"], stage="b", step=2).close()
+    kept = step_log.read(path)
     assert [(row["stage"], row["step"]) for row in kept] == [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")]
     assert float(kept[0]["loss"]) == 0.1 + 0.2
 

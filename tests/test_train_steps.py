@@ -18,7 +18,7 @@ from vlm.data.order import Mixture, stage_seed
 from vlm.data.reading import read
 from vlm.errors import TrainingError
 from vlm.settings import from_dict
-from vlm.train import StageConfig, optim, parts
+from vlm.train import StageConfig, freezing, optim
 from vlm.train.schedule import multiplier
 
 
@@ -145,7 +145,7 @@ def test_frozen_parts_cannot_be_put_back_into_train_mode() -> None:
     model, _ = vlm.load(world()[0])
     stage = from_dict(StageConfig, align())
     encoder, decoder = model.parts()["encoder"], model.parts()["decoder"]
-    with parts.frozen(model, stage):
+    with freezing.frozen(model, stage):
         for attempt in (model, model.model, encoder, nn.Sequential(model)):
             attempt.train()
             frozen = [*encoder.modules(), *model.model.language_model.modules()]
@@ -171,9 +171,9 @@ def test_the_decoder_trains_with_dropout_although_loading_gives_eval_mode(tmp_pa
 def test_the_manifest_names_every_parameter_once_with_its_treatment() -> None:
     model, _ = vlm.load(world()[0])
     stage = from_dict(StageConfig, align(train={"projector": 1e-2, "decoder": 1e-4}, weight_decay=0.1))
-    with parts.frozen(model, stage):
-        manifest = parts.manifest(model, stage)
-        parts.check_manifest(model, stage, manifest, "never")
+    with freezing.frozen(model, stage):
+        manifest = freezing.manifest(model, stage)
+        freezing.check_manifest(model, stage, manifest, "never")
         by_name = {row.name: row for row in manifest}
         assert list(by_name) == [name for name, _ in model.named_parameters()]
         assert {row.part for row in manifest if row.lr is None} == {"encoder"}
@@ -184,10 +184,10 @@ def test_the_manifest_names_every_parameter_once_with_its_treatment() -> None:
         assert [(row.lr, row.weight_decay) for row in projector] == [(1e-2, 0.1), (1e-2, 0.0)]
         norms = [row for row in manifest if "norm" in row.name and row.part == "decoder"]
         assert len(norms) > 3 and all(row.weight_decay == 0 for row in norms)
-        assert parts.table(manifest).splitlines()[1].split()[-2:] == ["frozen", "-"]
+        assert freezing.table(manifest).splitlines()[1].split()[-2:] == ["frozen", "-"]
         next(model.parts()["encoder"].parameters()).requires_grad_(True)
         with pytest.raises(TrainingError, match=r"what trains changed by hand: .* \(1 parameters\)"):
-            parts.check_manifest(model, stage, manifest, "by hand")
+            freezing.check_manifest(model, stage, manifest, "by hand")
 
 
 class TwoParts(nn.Module):
@@ -212,22 +212,22 @@ class TwoParts(nn.Module):
 def test_a_parameter_in_two_parts_or_none_is_refused(shared: bool, message: str) -> None:
     stage = from_dict(StageConfig, tune())
     with pytest.raises(TrainingError, match=message):
-        parts.manifest(TwoParts(shared), stage)
+        freezing.manifest(TwoParts(shared), stage)
 
 
 def test_zero_trainable_parameters_are_refused() -> None:
     model = TwoParts(shared=False)
     model.parts = lambda: {"encoder": model.a, "projector": nn.Identity(), "decoder": model.b}  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"no parameter would train \(projector have none\)"):
-        parts.freeze(model, from_dict(StageConfig, align()))
+        freezing.freeze(model, from_dict(StageConfig, align()))
     with pytest.raises(TrainingError, match="has no part 'projector'; it has encoder, decoder"):
-        parts.freeze(TwoParts(shared=False), from_dict(StageConfig, align()))
+        freezing.freeze(TwoParts(shared=False), from_dict(StageConfig, align()))
 
 
 def test_optimizer_state_goes_to_tensors_and_back_by_name() -> None:
     model, _ = vlm.load(world()[0])
     stage = from_dict(StageConfig, tune())
-    manifest = parts.manifest(model, stage)
+    manifest = freezing.manifest(model, stage)
     optimizer = optim.adamw(model, manifest, stage)
     for p in model.parameters():
         p.grad = torch.ones_like(p)

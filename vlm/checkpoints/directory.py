@@ -25,7 +25,7 @@ from vlm.checkpoints.tower_head import read_head
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model import decoder
-from vlm.model.attention import check_name
+from vlm.model.attention_backends import check_name
 from vlm.model.dtypes import check_dtype, named
 from vlm.model.forward import VLM
 from vlm.model.parts import model_types

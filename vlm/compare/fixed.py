@@ -27,7 +27,7 @@ import numpy as np
 import yaml
 
 from vlm.data.order import Mixture, stage_seed, steps_of
-from vlm.train import metrics
+from vlm.train import step_log
 from vlm.train.changes import differences, essential
 from vlm.train.config import RunConfig
 
@@ -57,7 +57,9 @@ def order_digest(run: RunConfig, counts: tuple[int, ...]) -> str:
 
 def seen_digest(folder: Path) -> str:
     """sha256 over (stage, step, supervised tokens, checksum of the examples) of every step that a run recorded."""
-    rows = [[row["stage"], row["step"], row["tokens"], row.get("seen")] for row in metrics.read(folder / "metrics.csv")]
+    rows = [
+        [row["stage"], row["step"], row["tokens"], row.get("seen")] for row in step_log.read(folder / "metrics.csv")
+    ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

@@ -36,7 +36,7 @@ from vlm.measure.cost import count_parameters, flops_per_image, image_tokens, in
 from vlm.measure.probes import ProbeResult, probe, read_labelled, why_no_zero_shot, zero_shot
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
-from vlm.train import failures, metrics
+from vlm.train import failures, step_log
 from vlm.train.config import RunConfig, load_config
 from vlm.train.quiet import quiet_transformers
 from vlm.train.sources import data_digest, read_sources
@@ -152,7 +152,7 @@ def training_facts(run: RunConfig) -> dict[str, Any]:
     Images per second of a stage: the median over its steps, without the first tenth, of the rate over the last ten
     seconds; of the run: all images by all seconds at these rates. Peak memory: the largest of the stages.
     """
-    rows = metrics.read(run.out / "metrics.csv")
+    rows = step_log.read(run.out / "metrics.csv")
     stages = []
     for stage in run.stages:
         own = [row for row in rows if row["stage"] == stage.name]

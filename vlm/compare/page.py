@@ -17,7 +17,7 @@ from vlm.report.charts import Curve, Dot, Point, Scatter, smooth
 from vlm.report.page import Section
 from vlm.report.scores import Score, Scores, Stat, Stats, Table, Text
 from vlm.report.sections import Curves, Gallery, write_report
-from vlm.train import metrics
+from vlm.train import step_log
 
 CARDS = 48
 
@@ -144,7 +144,7 @@ def _losses(finished: Sequence[Spec], short: Mapping[str, str]) -> list[Curve]:
     losses: dict[str, list[list[float]]] = {}
     seconds: dict[str, list[float]] = {}
     for spec in finished:
-        rows = metrics.read(spec.run.out / "metrics.csv")
+        rows = step_log.read(spec.run.out / "metrics.csv")
         losses.setdefault(spec.arm, []).append([float(row["loss"]) for row in rows])
         if spec.arm not in seconds:
             seconds[spec.arm] = _clock(spec.measurements()["training"]["stages"])

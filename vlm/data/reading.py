@@ -70,7 +70,7 @@ def read(
     """
     unknown = set(require) - {"suffix", "references", "answers"}
     assert not unknown, unknown
-    from vlm.data import checks  # scoring reads records alone, and starts without these
+    from vlm.data import checks
 
     return _read(path, format, image_root, skip_bad, functools.partial(checks.example, require=require))
 

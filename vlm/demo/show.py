@@ -13,7 +13,7 @@ from vlm.report.page import Section
 from vlm.report.scores import Score, Scores, Stat, Text
 from vlm.report.sections import Gallery, GalleryItem
 from vlm.report.sections import write_report as write_page
-from vlm.train import metrics
+from vlm.train import step_log
 
 PICTURES_SHOWN = 6
 CELLS = 24
@@ -86,7 +86,7 @@ def write_report(out: Path, facts: dict[str, Any], answers: Answers) -> Path:
         subtitle="A small vision tower, a projector and a small Gemma, trained in two stages on drawn scenes",
         stats=stats,
         summary=summary,
-        curves=metrics.curves(out / "train" / "metrics.csv"),
+        curves=step_log.curves(out / "train" / "metrics.csv"),
         sections=[*sections, *galleries],
         footer=[", ".join(f"{name} {version}" for name, version in facts["versions"].items()), f"seed {facts['seed']}"],
     )

@@ -1,4 +1,4 @@
-"""From predictions to `results.json`: scores, counts, breakdowns, and the table for the terminal."""
+"""From predictions to what `results.json` holds: scores, counts, breakdowns. Writes nothing; `vlm.eval.run` does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlm.eval import items
 from vlm.eval.metrics import captions, official, registry
 from vlm.eval.metrics.registry import Metric
 from vlm.eval.metrics.result import NUM_RESAMPLES, MetricResult
-from vlm.generation.journal import Record
+from vlm.generation.predictions import Record
 from vlm.version import __version__
 
 NO_ANSWER = "\N{REPLACEMENT CHARACTER}"

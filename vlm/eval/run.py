@@ -17,7 +17,7 @@ from vlm.eval.items import ITEMS, REPORT, RESULTS
 from vlm.eval.job import Job, Options, requests
 from vlm.files import write_json, write_lines
 from vlm.generation.engine import MAX_BAD_IN_A_ROW, Engine
-from vlm.generation.journal import PredictionStore, Record
+from vlm.generation.predictions import PredictionStore, Record
 from vlm.generation.predictor import Predictor
 from vlm.ranks import Processes
 

@@ -17,11 +17,11 @@ _HOMES = {
     "Reply": "request",
     "Batching": "schedule",
     "BatchSize": "schedule",
-    "PredictionStore": "journal",
-    "Record": "journal",
+    "PredictionStore": "predictions",
+    "Record": "predictions",
     "Progress": "progress",
-    "generate_ids": "writing",
-    "generation_config": "writing",
+    "generate_ids": "text",
+    "generation_config": "text",
 }
 
 __all__ = list(_HOMES)
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from vlm.generation.decoding import Decoding as Decoding
     from vlm.generation.decoding import choose as choose
     from vlm.generation.engine import Engine as Engine
-    from vlm.generation.journal import PredictionStore as PredictionStore
-    from vlm.generation.journal import Record as Record
     from vlm.generation.likelihood import score_candidates as score_candidates
     from vlm.generation.models import ModelPredictor as ModelPredictor
     from vlm.generation.models import generate as generate
+    from vlm.generation.predictions import PredictionStore as PredictionStore
+    from vlm.generation.predictions import Record as Record
     from vlm.generation.predictor import Answer as Answer
     from vlm.generation.predictor import Predictor as Predictor
     from vlm.generation.progress import Progress as Progress
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from vlm.generation.request import Request as Request
     from vlm.generation.schedule import Batching as Batching
     from vlm.generation.schedule import BatchSize as BatchSize
-    from vlm.generation.writing import generate_ids as generate_ids
-    from vlm.generation.writing import generation_config as generation_config
+    from vlm.generation.text import generate_ids as generate_ids
+    from vlm.generation.text import generation_config as generation_config
 
 __getattr__, __dir__ = door(__name__, _HOMES)

@@ -6,7 +6,7 @@
 
 `vlm.generate`, `vlm caption` and `vlm ask`, evaluation, scores during training, the demo and lmms-eval all call it.
 Three things are apart: which requests go together (`vlm.generation.schedule`), how a batch of them is answered
-(`Predictor`), and what becomes of a reply (the caller; `vlm.generation.journal` keeps it on disk).
+(`Predictor`), and what becomes of a reply (the caller; `vlm.generation.predictions` keeps it on disk).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from PIL import Image
 from vlm.data.examples import Example
 from vlm.data.problems import Problem
 from vlm.errors import GenerationError
-from vlm.generation import writing
+from vlm.generation import text as writing
 from vlm.generation.decoding import Decoding, Normalization, check_count
 from vlm.generation.engine import Engine
 from vlm.generation.likelihood import score_candidates

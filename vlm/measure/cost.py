@@ -187,7 +187,7 @@ def inference_speed(
 
 def _answer(model: VLM, processor: Processor, batches: Sequence[Batch], max_new_tokens: int) -> None:
     from vlm.generation.decoding import Decoding
-    from vlm.generation.writing import generate_ids, generation_config
+    from vlm.generation.text import generate_ids, generation_config
 
     settings = generation_config(processor, Decoding(max_new_tokens=max_new_tokens))
     settings.min_new_tokens = max_new_tokens

@@ -15,7 +15,7 @@ _HOMES = {
     "SigLIP": "dual",
     "TwoTowerOutput": "dual",
     "CACHE": "outputs",
-    "attention": "",
+    "attention_backends": "",
     "decoder": "",
     "image_groups": "samples",
     "lengths": "",
@@ -28,7 +28,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
-    from vlm.model import attention as attention
+    from vlm.model import attention_backends as attention_backends
     from vlm.model import decoder as decoder
     from vlm.model import lengths as lengths
     from vlm.model import loss as loss

@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 
 from vlm.encoders.contract import EncoderOutput, check_output
 from vlm.errors import ConfigError, DataError
-from vlm.model import attention, decoder, dtypes, inputs, loss, masks, merge, parts, projecting
+from vlm.model import attention_backends, decoder, dtypes, inputs, loss, masks, merge, parts, projecting
 from vlm.model.config import VLMConfig
 from vlm.model.generating import Generating
 from vlm.model.inputs import Inputs, Wanted
@@ -48,7 +48,7 @@ class VLMPreTrainedModel(PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         # Asked for in a configuration: transformers calls this when the model is built. The parts check their own.
-        attention.check_name(attn_implementation, self.config.text_config)
+        attention_backends.check_name(attn_implementation, self.config.text_config)
         adjusted: str = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         return adjusted
 
@@ -69,7 +69,7 @@ class VLMModel(VLMPreTrainedModel):
         self.multi_modal_projector = projecting.build(
             config.projector_config, encoder.width(config.vision_config), config.text_config.hidden_size
         )
-        attention.check(config.text_config, {"text_config": config.text_config._attn_implementation})
+        attention_backends.check(config.text_config, {"text_config": config.text_config._attn_implementation})
         backends = decoder.facts(config.text_config).backends
         if "sdpa" not in backends:  # transformers' own choice where nothing is asked for
             config.text_config._attn_implementation = backends[0]
@@ -163,7 +163,7 @@ class VLMModel(VLMPreTrainedModel):
         """
         inputs.check_names(kwargs)
         if kwargs.get("output_attentions"):
-            attention.check_weights(self.config.text_config._attn_implementation)
+            attention_backends.check_weights(self.config.text_config._attn_implementation)
         given = Inputs(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -388,8 +388,8 @@ class VLM(VLMPreTrainedModel, Generating, GenerationMixin):
             ConfigError: a backend or part that there is not; sdpa for a decoder with an attention soft-cap (Gemma 2),
                 which sdpa would drop. Nothing is changed then.
         """
-        attention.check(self.config.text_config, attn_implementation)
+        attention_backends.check(self.config.text_config, attn_implementation)
         try:
             return super().set_attn_implementation(attn_implementation, *args, **kwargs)
         except (ValueError, ImportError) as error:  # a tower of one's own that has another list
-            raise attention.unsupported(self.config.text_config, attn_implementation, str(error)) from error
+            raise attention_backends.unsupported(self.config.text_config, attn_implementation, str(error)) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm import settings
 from vlm.errors import ConfigError
-from vlm.train import metrics
+from vlm.train import step_log
 from vlm.train.changes import Begun
 from vlm.train.config import RunConfig
 
@@ -36,7 +36,7 @@ def accepted(out: Path) -> list[dict[str, Any]]:
 def trained(out: Path) -> bool:
     """Whether a run here has done a step, by its metrics, checkpoints and models."""
     patterns = ("*/checkpoints/step-*[0-9]", "*/model/manifest.json", "model/manifest.json")
-    return bool(metrics.read(out / "metrics.csv")) or any(any(out.glob(pattern)) for pattern in patterns)
+    return bool(step_log.read(out / "metrics.csv")) or any(any(out.glob(pattern)) for pattern in patterns)
 
 
 def begun(out: Path, names: Iterable[str]) -> dict[str, Begun]:

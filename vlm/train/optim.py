@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.errors import CheckpointError
-from vlm.train.parts import Row
+from vlm.train.freezing import Row
 from vlm.train.stage_config import StageConfig
 
 

@@ -13,9 +13,9 @@ from vlm.model.forward import VLM
 from vlm.model.processor import Processor
 from vlm.train.config import RunConfig
 from vlm.train.history import begun
+from vlm.train.lightning_setup import world_size
 from vlm.train.plan import Stage
 from vlm.train.schedule import warmup_steps
-from vlm.train.trainer import world_size
 from vlm.words import aligned
 
 log = logging.getLogger(__name__)

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from vlm.train import metrics, parts
+from vlm.train import freezing, step_log
 from vlm.train.items import Score, StepReport
-from vlm.train.metrics import MetricsFile
 from vlm.train.plan import Stage
 from vlm.train.progress import Progress, Speed, TensorBoard
+from vlm.train.step_log import MetricsFile
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Record:
         self._metrics: MetricsFile | None = None
         self._evaluations: MetricsFile | None = None
 
-    def begin(self, start: int, rows: list[parts.Row], frozen: dict[str, str]) -> None:
+    def begin(self, start: int, rows: list[freezing.Row], frozen: dict[str, str]) -> None:
         """Write the manifest and open the files; rows after optimizer step `start` are cut, they will be written again.
 
         Args:
@@ -38,11 +38,13 @@ class Record:
         stage, name, out = self._stage, self._stage.config.name, self._stage.run.out
         stage.folder.mkdir(parents=True, exist_ok=True)
         self._write_manifest()
-        log.info("stage %s: %d steps of %d examples\n%s", name, stage.steps, stage.config.batch_size, parts.table(rows))
+        log.info(
+            "stage %s: %d steps of %d examples\n%s", name, stage.steps, stage.config.batch_size, freezing.table(rows)
+        )
         self._metrics = MetricsFile(out / "metrics.csv", self._finished, name, start)
         if self._stage.run.evaluate is not None:
-            path = out / metrics.EVALUATIONS
-            self._evaluations = MetricsFile(path, self._finished, name, start, metrics.EVALUATION_COLUMNS)
+            path = out / step_log.EVALUATIONS
+            self._evaluations = MetricsFile(path, self._finished, name, start, step_log.EVALUATION_COLUMNS)
         self._board = TensorBoard(out / "tensorboard" / name)
         self._progress = Progress(name, start, self._stage.steps, self._stage.run.log_every)
 
@@ -83,11 +85,11 @@ class Record:
     def lacks(self, step: int) -> tuple[bool, bool]:
         """Whether the held-out loss of a step that is recorded, and its scores, are not written down."""
         rows = self._rows("metrics.csv", step)
-        return bool(rows) and not rows[-1]["val_loss"], not self._rows(metrics.EVALUATIONS, step)
+        return bool(rows) and not rows[-1]["val_loss"], not self._rows(step_log.EVALUATIONS, step)
 
     def _rows(self, file: str, step: int) -> list[dict[str, str]]:
         name = self._stage.config.name
-        found = metrics.read(self._stage.run.out / file)
+        found = step_log.read(self._stage.run.out / file)
         return [row for row in found if row["stage"] == name and int(row["step"]) == step]
 
     def end(self, **extra: Any) -> None:
@@ -98,7 +100,7 @@ class Record:
 
     def _write_manifest(self, **extra: Any) -> None:
         what = {"stage": self._stage.config.name, "frozen_before": self._frozen, **extra}
-        parts.write_manifest(self._stage.folder / "manifest.json", self._parameters, **what)
+        freezing.write_manifest(self._stage.folder / "manifest.json", self._parameters, **what)
 
     def close(self) -> None:
         """Stop the bar and close the files; may be called twice."""

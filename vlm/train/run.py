@@ -121,7 +121,7 @@ class _Work:
 def _prepared(config: RunConfig, directory: RunDirectory, *, main: bool, skip_bad: bool) -> _Work:
     """Read the data, make the stages and the model that the first one begins with. Raises `VLMError`."""
     from vlm.model.config import VLMConfig
-    from vlm.train import checkpoint, fit, plan, preview, sources
+    from vlm.train import checkpoint, context_fit, plan, preview, sources
     from vlm.train.quiet import quiet_transformers
 
     examples, counts, skipped = sources.read_sources(config, skip_bad)
@@ -140,12 +140,12 @@ def _prepared(config: RunConfig, directory: RunDirectory, *, main: bool, skip_ba
         with quiet_transformers():
             publish(*make_model(config.model), start, {"model": settings.to_dict(config.model)})
     ranks.current().barrier()
-    kept, jobs, left_out = fit.fitting(read, jobs, fit.rooms_of(config, start), skip_bad=skip_bad)
+    kept, jobs, left_out = context_fit.fitting(read, jobs, context_fit.rooms_of(config, start), skip_bad=skip_bad)
     if left_out:
         stages = plan.make_stages(config, kept, objectives)
     decoder = VLMConfig.from_pretrained(start).text_config
     for stage in stages:
-        fit.check_precision(stage, decoder)
+        context_fit.check_precision(stage, decoder)
     return _Work(stages, start, jobs, skipped + left_out, preview.Preview(stages, main))
 
 
@@ -228,7 +228,7 @@ def _opened(stage: Stage, start: Path, tell: Preview) -> tuple[VLM, Processor]:
     """The model that a stage trains, with the stage's geometry, and its processor. Raises `VLMError`."""
     from vlm.checkpoints.directory import load
     from vlm.checkpoints.geometry import with_geometry
-    from vlm.train.fit import check_lengths, room_of
+    from vlm.train.context_fit import check_lengths, room_of
 
     # Loaded even when it was just saved: a run that was interrupted has no other way, and both must do the same.
     model, processor = load(start, dtype="float32")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlm.errors import CheckpointError
-from vlm.train import checkpoint, optim, parts
+from vlm.train import checkpoint, freezing, optim
 from vlm.train.plan import Stage
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Saver:
         if not due or step == self._saved:
             return
         optimizer = optim.state_tensors(trainer.optimizers[0])
-        tensors = parts.trained_tensors(self._model, self._stage.config)
+        tensors = freezing.trained_tensors(self._model, self._stage.config)
         folder = self._stage.folder / "checkpoints"
         checkpoint.save(folder, step, tensors, optimizer, self._state(trainer, step), run.keep_checkpoints)
         self._saved = step
@@ -79,7 +79,7 @@ def _restore(found: checkpoint.Checkpoint, stage: Stage, model: nn.Module, froze
             f"{found.path}: the frozen parts are not those of this checkpoint (then {found.state.get('frozen')!r}, now"
             f" {frozen!r}); put the model back that the stage began with, or start again in another `out`"
         )
-    tensors = parts.trained_tensors(model, stage.config)
+    tensors = freezing.trained_tensors(model, stage.config)
     if set(tensors) != set(found.model):
         odd = sorted(set(tensors) ^ set(found.model))
         raise CheckpointError(f"{found.path}: its tensors are not those that train now: {', '.join(odd[:5])}")

@@ -15,9 +15,10 @@ from vlm import ranks
 from vlm.data.order import StepSampler
 from vlm.errors import CheckpointError
 from vlm.model.processor import Processor
-from vlm.train import parts
+from vlm.train import freezing
 from vlm.train.failures import explain
 from vlm.train.items import MicroBatch
+from vlm.train.lightning_setup import make_trainer
 from vlm.train.loader import loader, loading
 from vlm.train.plan import Stage
 from vlm.train.quiet import quiet_lightning
@@ -25,7 +26,6 @@ from vlm.train.record import Record
 from vlm.train.save import Saver
 from vlm.train.signals import Stopped, StopSignal
 from vlm.train.step import Setting, StageModule, module_class
-from vlm.train.trainer import make_trainer
 from vlm.train.validate import Validator
 from vlm.train.watch import Evaluator, Watch
 
@@ -54,11 +54,11 @@ def train_stage(
     hooks = Hooks(record)
     trainer = make_trainer(stage, hooks)
     try:
-        with parts.frozen(model, stage.config):
-            rows = parts.manifest(model, stage.config)
-            frozen = parts.frozen_digests(model, stage.config)
+        with freezing.frozen(model, stage.config):
+            rows = freezing.manifest(model, stage.config)
+            frozen = freezing.frozen_digests(model, stage.config)
             hooks.saver = saver = Saver(stage, model, frozen)
-            parts.check_manifest(model, stage.config, rows, "while the checkpoint was read")
+            freezing.check_manifest(model, stage.config, rows, "while the checkpoint was read")
             feed = _Feed(stage, processor, stage.dataset(processor), saver, frozen, stop, features)
             validator = Validator(stage, processor, trainer.world_size) if stage.val else None
             hooks.watch = watch = Watch(stage, record, saver.start, validator, evaluator)
@@ -185,7 +185,7 @@ def _training(stage: Stage, stop: StopSignal) -> Iterator[None]:
 
 def _check_frozen(stage: Stage, model: nn.Module, before: dict[str, str]) -> dict[str, str]:
     """The digests of the frozen parts, which must be those from before the first step."""
-    after = parts.frozen_digests(model, stage.config)
+    after = freezing.frozen_digests(model, stage.config)
     changed = [part for part in before if before[part] != after[part]]
     if changed:
         raise CheckpointError(f"stage {stage.config.name}: frozen parts changed during training: {', '.join(changed)}")

@@ -6,7 +6,8 @@
 What is added to Lightning's loop is exactness. The loss of a micro-batch is left as a sum; once the gradients of all
 micro-batches and ranks are together they are divided by the weight of all of them (tokens or examples), so neither
 accumulation nor the number of processes changes the gradient: an average of averages would weigh a short answer more in
-a small micro-batch than in a large one. Only then are they checked, clipped and applied.
+a small micro-batch than in a large one. Only then are they checked, clipped and applied: `training_step`, then
+Lightning's backward pass, then `on_before_optimizer_step`, then AdamW.
 
 Micro-batches come in two ways. `accumulate` gives Lightning a fixed number of them, one per call of `training_step`. A
 token budget cuts each rank's examples of a step as their lengths ask, so ranks and steps differ in number, which
@@ -31,7 +32,7 @@ from vlm.encoders.contract import EncoderOutput
 from vlm.errors import TrainingError, VLMError
 from vlm.images.transforms import Pixels
 from vlm.model.batch import Batch
-from vlm.train import optim, parts
+from vlm.train import freezing, optim
 from vlm.train.features.batch import PIXELS, FeatureBatch
 from vlm.train.health import Health
 from vlm.train.items import MicroBatch, StepReport, checksum
@@ -66,10 +67,10 @@ class StageModule(pl.LightningModule):
     """One stage of training.
 
     Args:
-        model: a `vlm.VLM`, already frozen as the stage says (see `vlm.train.parts.frozen`). rows: its manifest.
+        model: a `vlm.VLM`, already frozen as the stage says (see `vlm.train.freezing.frozen`). rows: its manifest.
     """
 
-    def __init__(self, model: nn.Module, stage: StageConfig, rows: list[parts.Row], setting: Setting) -> None:
+    def __init__(self, model: nn.Module, stage: StageConfig, rows: list[freezing.Row], setting: Setting) -> None:
         super().__init__()
         self.model, self.stage, self.rows, self.setting = model, stage, rows, setting
         self.report: StepReport | None = None
@@ -198,7 +199,7 @@ class StageModule(pl.LightningModule):
         return optimizer
 
     def on_train_start(self) -> None:
-        parts.check_manifest(self.model, self.stage, self.rows, "while the trainer was set up")
+        freezing.check_manifest(self.model, self.stage, self.rows, "while the trainer was set up")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Called by Lightning; each batch moves when its turn comes, so that only one is on the device."""
@@ -216,7 +217,7 @@ class StageModule(pl.LightningModule):
         return optimizer
 
     def _model_parts(self) -> dict[str, nn.Module]:
-        return parts.parts_of(self.model)
+        return freezing.parts_of(self.model)
 
     def _nothing(self, names: set[str]) -> Tensor:
         """Zero, and zero gradients for parts that a batch does not reach, as text alone does not reach the tower.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm import files, settings
-from vlm.train import checkpoint, failures, metrics
+from vlm.train import checkpoint, failures, step_log
 from vlm.train.config import RunConfig
 from vlm.train.history import accepted, read_record
 from vlm.train.plan import Stage
@@ -33,10 +33,10 @@ def finish(config: RunConfig, last: Path, final: Path, skipped: int, seconds: fl
     """`model/` (hard links to the last stage's files where the disk can), the loss curve and a summary."""
     with checkpoint.clean_failure(final), files.publishing(final) as folder:
         shutil.copytree(last, folder, copy_function=files.link_or_copy, dirs_exist_ok=True)
-    metrics.plot(config.out / "metrics.csv", config.out / "loss.html")
+    step_log.plot(config.out / "metrics.csv", config.out / "loss.html")
     failed = failures.count(config.out)
-    rows = metrics.read(config.out / "metrics.csv")
-    stages = metrics.summary(rows)
+    rows = step_log.read(config.out / "metrics.csv")
+    stages = step_log.summary(rows)
     summary = {
         "model": str(final),
         "seconds": round(seconds, 1),

@@ -18,7 +18,7 @@ from vlm.checkpoints.files import read_json
 from vlm.checkpoints.names import HEAD, to_live
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError
-from vlm.train.parts import frozen_digests
+from vlm.train.freezing import frozen_digests
 from vlm.train.stage_config import StageConfig
 from vlm.words import listed
 

@@ -21,7 +21,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """One line per image on stdout."""
+    """One line per image on stdout, printed by `vlm.cli.answering`."""
     from vlm.cli.answering import Asking, ask_about
 
     how = Asking(

@@ -45,7 +45,7 @@ def written(data: bytes, path: Path) -> Path:
 
     Decoded, all images of a data set together take gigabytes; as files they are read when they are shown.
     """
-    from vlm.images.load import DEFAULT_LIMITS  # loads Pillow, which scoring does without
+    from vlm.images.load import DEFAULT_LIMITS
 
     if len(data) > DEFAULT_LIMITS.max_bytes:
         raise DataError(f"{path}: an image of {len(data):,} bytes; at most {DEFAULT_LIMITS.max_bytes:,} are read")

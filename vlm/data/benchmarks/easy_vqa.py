@@ -66,7 +66,7 @@ def _checked(entry: object, where: str) -> tuple[str, str, int]:
 
 
 def _decode(archive: zipfile.ZipFile, name: str, path: Path) -> Image.Image:
-    from vlm.images.load import DEFAULT_LIMITS, load_image  # loads Pillow, which scoring does without
+    from vlm.images.load import DEFAULT_LIMITS, load_image
 
     try:
         return load_image(read_member(archive, name, path, DEFAULT_LIMITS.max_bytes))

@@ -66,7 +66,7 @@ def _turns(table: list[dict[str, str]]) -> dict[str, int]:
 def _upright(path: Path, turns: int) -> Path | Image.Image:
     if not turns:
         return path
-    from vlm.images.load import load_image  # loads Pillow, which scoring does without
+    from vlm.images.load import load_image
 
     try:
         return load_image(path).rotate(90 * turns, expand=True)

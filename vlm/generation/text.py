@@ -63,7 +63,7 @@ def _big_vision(model: Network, batch: Batch, settings: GenerationConfig) -> tor
     if not isinstance(eos, int) or limit is None:
         raise GenerationError(
             f"big_vision's beam search needs one eos_token_id and max_new_tokens, got eos_token_id={eos!r},"
-            f" max_new_tokens={limit!r}; take the settings from vlm.generation.writing.generation_config"
+            f" max_new_tokens={limit!r}; take the settings from vlm.generation.text.generation_config"
         )
     return big_vision_beams(
         model,
