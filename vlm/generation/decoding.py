@@ -38,7 +38,7 @@ class Decoding:
     """
 
     max_new_tokens: int = option("most tokens of an answer", default=64, least=1, metavar="N")
-    num_beams: int = option("beams of the search; 1, greedy, if not given", default=1, least=1, metavar="N")
+    num_beams: int = option("beams of the search; 1, greedy, if not given", default=1, least=1, metavar="N", shown="")
     beam_search: BeamSearch = option(
         "whose rule: transformers' (normalised by length), or that of PaliGemma's published results",
         default="transformers",
