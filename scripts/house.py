@@ -38,14 +38,14 @@ class Room(NamedTuple):
 
 
 ROOMS: dict[str, Room] = {
-    GROUND: Room(0, "errors, settings, files, processes, kinds: no tensor and no picture", ()),
+    GROUND: Room(0, "errors, settings, files, ranks, the registry of kinds: no tensor and no picture", ()),
     "images": Room(1, "pixels: any file to RGB, the recorded transform, resizing, NaFlex grids", ()),
     "text": Room(1, "tokens: tokenizers, the prompt format, `<loc>` text, control spellings", ()),
     "report": Room(1, "pages, charts and tables that load nothing from elsewhere", ("images",)),
     "data": Room(1, "examples and their checks, one reader per file format and benchmark, order", ("images", "text")),
     "encoders": Room(2, "vision towers, one file each", ("images",)),
     "projectors": Room(2, "tower width to decoder width, one file each", ()),
-    "decoders": Room(2, "Gemma, one file each", ()),
+    "decoders": Room(2, "language models (Gemma), one file each", ()),
     "model": Room(
         3,
         "VLM and the two towers of SigLIP: configuration, processor and Batch, masks, forward, loss",

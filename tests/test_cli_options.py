@@ -218,3 +218,22 @@ def test_debug_dumps_what_the_model_computes(tmp_path: Path, capsys: pytest.Capt
     assert seen[-1].all() and seen[0].sum() == seen.shape[0] - suffix
     shown = capsys.readouterr().out
     assert all(name in shown for name in found)
+
+
+def test_a_list_given_twice_is_the_last_one_but_for_settings() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Lists:
+        seeds: list[int] = option("numbers", default=())
+        set: list[str] = option("settings", default=(), repeats=True)
+
+    found = parsed(Lists, "--seeds", "1", "2", "--seeds", "3", "--set", "a=1", "--set", "b=2", "c=3")
+    assert found.seeds == [3] and found.set == ["a=1", "b=2", "c=3"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_headings_are_short_and_no_empty_default_is_told(name: str) -> None:
+    parser = cli.parser(COMMANDS[name])
+    text = parser.format_help()
+    assert "(())" not in text and "([])" not in text
+    headings = [group.title or "" for group in parser._action_groups]
+    assert len(headings) > 2 and all(0 < len(title) < 40 and "`" not in title for title in headings), headings

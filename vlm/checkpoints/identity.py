@@ -91,7 +91,7 @@ def of_config(config: PreTrainedConfig) -> str:
 
 
 def canonical(value: Any) -> Any:
-    """A configuration's values without paths, versions, dtypes and other notes (`layout.RUNNING`), at any depth.
+    """A configuration's values without paths, versions, dtypes and other notes (`contract.RUNNING`), at any depth.
 
     What is None is left out: newer versions of transformers add fields that are off.
     """

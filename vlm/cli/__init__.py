@@ -112,8 +112,10 @@ def _about_all(words: list[str]) -> None:
 def _refuse_unknown_below(chosen: "Command", parser: "Parser", word: str) -> None:
     """A mistyped second word of a command that takes no such word, where other commands lie below it."""
     from vlm.errors import nearest
+    from vlm.registry import kinds
 
-    deeper = [name.removeprefix(f"{chosen.name} ") for name in known() if name.startswith(f"{chosen.name} ")]
+    begin = f"{chosen.name}_"
+    deeper = [kind.removeprefix(begin) for kind in kinds(ROOM) if kind.startswith(begin) and kind != begin]
     if deeper:
         parser.error(f"vlm {chosen.name} takes no {word!r}{nearest(word, deeper)}")
 

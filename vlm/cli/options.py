@@ -171,7 +171,7 @@ def _add(home: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         home.add_argument(field.name, nargs=nargs, **({} if required else {"default": SUPPRESS}), **settings)
         return
     if many:
-        settings.update(nargs="+", action="extend")
+        settings.update(nargs="+", **({"action": "extend"} if about["repeats"] else {}))
     home.add_argument(
         _flag(field),
         *about["flags"],
@@ -185,7 +185,7 @@ def _add(home: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 def _about(field: dataclasses.Field[Any]) -> dict[str, Any]:
     """What `vlm.settings.option` records; a field elsewhere may say only its help."""
     return {
-        **dict.fromkeys(("metavar", "least", "shown", "place", "parse", "prints")),
+        **dict.fromkeys(("metavar", "least", "shown", "place", "parse", "prints", "repeats")),
         "flags": (),
         "either": "",
         **field.metadata,
@@ -211,7 +211,7 @@ def _help(field: dataclasses.Field[Any], required: bool) -> str:
     shown = about["shown"]
     if shown is None:
         value = None if required else field.default
-        shown = "" if value is None or value is False or value is dataclasses.MISSING else str(value)
+        shown = "" if value in (None, ()) or value is False or value is dataclasses.MISSING else str(value)
     return f"{about['help']} ({shown})" if shown else about["help"]
 
 

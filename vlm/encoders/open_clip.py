@@ -76,7 +76,7 @@ class Config(PreTrainedConfig):
         patch_size: pixels per cell.
         num_prefix_tokens: class and register tokens before the patches.
         unused: modules and parameters that no feature goes through, left out.
-        feature_layers, feature_norm: a choice of blocks, as `vlm.encoders.choose_layers` states it.
+        feature_layers, feature_norm: a choice of blocks, as `vlm.encoders.Spec.choose_layers` states it.
         mean, std, interpolation, resize_mode, fill_color: open_clip's `preprocess_cfg`.
     """
 

@@ -64,7 +64,7 @@ class Config(PreTrainedConfig):
         patch_size: pixels per cell.
         num_prefix_tokens: class and register tokens before the patches.
         unused: modules that no feature goes through, left out.
-        feature_layers, feature_norm: a choice of blocks, as `vlm.encoders.choose_layers` states it.
+        feature_layers, feature_norm: a choice of blocks, as `vlm.encoders.Spec.choose_layers` states it.
         mean, std, interpolation, crop_pct, crop_mode: timm's image transform.
     """
 

@@ -51,7 +51,12 @@ def opened(folder: Path, attention: Any = None, *, empty: bool = False) -> Any:
     Raises:
         CheckpointError: it cannot be opened, or tensors are missing, unexpected or mis-shaped.
     """
-    kind = READERS[read_json(folder / "config.json")["architectures"][0]]
+    name = read_json(folder / "config.json")["architectures"][0]
+    kind = READERS.get(name)
+    if kind is None:
+        raise CheckpointError(
+            f"{folder}: no way is known here to open a {name} of transformers; known: {', '.join(READERS)}"
+        )
     if isinstance(attention, dict) and kind is not PaliGemmaForConditionalGeneration:
         attention = attention["vision_config"]
     settings: dict[str, Any] = {"device_map": "meta"} if empty else {"attn_implementation": attention}

@@ -30,7 +30,9 @@ _NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How text is generated; greedy unless `num_beams` is above 1. Part of what identifies a set of predictions.
+    """How answers are made.
+
+    Greedy unless `num_beams` is above 1. Part of what identifies a set of predictions.
 
     Raises:
         GenerationError: a number is out of range or no number, sampling and beams together, or a setting that this way
@@ -51,9 +53,13 @@ class Decoding:
     top_p: float = option("of sampling: only the likeliest tokens that have this probability together", default=1.0)
     top_k: int = option("of sampling: only so many likeliest tokens; 0 for no limit", default=0)
     seed: int | None = option("of sampling: makes it repeatable", default=None)
-    by: By = option("write answers, or choose the likeliest of the candidates", default="generate")
+    by: By = option(
+        "write answers, or choose the likeliest of the candidates",
+        default="generate",
+        shown="what the task says, else generate",
+    )
     normalization: Normalization = option(
-        "of likelihood: the sum over a candidate's tokens, or divided by its tokens or bytes", default="none"
+        "of --by likelihood: the sum over a candidate's tokens, or divided by its tokens or bytes", default="none"
     )
     """See `vlm.generation.likelihood`."""
 

@@ -92,7 +92,7 @@ class Bounded(Protocol):
         ...
 
     def too_long(self, examples: Sequence[Any], answers: Callable[[Any], Sequence[str]]) -> Mapping[int, Any]:
-        """Position of an example -> the `vlm.data.examples.Problem` that says why it does not fit."""
+        """Position of an example -> the `vlm.data.problems.Problem` that says why it does not fit."""
         ...
 
 

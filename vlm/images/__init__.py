@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from vlm.registry import door
 
 _HOMES = {
+    "CODES": "load",
     "any_aspect": "transforms",
     "RESAMPLING": "transforms",
     "resize_float": "patches",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from vlm.images.fused import one_view as one_view
     from vlm.images.fused import open_transform as open_transform
     from vlm.images.fused import unpack as unpack
+    from vlm.images.load import CODES as CODES
     from vlm.images.load import DEFAULT_LIMITS as DEFAULT_LIMITS
     from vlm.images.load import ImageInput as ImageInput
     from vlm.images.load import ImageLimits as ImageLimits

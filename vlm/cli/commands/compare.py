@@ -25,7 +25,9 @@ class Options:
     jobs: int | None = option(
         "runs at once", default=None, flags=("-j",), metavar="N", least=1, shown="one per GPU, or 1"
     )
-    set: list[str] = option("change settings: --set run.stages.0.steps=100", default=(), metavar="NAME=VALUE", shown="")
+    set: list[str] = option(
+        "change settings: --set run.stages.0.steps=100", default=(), metavar="NAME=VALUE", repeats=True
+    )
     plan: bool = option("show what would be run, and stop", default=False)
     json: bool = option("print comparison.json", default=False)
 

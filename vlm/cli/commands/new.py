@@ -64,7 +64,7 @@ class Geometry:
         "image, projector and fuse settings: --set image.resample=bicubic projector.depth=3 fuse.grid=[16,16]",
         default=(),
         metavar="NAME=VALUE",
-        shown="",
+        repeats=True,
     )
 
 

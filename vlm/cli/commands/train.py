@@ -16,7 +16,7 @@ class Options:
     shared: Shared
     config: Path = option("the run, as YAML", flags=("-c",), metavar="FILE")
     set: list[str] = option(
-        "change settings: --set seed=1 stages.0.steps=100", default=(), metavar="NAME=VALUE", shown=""
+        "change settings: --set seed=1 stages.0.steps=100", default=(), metavar="NAME=VALUE", repeats=True
     )
     resume: bool = option("go on after the newest complete checkpoint", default=False)
     accept_changes: bool = option(
