@@ -237,3 +237,23 @@ def test_headings_are_short_and_no_empty_default_is_told(name: str) -> None:
     assert "(())" not in text and "([])" not in text
     headings = [group.title or "" for group in parser._action_groups]
     assert len(headings) > 2 and all(0 < len(title) < 40 and "`" not in title for title in headings), headings
+
+
+def test_a_full_disk_behind_a_dump_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors writes in Rust, and has an error of its own for a full disk."""
+    from safetensors import SafetensorError
+
+    from vlm.build import presets
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    network, processor = presets.tiny()
+    vlm.save(network, processor, tmp_path / "m")
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert main(["debug", "-m", str(tmp_path / "m"), "--dump", str(tmp_path / "d.safetensors")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("error: ") and "d.safetensors" in said[-1] and "No space left" in said[-1]
+    assert not (tmp_path / "d.safetensors").exists()

@@ -27,7 +27,7 @@ def run(options: Options) -> int:
     device = chosen_device(options.place.device)
     console.quiet_transformers()
     from vlm.checkpoints.directory import load
-    from vlm.files import publishing_file
+    from vlm.files import publishing_file, rust_disk_errors
     from vlm.measure.dump import intermediates, table
 
     model, processor = load(options.model, dtype=unless_auto(options.place.dtype), device=device)
@@ -40,7 +40,7 @@ def run(options: Options) -> int:
     if options.dump is not None:
         from safetensors.torch import save_file
 
-        with publishing_file(options.dump) as path:
+        with publishing_file(options.dump) as path, rust_disk_errors():
             save_file(found, path)
         print(f"written to {options.dump}", file=sys.stderr)
     return console.OK
