@@ -26,7 +26,7 @@ from vlm.model.batch import Batch
 from vlm.model.dual import TwoTowerOutput
 from vlm.model.forward import VLM
 from vlm.model.loss import IGNORE
-from vlm.siglip import text as two_towers
+from vlm.siglip.loading import from_big_vision
 
 Arrays = dict[str, np.ndarray]
 Config = dict[str, Any]
@@ -137,14 +137,15 @@ class TwoTowers:
     """A SigLIP model under test."""
 
     def __init__(self, params: Arrays, config: Config) -> None:
-        self.model = two_towers.from_big_vision(params)
+        self.model = from_big_vision(params)
         self.shapes = {name: array.shape for name, array in params.items()}
 
     def image_pooled(self, batch: Arrays) -> np.ndarray:
-        return self._forward(batch).image.detach().numpy()
+        pixel_values, naflex = self._images(batch)
+        return self.model.encode_image(pixel_values, normalize=False, **naflex).detach().numpy()
 
     def text_pooled(self, batch: Arrays) -> np.ndarray:
-        return self._forward(batch).text.detach().numpy()
+        return self.model.encode_text(tensor(batch["text"]), normalize=False).detach().numpy()
 
     def logits(self, batch: Arrays) -> np.ndarray:
         return self._forward(batch).logits.detach().numpy()
@@ -158,14 +159,14 @@ class TwoTowers:
         return float(loss.detach()), big_vision.encode(gradients, self.shapes, two_towers=True)
 
     def _forward(self, batch: Arrays) -> TwoTowerOutput:
+        pixel_values, naflex = self._images(batch)
+        return self.model(pixel_values, tensor(batch["text"]), **naflex)
+
+    def _images(self, batch: Arrays) -> tuple[Tensor, dict[str, Tensor]]:
         if self.model.kind == "siglip":
-            return self.model(pixels(batch), tensor(batch["text"]))
-        return self.model(
-            tensor(batch["patches"], torch.float32),
-            tensor(batch["text"]),
-            pixel_attention_mask=tensor(batch["type"]),
-            spatial_shapes=tensor(batch["grids"]),
-        )
+            return pixels(batch), {}
+        naflex = {"pixel_attention_mask": tensor(batch["type"]), "spatial_shapes": tensor(batch["grids"])}
+        return tensor(batch["patches"], torch.float32), naflex
 
 
 paligemma = PaliGemma

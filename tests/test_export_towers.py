@@ -30,12 +30,12 @@ from transformers import (
 )
 
 import vlm
+from vlm import siglip
 from vlm.build.presets import tiny, tiny_decoder
 from vlm.checkpoints.geometry import with_geometry
 from vlm.cli import main
 from vlm.encoders import use
 from vlm.errors import ConfigError
-from vlm.siglip import text as siglip
 
 LAYERED = [kind for kind in ENCODERS if kind not in ("siglip2_naflex", "fused")]
 CLASSES: dict[str, tuple[Any, int]] = {
@@ -189,7 +189,7 @@ def test_the_head_of_a_big_vision_file(name: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "towers.npz", **{"params/" + k: v for k, v in arrays.items()})  # type: ignore[arg-type]
     model, processor = made(tmp_path / "towers.npz")
     vlm.export(model, processor, tmp_path / "out", to="tower")
-    want = siglip.load(tmp_path / "towers.npz").model.vision_model.state_dict()
+    want = siglip.load(tmp_path / "towers.npz")[0].model.vision_model.state_dict()
     from safetensors.torch import load_file
 
     got = {key.removeprefix("vision_model."): v for key, v in load_file(tmp_path / "out" / "model.safetensors").items()}

@@ -15,6 +15,7 @@ from test_loading import write_paligemma
 from transformers import SiglipModel, SiglipVisionModel
 
 import vlm
+from vlm import siglip
 from vlm.build.presets import tiny_decoder
 from vlm.checkpoints import saving
 from vlm.cli import main
@@ -22,7 +23,6 @@ from vlm.encoders.siglip import Encoder
 from vlm.errors import CheckpointError
 from vlm.exchange import importing
 from vlm.exchange.importing import convert
-from vlm.siglip import text as siglip
 from vlm.text.tokenizer import build
 
 __all__ = ["sentencepiece_file"]  # a fixture
@@ -123,8 +123,8 @@ def test_big_vision_towers_become_transformers_directories(name: str, tmp_path: 
     arrays = part(golden(name), "params/")
     np.savez(tmp_path / "towers.npz", **{"params/" + k: v for k, v in arrays.items()})  # type: ignore[arg-type]
     assert convert(tmp_path / "towers.npz", tmp_path / "out").ok
-    towers = siglip.load(tmp_path / "out")
-    direct = siglip.load(tmp_path / "towers.npz")
+    towers, _ = siglip.load(tmp_path / "out")
+    direct, _ = siglip.load(tmp_path / "towers.npz")
     assert all(torch.equal(v, direct.state_dict()[k]) for k, v in towers.state_dict().items())
     if name == "siglip":
         opened: Any = SiglipModel.from_pretrained(tmp_path / "out", output_loading_info=True)

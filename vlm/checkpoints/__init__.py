@@ -31,6 +31,7 @@ _HOMES = {
     "HUB_FILES": "places",
     "locate": "places",
     **dict.fromkeys(("checked_image_settings", "open_tokenizer", "own_transform", "resample_name"), "preprocessing"),
+    **dict.fromkeys(("recorded_transform", "written_transform"), "recorded"),
     **dict.fromkeys(("parse_size", "widest", "write_shards"), "shards"),
     **dict.fromkeys(("FLOATS", "Source", "expected_shapes", "place"), "source"),
     "seeded": "streams",
@@ -95,6 +96,8 @@ if TYPE_CHECKING:
     from vlm.checkpoints.preprocessing import open_tokenizer as open_tokenizer
     from vlm.checkpoints.preprocessing import own_transform as own_transform
     from vlm.checkpoints.preprocessing import resample_name as resample_name
+    from vlm.checkpoints.recorded import recorded_transform as recorded_transform
+    from vlm.checkpoints.recorded import written_transform as written_transform
     from vlm.checkpoints.saving import save as save
     from vlm.checkpoints.shards import parse_size as parse_size
     from vlm.checkpoints.shards import widest as widest

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +85,19 @@ class TextTower:
     Attributes:
         config, model: transformers' classes of both towers.
         model_type: of such a checkpoint.
+        family: whose rule its texts follow where the checkpoint does not say another (`vlm.siglip.rules.RULES`).
+        objective: what it was trained with: `sigmoid` (each pair a question of its own, with a bias) or `softmax` (one
+            text among the others, without).
+        width: `width(config) -> int`: of an embedding.
         adapt: changes the model of both towers so that its images are read as the file's own tower reads them.
     """
 
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     model_type: str
+    family: str
+    objective: Literal["sigmoid", "softmax"] = "sigmoid"
+    width: Callable[[Any], int] = lambda config: int(config.vision_config.hidden_size)
     adapt: Callable[[Any], None] = lambda model: None
 
 

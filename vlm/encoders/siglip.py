@@ -169,7 +169,7 @@ SPEC = Spec(
     weights="siglip",
     adopt=adopt,
     adopt_positions=adopt_positions,
-    text_tower=TextTower(config=SiglipConfig, model=SiglipModel, model_type="siglip"),
+    text_tower=TextTower(config=SiglipConfig, model=SiglipModel, model_type="siglip", family="siglip"),
     in_paligemma=True,
     published=published,
     tiny=tiny,

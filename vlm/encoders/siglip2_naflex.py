@@ -253,7 +253,7 @@ SPEC = Spec(
     fixed={"vision_use_head": False},  # the pooling head would never get a gradient
     weights="siglip",
     adopt=adopt,
-    text_tower=TextTower(config=Siglip2Config, model=Siglip2Model, model_type="siglip2", adapt=adapt),
+    text_tower=TextTower(config=Siglip2Config, model=Siglip2Model, model_type="siglip2", family="siglip2", adapt=adapt),
     published=published,
     tiny=tiny,
 )

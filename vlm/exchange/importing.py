@@ -31,14 +31,11 @@ from vlm.exchange.parity import EQUAL, LIMITS, Parity, ParityReport, Row, compar
 from vlm.exchange.publishing import published
 from vlm.exchange.samples import SAMPLES
 from vlm.exchange.theirs import opened
-from vlm.files import write_json
 from vlm.model import decoder
 from vlm.model.config import VLMConfig
 from vlm.model.dtypes import dtype_name
-from vlm.model.dual import SigLIP
-from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
-from vlm.siglip import text as siglip
+from vlm.siglip import loading as siglip
 
 log = logging.getLogger(__name__)
 
@@ -202,8 +199,9 @@ def _from_npz(source: str | Path, folder: Path, out: str | Path, how: Conversion
     with big_vision.open_npz(source) as arrays:
         two_towers = any(name.startswith("txt/") for name in arrays)
         if two_towers:
-            towers = siglip.from_big_vision(arrays, origin=str(source), allow_nonfinite=how.allow_nonfinite)
-            parameters = _write_towers(towers, folder, how.max_shard_size)
+            towers, images = siglip.load(source, allow_nonfinite=how.allow_nonfinite)
+            siglip.save(towers, images, folder, max_shard_size=how.max_shard_size)
+            parameters = dict(towers.model.state_dict())
         else:
             parameters = _write_paligemma(source, folder, how)
         stored = next(iter(parameters.values())).dtype
@@ -225,21 +223,6 @@ def _write_paligemma(source: str | Path, folder: Path, how: Conversion) -> dict[
         )
     save(model, processor, folder, max_shard_size=how.max_shard_size, allow_nonfinite=how.allow_nonfinite)
     return dict(model.state_dict())
-
-
-def _write_towers(towers: SigLIP, folder: Path, max_shard_size: str) -> dict[str, Tensor]:
-    """A transformers SigLIP directory with the image numbers of the original."""
-    towers.model.save_pretrained(folder, max_shard_size=max_shard_size)
-    vision = towers.config.vision_config
-    common = {"do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
-    if encoder_spec(towers.kind).any_aspect:
-        sizes = {"patch_size": vision.patch_size, "max_num_patches": vision.num_patches}
-        values = {**common, "image_processor_type": "Siglip2ImageProcessor", **sizes}
-    else:
-        side = vision.image_size
-        values = {**common, "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
-    write_json(folder / "preprocessor_config.json", values)
-    return dict(towers.model.state_dict())
 
 
 def _compare_arrays(arrays: big_vision.Arrays, parameters: Mapping[str, Tensor], *, two_towers: bool) -> Row:

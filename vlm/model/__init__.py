@@ -1,4 +1,4 @@
-"""The model: configuration, processor and batch, masks, forward and loss; SigLIP's two towers; and, from a
+"""The model: configuration, processor and batch, masks, forward and loss; models of two towers; and, from a
 configuration, what the files of its parts say of them (`parts`, `projecting`, `decoder`)."""
 
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ _HOMES = {
     "Processor": "processor",
     "ImageSource": "processor",
     "Batch": "batch",
-    "SigLIP": "dual",
+    "DualTower": "dual",
     "TwoTowerOutput": "dual",
     "CACHE": "outputs",
     "attention_backends": "",
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vlm.model import projecting as projecting
     from vlm.model.batch import Batch as Batch
     from vlm.model.config import VLMConfig as VLMConfig
-    from vlm.model.dual import SigLIP as SigLIP
+    from vlm.model.dual import DualTower as DualTower
     from vlm.model.dual import TwoTowerOutput as TwoTowerOutput
     from vlm.model.forward import VLM as VLM
     from vlm.model.forward import VLMModel as VLMModel

@@ -161,7 +161,29 @@ def sigmoid_contrastive(logits: Tensor) -> Tensor:
     Raises:
         ConfigError: the matrix is not square.
     """
-    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
-        raise ConfigError(f"logits have shape {tuple(logits.shape)}, expected one text per image: [B, B]")
+    _check_pairs(logits)
     sign = 2 * torch.eye(logits.shape[0], device=logits.device) - 1
     return -F.logsigmoid(sign * logits.float()).sum(-1).mean()
+
+
+def softmax_contrastive(logits: Tensor) -> Tensor:
+    """CLIP's loss: for each image its text among all texts, for each text its image among all images, and the mean of
+    the two (arXiv 2103.00020, figure 3).
+
+    Args:
+        logits: float[B, B], image x text.
+
+    Returns:
+        float32[].
+
+    Raises:
+        ConfigError: the matrix is not square.
+    """
+    _check_pairs(logits)
+    own = torch.arange(logits.shape[0], device=logits.device)
+    return (F.cross_entropy(logits.float(), own) + F.cross_entropy(logits.float().T, own)) / 2
+
+
+def _check_pairs(logits: Tensor) -> None:
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
+        raise ConfigError(f"logits have shape {tuple(logits.shape)}, expected one text per image: [B, B]")

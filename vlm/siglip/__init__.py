@@ -1,14 +1,16 @@
-"""SigLIP's own uses: its text side, zero-shot classification, features of a tower."""
+"""SigLIP's own uses: both towers, embeddings of images and texts, zero-shot classification, features of a tower."""
 
 from typing import TYPE_CHECKING
 
 from vlm.registry import door
 
 _HOMES = {
-    "text": "",
     "zero_shot": "",
-    **dict.fromkeys(("canonicalize", "from_big_vision", "load"), "text"),
-    "SigLIP": "vlm.model.dual",
+    **dict.fromkeys(("from_big_vision", "load", "save"), "loading"),
+    "DualTower": "vlm.model.dual",
+    **dict.fromkeys(("DualProcessor", "Texts"), "processor"),
+    **dict.fromkeys(("Encoded", "TextVectors", "encode_images", "encode_texts"), "encode"),
+    **dict.fromkeys(("RULES", "TextRule", "canonicalize"), "rules"),
     "ProbeResult": "features",
     "check_ids": "sets",
     "check_sets": "sets",
@@ -20,17 +22,25 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
-    from vlm.model.dual import SigLIP as SigLIP
-    from vlm.siglip import text as text
+    from vlm.model.dual import DualTower as DualTower
     from vlm.siglip import zero_shot as zero_shot
+    from vlm.siglip.encode import Encoded as Encoded
+    from vlm.siglip.encode import TextVectors as TextVectors
+    from vlm.siglip.encode import encode_images as encode_images
+    from vlm.siglip.encode import encode_texts as encode_texts
     from vlm.siglip.features import ProbeResult as ProbeResult
+    from vlm.siglip.loading import from_big_vision as from_big_vision
+    from vlm.siglip.loading import load as load
+    from vlm.siglip.loading import save as save
+    from vlm.siglip.processor import DualProcessor as DualProcessor
+    from vlm.siglip.processor import Texts as Texts
+    from vlm.siglip.rules import RULES as RULES
+    from vlm.siglip.rules import TextRule as TextRule
+    from vlm.siglip.rules import canonicalize as canonicalize
     from vlm.siglip.sets import check_ids as check_ids
     from vlm.siglip.sets import check_sets as check_sets
     from vlm.siglip.sets import check_templates as check_templates
     from vlm.siglip.sets import images_in_both as images_in_both
-    from vlm.siglip.text import canonicalize as canonicalize
-    from vlm.siglip.text import from_big_vision as from_big_vision
-    from vlm.siglip.text import load as load
     from vlm.siglip.zero_shot import why_no_zero_shot as why_no_zero_shot
 
 __getattr__, __dir__ = door(__name__, _HOMES)

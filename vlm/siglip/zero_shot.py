@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.errors import CheckpointError, ConfigError, DataError
+from vlm.errors import CheckpointError, DataError
 from vlm.siglip.features import ProbeResult, over_images
 from vlm.siglip.sets import check_ids, check_templates
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from vlm.data.examples import Labelled
     from vlm.encoders.contract import EncoderOutput
     from vlm.images.transforms import ImageTransform
-    from vlm.model.dual import SigLIP
+    from vlm.model.dual import DualTower
+    from vlm.siglip.processor import DualProcessor
 
 log = logging.getLogger(__name__)
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 
 
 def zero_shot(
-    checkpoint: str | Path | tuple[SigLIP, Any],
+    checkpoint: str | Path | tuple[DualTower, DualProcessor],
     encoder: nn.Module,
     transform: ImageTransform,
     test: Sequence[Labelled],
@@ -54,7 +54,7 @@ def zero_shot(
 
     Args:
         checkpoint: what the tower was made from: a SigLIP or SigLIP 2 directory or hub id with both towers and the
-            tokenizer, or (what `vlm.siglip.load` returns, a transformers tokenizer).
+            tokenizer, or what `vlm.siglip.load` returns.
         encoder, transform, batch_size, device: as for `vlm.measure.probes.features`; a SigLIP tower, trained or not.
         classes: names for the templates; a label of `test` means the class whose canonical name it has.
         templates: texts with one `{}`, such as `a photo of a {}.`
@@ -74,16 +74,17 @@ def zero_shot(
     _check(test, classes, templates)
     import torch
 
-    from vlm.siglip.text import canonicalize
+    from vlm.siglip.loading import load
+    from vlm.siglip.rules import canonicalize
 
     shared = shared_names(classes)
     if shared:
         log.warning("%s", _about_shared(shared, len(classes)))
     names = list(dict.fromkeys(map(canonicalize, classes)))
-    model, tokenizer = checkpoint if isinstance(checkpoint, tuple) else open_checkpoint(checkpoint)
-    texts = class_embeddings(model, tokenizer, names, templates)
+    model, processor = checkpoint if isinstance(checkpoint, tuple) else load(checkpoint)
+    texts = class_embeddings(model, processor, names, templates)
     images = pooled(model, encoder, transform, [item.image for item in test], batch_size=batch_size, device=device)
-    home = model.model.logit_scale.device
+    home = model.device
     with torch.no_grad():
         chosen = model.logits(images.to(home), texts.to(home)).argmax(1).tolist()
     right = {item.id: names[number] == canonicalize(item.label) for item, number in zip(test, chosen, strict=True)}
@@ -100,7 +101,7 @@ def zero_shot(
 
 
 def _check(test: Sequence[Labelled], classes: Sequence[str], templates: Sequence[str]) -> None:
-    from vlm.siglip.text import canonicalize
+    from vlm.siglip.rules import canonicalize
 
     names = {canonicalize(name) for name in classes}
     if not test or len(names) < 2:
@@ -119,7 +120,7 @@ def _check(test: Sequence[Labelled], classes: Sequence[str], templates: Sequence
 
 def shared_names(classes: Sequence[str]) -> dict[str, list[str]]:
     """Canonical name -> the names of several classes that are that one text to the tower."""
-    from vlm.siglip.text import canonicalize
+    from vlm.siglip.rules import canonicalize
 
     members: dict[str, list[str]] = {}
     for name in classes:
@@ -137,7 +138,7 @@ def _about_shared(shared: Mapping[str, Sequence[str]], num_classes: int) -> str:
     )
 
 
-def why_no_zero_shot(checkpoint: str | Path | tuple[SigLIP, Any], encoder: nn.Module) -> str | None:
+def why_no_zero_shot(checkpoint: str | Path | tuple[DualTower, DualProcessor], encoder: nn.Module) -> str | None:
     """Why zero-shot classification is impossible for this tower, in one sentence; None when it is possible.
 
     Raises:
@@ -156,42 +157,16 @@ def why_no_zero_shot(checkpoint: str | Path | tuple[SigLIP, Any], encoder: nn.Mo
     if isinstance(checkpoint, tuple):
         return None
     if Path(checkpoint).suffix == ".npz":
-        return f"{checkpoint}: big_vision parameters have no tokenizer; pass (vlm.siglip.load(path), tokenizer)"
+        return f"{checkpoint}: big_vision parameters have no tokenizer; pass vlm.siglip.load(path, tokenizer=...)"
     found = read_json(locate(checkpoint) / "config.json")
     if found.get("model_type") not in {tower.model_type for tower in known.values()} or "text_config" not in found:
         return f"{checkpoint}: the checkpoint holds no text tower (model_type {found.get('model_type')!r})"
     return None
 
 
-def open_checkpoint(path: str | Path) -> tuple[SigLIP, Any]:
-    """Both towers and the tokenizer of a SigLIP directory or hub id.
-
-    Raises:
-        CheckpointError: something is missing or does not open.
-    """
-    from transformers import AutoTokenizer
-
-    from vlm.checkpoints.places import locate
-    from vlm.siglip import text as siglip
-
-    folder = locate(path)
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        # transformers would make one up with a handful of tokens.
-        raise CheckpointError(
-            f"{path}: no tokenizer ({', '.join(TOKENIZER_FILES)}); put the checkpoint's tokenizer files beside its"
-            f" weights"
-        )
-    model = siglip.load(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(
-            f"{path}: the tokenizer cannot be opened ({' '.join(str(error).split())[:200]}); copy its files again"
-        ) from error
-    return model, tokenizer
-
-
-def class_embeddings(model: SigLIP, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+def class_embeddings(
+    model: DualTower, processor: DualProcessor, classes: Sequence[str], templates: Sequence[str]
+) -> Tensor:
     """float32[C, D], of length 1.
 
     Raises:
@@ -200,43 +175,23 @@ def class_embeddings(model: SigLIP, tokenizer: Any, classes: Sequence[str], temp
     import torch
     from torch.nn.functional import normalize
 
-    context = model.config.text_config.max_position_embeddings
-    rows = []
+    from vlm.siglip.rules import canonicalize
+
+    rows, known = [], model.config.text_config.vocab_size
     with torch.no_grad():
         for name in classes:
-            ids = text_ids(tokenizer, [template.replace("{}", name) for template in templates], context)
-            if int(ids.max()) >= model.config.text_config.vocab_size:
+            ids = processor.texts([canonicalize(template.replace("{}", name)) for template in templates]).input_ids
+            if int(ids.max()) >= known:
                 raise CheckpointError(
-                    f"the tokenizer gives token {int(ids.max())}, the text tower has"
-                    f" {model.config.text_config.vocab_size}; pass the tokenizer of the checkpoint"
+                    f"the tokenizer gives token {int(ids.max())}, the text tower has {known}; pass the tokenizer of the"
+                    f" checkpoint"
                 )
-            each = normalize(model.encode_text(ids.to(model.model.logit_scale.device)).float(), dim=-1)
-            rows.append(normalize(each.mean(0), dim=-1).cpu())
+            rows.append(normalize(model.encode_text(ids.to(model.device)).mean(0), dim=-1).cpu())
     return torch.stack(rows)
 
 
-def text_ids(tokenizer: Any, texts: Sequence[str], context: int) -> Tensor:
-    """int64[N, context], by the rules above whatever the tokenizer's own settings are.
-
-    Raises:
-        ConfigError: a tokenizer without EOS or padding.
-    """
-    import torch
-
-    from vlm.siglip.text import canonicalize
-
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    if eos is None or pad is None:
-        raise ConfigError(f"the tokenizer has eos_token_id={eos} and pad_token_id={pad}; SigLIP's has both")
-    ids = torch.full((len(texts), context), pad, dtype=torch.int64)
-    for row, text in enumerate(texts):
-        tokens = tokenizer(canonicalize(text), add_special_tokens=False)["input_ids"][: context - 1] + [eos]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-    return ids
-
-
 def pooled(
-    model: SigLIP,
+    model: DualTower,
     encoder: nn.Module,
     transform: ImageTransform,
     images: Sequence[Any],

@@ -1,0 +1,98 @@
+"""How each family of two-tower models reads text: the one table that code, documentation and `vlm info` share."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+_PUNCTUATION = str.maketrans({"_": " "} | {mark: None for mark in string.punctuation if mark != "_"})
+
+
+def canonicalize(text: str) -> str:
+    """A text as SigLIP v1 and SigLIP's zero-shot evaluation read it: "Golden_Retriever." -> "golden retriever".
+
+    An underscore is a blank, other ASCII punctuation is dropped, letters are lower-cased, blanks run together. Source:
+    big_vision `evaluators/proj/image_text/prompt_engineering.py`. (transformers' SiglipTokenizer drops underscores too:
+    "a_b" is "ab" there.)
+    """
+    return " ".join(text.translate(_PUNCTUATION).lower().split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRule:
+    """How a family's texts become token ids.
+
+    Attributes:
+        family: its key in `RULES`.
+        title: its name for people.
+        clean: what is done to a text before it is cut into tokens.
+        case, punctuation: that, in words.
+        bos: a beginning-of-sequence token is put before the text.
+        pad: what fills the row up to the context: the end token again (`eos`) or a token of its own (`pad`).
+        side: where the padding stands.
+        mask: whether the text tower is given an attention mask.
+        pooled: which position becomes the embedding.
+        context: how many positions, in words; the number is read from each checkpoint's position table.
+        differs: where other libraries read texts in another way.
+        source: where the rule is written down.
+    """
+
+    family: str
+    title: str
+    clean: Callable[[str], str]
+    case: str
+    punctuation: str
+    bos: bool = False
+    pad: Literal["eos", "pad"]
+    side: Literal["right"] = "right"
+    mask: Literal["never"] = "never"
+    pooled: str
+    context: str
+    differs: str
+    source: str
+
+    @property
+    def tokens(self) -> str:
+        """The row of a text, in words."""
+        start = "BOS, text" if self.bos else "text"
+        fill = "EOS again" if self.pad == "eos" else "`<pad>`"
+        return f"{start}, EOS, then {fill} on the {self.side}"
+
+
+_LAST = "the last position, whatever stands there; no EOS search, no attention pooling"
+RULES: dict[str, TextRule] = {
+    rule.family: rule
+    for rule in (
+        TextRule(
+            family="siglip",
+            title="SigLIP",
+            clean=canonicalize,
+            case="lower",
+            punctuation="dropped, `_` becomes a blank, blanks run together",
+            pad="eos",
+            pooled=_LAST,
+            context="64; 16 in so400m-patch14-224",
+            differs="transformers drops `_` without a blank (`a_b` is `ab`)",
+            source="big_vision `pp/ops_text.py` (`tokenize`, eos sticky, pad_value 1) and `prompt_engineering.py`",
+        ),
+        TextRule(
+            family="siglip2",
+            title="SigLIP 2, FixRes and NaFlex",
+            clean=str.lower,
+            case="lower",
+            punctuation="kept",
+            pad="pad",
+            pooled=_LAST,
+            context="64",
+            differs=(
+                "transformers' FixRes directories name a plain Gemma tokenizer, which does not lower-case; open_clip"
+                " drops punctuation; big_vision's own lower-casing is of ASCII letters only"
+            ),
+            source='arXiv 2502.14786, section 2.1; big_vision `SigLIP2_demo.ipynb` (`lower|tok(length=64, bos="no",'
+            ' eos="sticky")`)',
+        ),
+    )
+}
+"""By family. A checkpoint's own length is read from its position table."""
