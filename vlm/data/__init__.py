@@ -14,17 +14,19 @@ _HOMES = {
     **dict.fromkeys(("Benchmark", "Predictions", "without_extension"), "benchmarks.contract"),
     **dict.fromkeys(("Augmentation", "OfImages", "apply", "pipeline"), "augment"),
     **dict.fromkeys(("Key", "Mixture", "StepSampler", "drawn", "stage_seed", "steps_of"), "order"),
+    **dict.fromkeys(("Entry", "entries_of", "gathered", "lines_of"), "collection"),
     "AnnotationFormat": "formats.contract",
     "cut": "budget",
     "of_items": "content",
     "without_control": "control",
-    **dict.fromkeys(("augment", "content", "reading"), ""),
+    **dict.fromkeys(("augment", "collection", "content", "reading"), ""),
 }
 
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
     from vlm.data import augment as augment
+    from vlm.data import collection as collection
     from vlm.data import content as content
     from vlm.data import reading as reading
     from vlm.data.augment import Augmentation as Augmentation
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     from vlm.data.benchmarks.contract import Predictions as Predictions
     from vlm.data.benchmarks.contract import without_extension as without_extension
     from vlm.data.budget import cut as cut
+    from vlm.data.collection import Entry as Entry
+    from vlm.data.collection import entries_of as entries_of
+    from vlm.data.collection import gathered as gathered
+    from vlm.data.collection import lines_of as lines_of
     from vlm.data.content import of_items as of_items
     from vlm.data.control import without_control as without_control
     from vlm.data.examples import Example as Example

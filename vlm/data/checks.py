@@ -27,18 +27,18 @@ LABELLED_KEYS = ("id", "image", "label")
 
 def example(record: dict[str, Any], number: int, name: str, images: ImageRoot, require: Sequence[str]) -> Example:
     """An example from a record that passes every check. Raises Refused."""
-    named = _images(record)
+    named = named_images(record)
     _refuse_leftovers(record, KEYS, named)
     _require(record, ("prefix", *require))
     suffix = record.get("suffix")
-    if suffix is not None and _text(suffix, "suffix") and not suffix.strip() and "suffix" in require:
+    if suffix is not None and checked_text(suffix, "suffix") and not suffix.strip() and "suffix" in require:
         raise Refused("empty", "'suffix' is blank but not empty; write \"\" where there is nothing to say")
     _refuse_misplaced_boxes(record)
     found = [images.find(image) for image in named]
     return Example(
-        id=_id(record.get("id"), number),
+        id=record_id(record.get("id"), number),
         image=found[0] if found else None,
-        prefix=_text(record["prefix"], "prefix"),
+        prefix=checked_text(record["prefix"], "prefix"),
         suffix=suffix,
         references=_texts(record.get("references"), "references"),
         answers=_texts(record.get("answers"), "answers"),
@@ -59,7 +59,7 @@ def _refuse_misplaced_boxes(record: dict[str, Any]) -> None:
                 raise Refused("bad-location", f"{key!r}: {'; '.join(wrong[:3])}")
 
 
-def _images(record: dict[str, Any]) -> list[str]:
+def named_images(record: dict[str, Any]) -> list[str]:
     """The names of the line's images, in order; none where it is about text alone."""
     if "image" in record and "images" in record:
         raise Refused("unknown-key", "'image' beside 'images': only one is read; put all of them into 'images'")
@@ -68,7 +68,7 @@ def _images(record: dict[str, Any]) -> list[str]:
             raise Refused("missing-key", "'image' is null; leave the key out where the line is about text alone")
         if isinstance(record["image"], list):
             raise Refused("wrong-type", "'image' should be text, got a list; several images are 'images'")
-        return [_text(record["image"], "image")]
+        return [checked_text(record["image"], "image")]
     if "images" not in record:
         return []
     if record["images"] is None:
@@ -80,13 +80,13 @@ def _images(record: dict[str, Any]) -> list[str]:
 
 def labelled(record: dict[str, Any], number: int, name: str, images: ImageRoot) -> Labelled:
     """An image with its class. Raises Refused."""
-    named = [] if record.get("image") is None else [_text(record["image"], "image")]
+    named = [] if record.get("image") is None else [checked_text(record["image"], "image")]
     _refuse_leftovers(record, LABELLED_KEYS, named)
     _require(record, ("image", "label"))
-    label = _text(record["label"], "label")
+    label = checked_text(record["label"], "label")
     if not label.strip():
         raise Refused("empty", "'label' is blank; give each image its class")
-    return Labelled(_id(record.get("id"), number), images.find(_text(record["image"], "image")), label)
+    return Labelled(record_id(record.get("id"), number), images.find(checked_text(record["image"], "image")), label)
 
 
 def _require(record: dict[str, Any], keys: Sequence[str]) -> None:
@@ -168,7 +168,8 @@ def _holds_image(value: Any, images: Sequence[str]) -> bool:
     return False
 
 
-def _text(value: Any, key: str) -> str:
+def checked_text(value: Any, key: str) -> str:
+    """The text that a key holds. Raises Refused."""
     if not isinstance(value, str):
         raise Refused("wrong-type", f"{key!r} should be text, got {strictjson.kind_of(value)}")
     try:
@@ -185,18 +186,19 @@ def _texts(value: Any, key: str) -> tuple[str, ...]:
         raise Refused("wrong-type", f"{key!r} should be a list of text, got {strictjson.kind_of(value)}")
     if not value:
         raise Refused("empty", f"{key!r} is an empty list; give at least one or leave the key out")
-    texts = tuple(_text(item, f"{key}[{index}]") for index, item in enumerate(value))
+    texts = tuple(checked_text(item, f"{key}[{index}]") for index, item in enumerate(value))
     if not all(text.strip() for text in texts):
         raise Refused("empty", f"{key!r} holds a blank text")
     return texts
 
 
-def _id(value: Any, number: int) -> str:
+def record_id(value: Any, default: object) -> str:
+    """The id of a record: its own, text or a whole number, or the default where it has none. Raises Refused."""
     if value is None:
-        return str(number)
+        return str(default)
     if type(value) is int:
         return str(value)
-    if not _text(value, "id").strip():
+    if not checked_text(value, "id").strip():
         raise Refused("empty", "'id' is blank; give each line its own or leave the key out")
     return str(value)
 

@@ -16,7 +16,7 @@ MAX_ALIKE = 3
 
 @dataclass(frozen=True)
 class Problem:
-    """Why one line of an annotation file cannot be used."""
+    """Why one line of an annotation file cannot be used; line 0: why something that was named or found cannot."""
 
     file: str
     line: int
@@ -24,7 +24,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.code}: {self.message}"
+        return f"{self.file}{f':{self.line}' if self.line else ''}: {self.code}: {self.message}"
 
 
 class Refused(Exception):

@@ -9,6 +9,8 @@ _HOMES = {
     "any_aspect": "transforms",
     "RESAMPLING": "transforms",
     "resize_float": "patches",
+    "FilePart": "load",
+    "SUFFIXES": "load",
     "ImageInput": "load",
     "DEFAULT_LIMITS": "load",
     "unpack": "fused",
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from vlm.images.fused import unpack as unpack
     from vlm.images.load import CODES as CODES
     from vlm.images.load import DEFAULT_LIMITS as DEFAULT_LIMITS
+    from vlm.images.load import SUFFIXES as SUFFIXES
+    from vlm.images.load import FilePart as FilePart
     from vlm.images.load import ImageInput as ImageInput
     from vlm.images.load import ImageLimits as ImageLimits
     from vlm.images.load import image_size as image_size

@@ -53,6 +53,12 @@ CODES = {
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Pillow's names of the formats that are read. MPO, a JPEG with further pictures behind it, counts as JPEG."""
 
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jxl .jp2".split()
+)
+"""Names that end so are pictures to whoever made a folder. A format that is not read (HEIC, JPEG XL, JPEG 2000) is
+among them, so that it is told and not passed over."""
+
 MAX_SCAN_COVERS = 16
 """How often the scans of a JPEG may cover `max_pixels`; progressive files have about ten scans, a bomb thousands."""
 
@@ -109,7 +115,26 @@ _OTHER_CONTENT = [
 
 
 ImageInput = Any
-"""What an image may be given as: str | Path | bytes | Pillow image | numpy array | torch tensor (see `load_image`)."""
+"""What an image may be given as: str | Path | FilePart | bytes | Pillow image | numpy array | torch tensor (see
+`load_image`)."""
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """An image inside a larger file, such as a member of a tar archive; its bytes are read when it is decoded.
+
+    Attributes:
+        path: the file. offset, size: where in it, in bytes.
+        member: its name in there.
+    """
+
+    path: Path
+    offset: int
+    size: int
+    member: str
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.member}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +159,9 @@ def load_image(
     """An image as an upright Pillow image of mode RGB.
 
     Args:
-        source: path, encoded bytes, Pillow image, or array: numpy uint8 (0 to 255) or float (0 to 1) of shape [H, W] or
-            [H, W, C] with 1, 3 or 4 channels, torch of shape [C, H, W]. A Pillow image that is upright RGB already
-            comes back as it is.
+        source: path, part of a file, encoded bytes, Pillow image, or array: numpy uint8 (0 to 255) or float (0 to 1)
+            of shape [H, W] or [H, W, C] with 1, 3 or 4 channels, torch of shape [C, H, W]. A Pillow image that is
+            upright RGB already comes back as it is.
         background: red, green and blue, 0 to 255, that show through transparent pixels.
         limits: bounds on the size.
 
@@ -180,7 +205,7 @@ def image_size(source: ImageInput, *, limits: ImageLimits = DEFAULT_LIMITS) -> t
 
 def is_image(value: Any) -> bool:
     """Whether a value is one image, and not several (or a text that was meant for something else)."""
-    return isinstance(value, str | Path | bytes | Image.Image) or (_is_array(value) and value.ndim <= 3)
+    return isinstance(value, str | Path | FilePart | bytes | Image.Image) or (_is_array(value) and value.ndim <= 3)
 
 
 def _opened(source: ImageInput, limits: ImageLimits) -> tuple[Image.Image, str, bytes]:
@@ -193,13 +218,13 @@ def _opened(source: ImageInput, limits: ImageLimits) -> tuple[Image.Image, str, 
     if _is_array(source):
         image, name = _from_array(source, limits)
         return image, name, b""
-    if not isinstance(source, str | Path | bytes):
+    if not isinstance(source, str | Path | FilePart | bytes):
         raise ImageError(
             "unsupported-type",
             f"an image of type {type(source).__name__}; give a path, bytes, a Pillow image, a numpy array or a torch"
             " tensor",
         )
-    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else shown(source)
+    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else shown(str(source))
     data = source if isinstance(source, bytes) else _read_file(source, name, limits.max_bytes)
     return _open(data, name, limits), name, data
 
@@ -253,8 +278,9 @@ def _from_array(value: Any, limits: ImageLimits) -> tuple[Image.Image, str]:
     return Image.fromarray(np.ascontiguousarray(flat)), name
 
 
-def _read_file(path: str | Path, name: str, max_bytes: int) -> bytes:
-    """The bytes of a regular file of bounded size. Never waits: a FIFO opens at once, and is refused."""
+def _read_file(source: str | Path | FilePart, name: str, max_bytes: int) -> bytes:
+    """The bytes of a regular file of bounded size, or of a part. Never waits: a FIFO opens at once, and is refused."""
+    path = source.path if isinstance(source, FilePart) else source
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
@@ -262,9 +288,13 @@ def _read_file(path: str | Path, name: str, max_bytes: int) -> bytes:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError("not-regular", f"{name}: a directory, pipe or device; expected an image file")
-            if status.st_size > max_bytes:
-                raise _too_many_bytes(name, status.st_size, max_bytes)
+            size = source.size if isinstance(source, FilePart) else status.st_size
+            if size > max_bytes:
+                raise _too_many_bytes(name, size, max_bytes)
             with open(descriptor, "rb", closefd=False) as file:
+                if isinstance(source, FilePart):
+                    file.seek(source.offset)
+                    return file.read(size)
                 data = file.read(max_bytes + 1)  # the file may be growing
         finally:
             os.close(descriptor)

@@ -21,7 +21,7 @@ def records(path: Path, name: str) -> Iterator[tuple[int, dict[str, Any] | Refus
     """Every line that is not blank, with its number from 1: an object, or why it is none."""
     for number, line in _lines(path, name):
         try:
-            yield number, _parse(line, number)
+            yield number, parse(line, number)
         except Refused as refused:
             yield number, refused
 
@@ -49,8 +49,8 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, bytes]]:
         os.close(descriptor)
 
 
-def _parse(line: bytes, number: int) -> dict[str, Any]:
-    """One line as a JSON object."""
+def parse(line: bytes, number: int) -> dict[str, Any]:
+    """One line as a JSON object. Raises `Refused`."""
     if len(line) > MAX_LINE_BYTES:
         raise Refused("line-too-long", f"more than {MAX_LINE_BYTES:,} bytes; is a newline missing?")
     if number > 1 and line.startswith(b"\xef\xbb\xbf"):
