@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import vlm
 from vlm.build.presets import tiny
+from vlm.checkpoints.places import DEMO_SIGLIP, locate
 from vlm.errors import CheckpointError, ConfigError, GenerationError
 from vlm.images.transforms import ImageTransform
 
@@ -204,6 +205,16 @@ def test_directories_that_are_no_model(tmp_path: Path, copied: Path) -> None:
     change(copied, "config.json", model_type="llava")
     with pytest.raises(CheckpointError, match="model_type 'llava', expected 'vlm' or 'paligemma'"):
         vlm.load(copied)
+
+
+def test_what_the_package_ships_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = locate(DEMO_SIGLIP)
+    assert shipped == Path(vlm.__file__).parent / "demo/assets/dual" and (shipped / "config.json").exists()
+    with pytest.raises(CheckpointError, match=f"did you mean '{DEMO_SIGLIP}'"):
+        locate("demo-siglp")
+    Path(DEMO_SIGLIP).mkdir()
+    assert locate(DEMO_SIGLIP) == Path(DEMO_SIGLIP)  # a path that exists is what is meant
 
 
 def test_model_and_processor_must_belong_together(copied: Path, tmp_path: Path) -> None:

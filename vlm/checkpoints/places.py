@@ -10,16 +10,20 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from vlm.checkpoints.files import INDEX, SINGLE, read_json
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, nearest
 
 log = logging.getLogger(__name__)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 HUB_FILES = ("*.json", "*.safetensors", "*.model")
+DEMO_SIGLIP = "demo-siglip"
+"""The package's own SigLIP with both towers, which needs no download."""
+SHIPPED = {DEMO_SIGLIP: Path(__file__).parents[1] / "demo" / "assets" / "dual"}
+"""Name -> the folder in the package. A name is no hub id (it has no owner); a path of that name wins."""
 
 
 def locate(path: str | Path, *, revision: str | None = None, patterns: Sequence[str] = HUB_FILES) -> Path:
-    """The directory of a checkpoint: `path` itself, the `model` inside a training run or a stage of one, or the
-    downloaded files of a hub id (`owner/name`).
+    """The directory of a checkpoint: `path` itself, the `model` inside a training run or a stage of one, what the
+    package ships under that name (`SHIPPED`), or the downloaded files of a hub id (`owner/name`).
 
     Raises:
         CheckpointError: there is no such directory and it is no hub id, the Hub does not give it out, or it is a
@@ -29,8 +33,12 @@ def locate(path: str | Path, *, revision: str | None = None, patterns: Sequence[
         return not_an_adapter(_of_run(Path(path)))
     if Path(path).exists():
         raise CheckpointError(f"{path}: is a file, expected a checkpoint directory or a hub id (owner/name)")
+    if str(path) in SHIPPED:
+        return SHIPPED[str(path)]
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"{path}: no such directory, and not a hub id (owner/name)")
+        raise CheckpointError(
+            f"{path}: no such directory, and not a hub id (owner/name){nearest(str(path), list(SHIPPED))}"
+        )
     try:
         folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
