@@ -1,0 +1,1 @@
+"""Search over stored vectors: exact, or through an index for other engines; rankings fused, entries filtered."""
