@@ -43,6 +43,7 @@ ROOMS: dict[str, Room] = {
     "text": Room(1, "tokens: tokenizers, the prompt format, `<loc>` text, control spellings", ()),
     "report": Room(1, "pages, charts and tables that load nothing from elsewhere", ("images",)),
     "data": Room(1, "examples and their checks, one reader per file format and benchmark, order", ("images", "text")),
+    "catalogue": Room(1, "the released checkpoints as data, and how to choose one", ()),
     "encoders": Room(2, "vision towers, one file each", ("images",)),
     "projectors": Room(2, "tower width to decoder width, one file each", ()),
     "decoders": Room(2, "language models (Gemma), one file each", ()),
@@ -66,7 +67,7 @@ ROOMS: dict[str, Room] = {
     "check": Room(5, "what a model does, and what it should", ("train", "exchange", "measure", "build")),
     "compare": Room(6, "towers and projectors against each other", ("train", "measure")),
     "demo": Room(6, "the small world of the first command", ("train", "measure", "exchange")),
-    "cli": Room(6, "the commands; nobody imports it", ("compare", "demo", "check")),
+    "cli": Room(6, "the commands; nobody imports it", ("compare", "demo", "check", "catalogue")),
 }
 """The table of rooms. A room may import what its row names, and whatever those may."""
 

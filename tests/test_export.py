@@ -28,13 +28,14 @@ from transformers import (
 import vlm
 from vlm.build.presets import tiny, tiny_decoder
 from vlm.checkpoints.loader import empty
-from vlm.checkpoints.shards import parse_size, write_shards
+from vlm.checkpoints.shards import write_shards
 from vlm.cli import main
 from vlm.errors import CheckpointError, ConfigError, GenerationError
 from vlm.exchange import card
 from vlm.exchange.exporting import export
 from vlm.exchange.formats import FORMATS
 from vlm.exchange.paligemma import config_values
+from vlm.settings import parse_size
 
 LINEAR = ("weight", "bias")
 TOWER_LAYER = [

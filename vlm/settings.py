@@ -14,6 +14,7 @@ nothing is ever ignored or converted in silence. Field types: dataclasses, `list
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,28 @@ def option(
     """
     about = {name: value for name, value in locals().items() if name != "default"}
     return dataclasses.field(default=default, metadata=about)
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SMALLEST_BARE = 10**6
+"""A plain number below it is a unit that was forgotten (`5` for 5 GB), not a size in bytes."""
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of `5GB`, `300KB`, `2GiB` or a plain number of a million and more.
+
+    Raises:
+        ConfigError: not a positive size, or a small number without a unit.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip(), re.ASCII)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1 or len(match[1]) > 20:
+        raise ConfigError(f"{str(size)[:40]!r} is not a size; write it as 5GB or 500MB")
+    if not match[2] and float(match[1]) < _SMALLEST_BARE:
+        raise ConfigError(
+            f"the size {str(size)!r} has no unit and would be {match[1]} bytes; write {match[1]}GB or {match[1]}MB"
+        )
+    return int(float(match[1]) * unit)
 
 
 _SCALARS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

@@ -32,7 +32,7 @@ _HOMES = {
     "locate": "places",
     **dict.fromkeys(("checked_image_settings", "open_tokenizer", "own_transform", "resample_name"), "preprocessing"),
     **dict.fromkeys(("recorded_transform", "written_transform"), "recorded"),
-    **dict.fromkeys(("parse_size", "widest", "write_shards"), "shards"),
+    **dict.fromkeys(("widest", "write_shards"), "shards"),
     **dict.fromkeys(("FLOATS", "Source", "expected_shapes", "place"), "source"),
     "seeded": "streams",
     **dict.fromkeys(("fitting", "head_of", "needed"), "tower_head"),
@@ -99,7 +99,6 @@ if TYPE_CHECKING:
     from vlm.checkpoints.recorded import recorded_transform as recorded_transform
     from vlm.checkpoints.recorded import written_transform as written_transform
     from vlm.checkpoints.saving import save as save
-    from vlm.checkpoints.shards import parse_size as parse_size
     from vlm.checkpoints.shards import widest as widest
     from vlm.checkpoints.shards import write_shards as write_shards
     from vlm.checkpoints.source import FLOATS as FLOATS

@@ -24,7 +24,7 @@ from vlm.checkpoints.names import HEAD
 from vlm.checkpoints.pairs import check_pair
 from vlm.checkpoints.placement import EMBEDDING
 from vlm.checkpoints.readers import READERS
-from vlm.checkpoints.shards import parse_size, widest, write_shards
+from vlm.checkpoints.shards import widest, write_shards
 from vlm.checkpoints.source import FLOATS, SHOWN, expected_shapes
 from vlm.checkpoints.tower_head import HEAD_FILE, write_head
 from vlm.checkpoints.weights import ADAPTER_NAMES
@@ -34,6 +34,7 @@ from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM, VLMModel
 from vlm.model.processor import Processor, not_a_processors
 from vlm.words import listed
+from vlm.settings import parse_size
 
 OWN_FILES = (
     "config.json",

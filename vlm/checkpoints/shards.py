@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,31 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm.checkpoints.files import INDEX, SINGLE
-from vlm.errors import CheckpointError, ConfigError
+from vlm.errors import CheckpointError
 from vlm.files import write_json
+from vlm.settings import parse_size
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 METADATA = {"format": "pt"}
 """transformers refuses a file without it."""
-SMALLEST_BARE = 10**6
-"""A plain number below it is a unit that was forgotten (`5` for 5 GB), not a size in bytes."""
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes of `5GB`, `300KB`, `2GiB` or a plain number of a million and more.
-
-    Raises:
-        ConfigError: not a positive size, or a small number without a unit.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip(), re.ASCII)
-    unit = UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1 or len(match[1]) > 20:
-        raise ConfigError(f"shard size {str(size)[:40]!r} is not a size; write it as 5GB or 500MB")
-    if not match[2] and float(match[1]) < SMALLEST_BARE:
-        raise ConfigError(
-            f"shard size {str(size)!r} has no unit and would be {match[1]} bytes; write {match[1]}GB or {match[1]}MB"
-        )
-    return int(float(match[1]) * unit)
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

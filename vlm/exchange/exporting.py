@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from vlm.checkpoints.pairs import check_pair
-from vlm.checkpoints.shards import parse_size, widest
+from vlm.checkpoints.shards import widest
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.exchange import card, probes, towers
 from vlm.exchange.formats import FORMATS, Format, Part
@@ -29,6 +29,7 @@ from vlm.model import decoder
 from vlm.model.dtypes import DTYPES, check_dtype, dtype_name, named
 from vlm.model.forward import VLM
 from vlm.model.processor import Processor
+from vlm.settings import parse_size
 
 log = logging.getLogger(__name__)
 
