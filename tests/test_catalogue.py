@@ -24,16 +24,16 @@ from transformers import (
 
 from vlm import cli
 from vlm.catalogue.choice import BYTES, memory_bytes, picks, uses
-from vlm.catalogue.released import Checkpoint, find, released
+from vlm.catalogue.released import Checkpoint, find, load
 from vlm.cli.commands import models
 from vlm.errors import ConfigError
 
-SIGLIP = [one for one in released().checkpoints if one.decoder is None]
-PALIGEMMA = [one for one in released().checkpoints if one.decoder is not None]
+SIGLIP = [one for one in load().checkpoints if one.decoder is None]
+PALIGEMMA = [one for one in load().checkpoints if one.decoder is not None]
 
 
 def tower(name: str) -> dict[str, int]:
-    shape = released().towers[name]
+    shape = load().towers[name]
     return {
         "hidden_size": shape.width,
         "num_hidden_layers": shape.depth,
@@ -52,7 +52,7 @@ def two_towers(one: Checkpoint) -> Any:
         **tower("So400m" if one.tower == "g-opt" else one.tower),
         "vocab_size": one.vocabulary,
         "max_position_embeddings": one.context,
-        "projection_size": released().towers[one.tower].width,
+        "projection_size": load().towers[one.tower].width,
     }
     vision = {**tower(one.tower), "patch_size": one.patch}
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def test_parameters_of_siglip(one: Checkpoint) -> None:
 
 def paligemma(one: Checkpoint) -> Any:
     assert one.decoder is not None
-    shape = released().decoders[one.decoder]
+    shape = load().decoders[one.decoder]
     text = {
         "model_type": shape.model_type,
         "hidden_size": shape.width,
@@ -122,18 +122,18 @@ def test_parameters_of_paligemma(one: Checkpoint) -> None:
 def test_what_is_released() -> None:
     """As many as Google's lists have: big_vision's two READMEs and the collections on the Hub."""
     families: dict[str, int] = {}
-    for one in released().checkpoints:
+    for one in load().checkpoints:
         key = "fine-tuned" if one.fine_tuned else one.family
         families[key] = families.get(key, 0) + 1
     # SigLIP's ten and MedSigLIP; SigLIP 2's fifteen of one size and two of any; 3 + 2, and 9 + 6 PaliGemmas; 25 tasks
     # at two sizes, six of them at a third, and DOCCI twice.
     expected = {"siglip": 11, "siglip2": 15, "siglip2_naflex": 2, "paligemma": 5, "paligemma2": 15, "fine-tuned": 58}
     assert families == expected
-    assert len({one.id for one in released().checkpoints}) == sum(expected.values())
+    assert len({one.id for one in load().checkpoints}) == sum(expected.values())
 
 
 def test_records_agree_with_themselves() -> None:
-    catalogue = released()
+    catalogue = load()
     for one in catalogue.checkpoints:
         assert one.id.startswith("google/") and catalogue.source(one)
         assert set(one.published) <= set(catalogue.figures), one.id
@@ -146,7 +146,7 @@ def test_records_agree_with_themselves() -> None:
 
 
 def best(figure: str, among: Callable[[Checkpoint], bool] = lambda one: True) -> float:
-    values = [one.published[figure] for one in released().checkpoints if among(one) and figure in one.published]
+    values = [one.published[figure] for one in load().checkpoints if among(one) and figure in one.published]
     return max(values)
 
 
@@ -156,9 +156,9 @@ def test_what_the_uses_claim() -> None:
     assert first["classification"].published["imagenet"] == best("imagenet")
     assert first["multilingual"].published["xm3600_t2i"] == best("xm3600_t2i")
     assert first["document"].published["docvqa"] == best("docvqa", lambda one: not one.fine_tuned)
-    assert first["edge"].tokens == min(one.tokens for one in released().checkpoints)
+    assert first["edge"].tokens == min(one.tokens for one in load().checkpoints)
     fewest = next(pick for pick in picks("edge") if "the fewest" in pick.why).checkpoint
-    assert fewest.parameters["total"] == min(one.parameters["total"] for one in released().checkpoints)
+    assert fewest.parameters["total"] == min(one.parameters["total"] for one in load().checkpoints)
     giant, next_best = (pick.checkpoint.published["coco_t2i"] for pick in picks("retrieval")[:2])
     assert math.isclose(giant - next_best, 0.1)
     old = best("coco_t2i", lambda one: one.family == "siglip" and "384" in one.id)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vlm.registry import door
 
 _HOMES = {
-    **dict.fromkeys(("Checkpoint", "find", "released"), "released"),
+    **dict.fromkeys(("Checkpoint", "find", "load"), "released"),
     **dict.fromkeys(("Pick", "memory_bytes", "picks", "uses"), "choice"),
 }
 
@@ -18,6 +18,6 @@ if TYPE_CHECKING:
     from vlm.catalogue.choice import uses as uses
     from vlm.catalogue.released import Checkpoint as Checkpoint
     from vlm.catalogue.released import find as find
-    from vlm.catalogue.released import released as released
+    from vlm.catalogue.released import load as load
 
 __getattr__, __dir__ = door(__name__, _HOMES)

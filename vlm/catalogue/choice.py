@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from vlm import settings
-from vlm.catalogue.released import Checkpoint, find, released
+from vlm.catalogue.released import Checkpoint, find, load
 from vlm.errors import ConfigError, nearest
 
 FILE = Path(__file__).parent / "uses.yaml"
@@ -65,7 +65,7 @@ def memory_bytes(checkpoint: Checkpoint, dtype: str = "bfloat16") -> int:
 def _cache_bytes(checkpoint: Checkpoint) -> int:
     if checkpoint.decoder is None:
         return 0
-    shape = released().decoders[checkpoint.decoder]
+    shape = load().decoders[checkpoint.decoder]
     return 2 * shape.depth * shape.kv_heads * shape.head_dim * 2 * (checkpoint.tokens + checkpoint.context)
 
 

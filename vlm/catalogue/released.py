@@ -110,7 +110,7 @@ class Catalogue:
 
 
 @cache
-def released() -> Catalogue:
+def load() -> Catalogue:
     """Everything that the file holds."""
     return settings.load(Catalogue, FILE)
 
@@ -121,7 +121,7 @@ def find(words: Sequence[str]) -> list[Checkpoint]:
     Raises:
         ConfigError: there is none; the message names the nearest id.
     """
-    every = released().checkpoints
+    every = load().checkpoints
     wanted = [word.lower() for word in words]
     exact = [one for one in every if wanted and one.id.lower() in (wanted[0], f"google/{wanted[0]}")]
     if len(wanted) == 1 and exact:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import fill
 
 from vlm.catalogue.choice import uses
-from vlm.catalogue.released import Checkpoint, released
+from vlm.catalogue.released import Checkpoint, load
 from vlm.words import aligned, columns
 
 DETAILED = 3
@@ -65,7 +65,7 @@ _SHOWN = ("imagenet", "coco_t2i", "docvqa")
 
 
 def _details(checkpoint: Checkpoint, memory: int, text: Mapping[str, str]) -> str:
-    catalogue = released()
+    catalogue = load()
     parts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in checkpoint.parameters.items())
     rows = [
         ("tower", f"{checkpoint.tower}/{checkpoint.patch}, {checkpoint.image}, {checkpoint.tokens} tokens"),

@@ -33,8 +33,8 @@ from vlm.files import disk_errors, publishing, rust_disk_errors
 from vlm.model.config import VLMConfig
 from vlm.model.forward import VLM, VLMModel
 from vlm.model.processor import Processor, not_a_processors
-from vlm.words import listed
 from vlm.settings import parse_size
+from vlm.words import listed
 
 OWN_FILES = (
     "config.json",

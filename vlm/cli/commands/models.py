@@ -29,7 +29,7 @@ class Options:
 def run(options: Options) -> int:
     """The table or the JSON on stdout."""
     from vlm.catalogue.choice import memory_bytes, picks
-    from vlm.catalogue.released import find, released
+    from vlm.catalogue.released import find, load
     from vlm.catalogue.table import choice, page
 
     reasons = {pick.checkpoint.id: pick.why for pick in picks(options.use)} if options.use else {}
@@ -38,7 +38,7 @@ def run(options: Options) -> int:
     memory = {one.id: memory_bytes(one, options.dtype) for one in asked}
     fitting = [one for one in asked if options.fit is None or memory[one.id] <= options.fit]
     if options.json:
-        print(jsons.dumps([_record(one, memory[one.id], released().source(one), reasons) for one in fitting], indent=1))
+        print(jsons.dumps([_record(one, memory[one.id], load().source(one), reasons) for one in fitting], indent=1))
     elif options.use:
         print(choice(options.use, reasons, fitting, memory))
     else:
@@ -66,8 +66,9 @@ COMMAND = Command(
     name="models",
     help="which SigLIP or PaliGemma to take",
     details=(
-        "Every released SigLIP, SigLIP 2 and PaliGemma checkpoint: size, image tokens, text length, licence, the"
-        " papers' figures, known traps. Memory is that of one image: weights, the decoder's cache and 0.75 GB for the rest."
+        "Every released SigLIP, SigLIP 2 and PaliGemma checkpoint: size, image tokens, text length, licence,"
+        " the papers' figures, known traps. Memory is that of one image: weights, the"
+        " decoder's cache and 0.75 GB for the rest."
     ),
     options=Options,
     run=run,
