@@ -51,7 +51,7 @@ def choice(use: str, reasons: Mapping[str, str], checkpoints: Sequence[Checkpoin
 
 def _table(checkpoints: Sequence[Checkpoint], memory: Mapping[str, int]) -> str:
     heading = ("google/", "image", "tokens", "tower M", "all M", "memory GB", "text", "ImageNet", "COCO T2I", "DocVQA")
-    rows = [heading]
+    rows: list[tuple[str, ...]] = [heading]
     for one in checkpoints:
         figures = [f"{one.published[key]:.1f}" if key in one.published else "-" for key in _SHOWN]
         sizes = [f"{one.parameters[key] / 1e6:,.0f}" for key in ("vision", "total")]
@@ -74,8 +74,8 @@ def _details(checkpoint: Checkpoint, memory: int, text: Mapping[str, str]) -> st
         ("memory", f"{_gigabytes(memory)} GB to run it on one image"),
         ("text", f"{checkpoint.context} positions, {checkpoint.vocabulary:,} pieces; {text[checkpoint.family]}"),
         ("licence", checkpoint.licence),
-        *((catalogue.figures[key], f"{value:g}") for key, value in checkpoint.published.items()),
-        *((f"ImageNet-1k at {key} patches", f"{value:g}") for key, value in checkpoint.imagenet_by_patches.items()),
+        *((catalogue.figures[key], str(value)) for key, value in checkpoint.published.items()),
+        *((f"ImageNet-1k at {key} patches", str(value)) for key, value in checkpoint.imagenet_by_patches.items()),
     ]
     told = [checkpoint.id, *(f"  {line}" for line in aligned(rows))]
     if checkpoint.published:

@@ -53,8 +53,9 @@ def _text() -> dict[str, str]:
     """Family -> how its text is read, from the one table of rules."""
     from vlm.siglip.rules import RULES
 
-    own = "kept as it is; the prompt ends in a newline"
-    return {**{name: rule.summary for name, rule in RULES.items()}, "paligemma": own, "paligemma2": own}
+    read = {name: f"case: {rule.case}, punctuation: {rule.punctuation}; {rule.tokens}" for name, rule in RULES.items()}
+    own = "prompt and answer as they are, a newline between them"
+    return {**read, "siglip2_naflex": read["siglip2"], "paligemma": own, "paligemma2": own}
 
 
 def _record(checkpoint: Any, memory: int, source: str, reasons: dict[str, str]) -> dict[str, Any]:
