@@ -1,7 +1,9 @@
-"""Words for people: lists that stop somewhere, and rows in columns."""
+"""Words for people: lists that stop somewhere, rows in columns, what differs."""
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 LISTED = 10
@@ -49,3 +51,25 @@ def shown(path: str | Path) -> str:
     text = str(path)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 300 else f"{text[:150]}...{text[-150:]}"
+
+
+def differences(found: Any, wanted: Any, about: Mapping[str, str] = MappingProxyType({}), key: str = "") -> list[str]:
+    """Where two trees of JSON values differ: `key: there 1, now 2` with the dotted key, in the order of the keys.
+
+    Args:
+        about: dotted keys whose values tell a reader nothing (digests) -> what they are of; these are told in words.
+    """
+    if found == wanted:
+        return []
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = sorted({*found, *wanted})
+        parts = (differences(found.get(n), wanted.get(n), about, f"{key}.{n}".lstrip(".")) for n in names)
+        return [line for part in parts for line in part]
+    if key in about:
+        return [f"other {about[key]} ({key})"]
+    return [f"{key}: there {_in_short(found)}, now {_in_short(wanted)}"]
+
+
+def _in_short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -7,8 +7,7 @@ part of it: a directory that was moved, or saved again, is the same model.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from vlm.checkpoints.digests import of_module, of_tensors, of_values
+from vlm.checkpoints.digests import canonical, of_module, of_tensors, of_tokenizer, of_values
 from vlm.checkpoints.files import INDEX, read_json
 from vlm.checkpoints.places import HUB_FILES
 from vlm.data import content
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from vlm.images.transforms import ImageTransform
     from vlm.model.forward import VLM
     from vlm.model.processor import Processor
-    from vlm.text.tokenizer import Tokenizer
 
 RECORDS = ("manifest.json", "training.json", "parity.json", "generation_config.json", INDEX)
 """Files of a checkpoint that are about it; nothing is read from them."""
@@ -90,34 +88,11 @@ def of_config(config: PreTrainedConfig) -> str:
     return of_values(values)
 
 
-def canonical(value: Any) -> Any:
-    """A configuration's values without paths, versions, dtypes and other notes (`contract.RUNNING`), at any depth.
-
-    What is None is left out: newer versions of transformers add fields that are off.
-    """
-    if isinstance(value, Mapping):
-        kept = {str(key): canonical(item) for key, item in value.items() if str(key) not in RUNNING}
-        return {key: kept[key] for key in sorted(kept) if kept[key] is not None}
-    if isinstance(value, list | tuple):
-        return [canonical(item) for item in value]
-    return value
-
-
 def of_processor(processor: Processor) -> str:
     """sha256 over the tokenizer, every number of the image transform, and the rule for image tokens."""
     return of_values(
         [of_tokenizer(processor.tokenizer), processor.image_transform.to_dict(), full_settings(processor.projector)]
     )
-
-
-def of_tokenizer(tokenizer: Tokenizer) -> str:
-    """sha256 over the tokenizer's whole definition and its control tokens."""
-    definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Of the last call, not of the tokenizer.
-    definition.pop("truncation", None)
-    definition.pop("padding", None)
-    controls = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return of_values([definition, controls, sorted(tokenizer.all_special_ids)])
 
 
 def of_checkpoint(path: Path) -> str:

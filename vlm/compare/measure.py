@@ -300,7 +300,7 @@ def fixed_facts(spec: Spec) -> dict[str, Any]:
         "order": fixed.order_digest(run, counts),
         "seen": fixed.seen_digest(run.out),
         "settings": fixed.shared_settings(run.out),
-        "tokenizer": identity.of_tokenizer(processor.tokenizer),
+        "tokenizer": digests.of_tokenizer(processor.tokenizer),
         "projector_shapes": digests.of_values(shapes),
         **identity.of_parts(start, processor.image_transform),
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vlm import words
 from vlm.errors import ConfigError, DataError, VLMError
 from vlm.files import Journal, read_lines, write_json
 from vlm.ranks import ALONE, Processes
@@ -147,8 +148,7 @@ class PredictionStore:
         if not path.is_file():
             raise ConfigError(f"{self.path} has predictions but {SETTINGS} is missing; give another output folder")
         found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [_difference(key, found.get(key), wanted.get(key)) for key in sorted({*found, *wanted})]
-        told = [line for line in differing if line]
+        told = words.differences(found, wanted, _HASHES)
         if told:
             raise ConfigError(
                 f"{self.folder} holds {len(self.records)} predictions made with other settings ({'; '.join(told)});"
@@ -167,18 +167,3 @@ def _by_id(found: Iterable[dict[str, Any]], path: Path) -> Records:
             raise DataError(f"{path}:{number}: id {record['id']!r} occurs twice; delete {path.parent}")
         records[record["id"]] = record
     return records
-
-
-def _difference(key: str, found: Any, wanted: Any) -> str:
-    if found == wanted:
-        return ""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        inner = (_difference(f"{key}.{name}", found.get(name), wanted.get(name)) for name in sorted({*found, *wanted}))
-        return "; ".join(line for line in inner if line)
-    about = _HASHES.get(key)
-    return f"other {about} ({key})" if about else f"{key}: there {_short(found)}, now {_short(wanted)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 from vlm.registry import door
 
 _HOMES = {
-    "zero_shot": "",
+    **dict.fromkeys(("space", "zero_shot"), ""),
     **dict.fromkeys(("from_big_vision", "load", "save"), "loading"),
     "DualTower": "vlm.model.dual",
     **dict.fromkeys(("DualProcessor", "Texts"), "processor"),
     **dict.fromkeys(("Encoded", "TextVectors", "encode_images", "encode_texts"), "encode"),
     **dict.fromkeys(("RULES", "TextRule", "canonicalize"), "rules"),
+    "VectorStore": "store",
+    "VectorWriter": "writing",
     "ProbeResult": "features",
     "check_ids": "sets",
     "check_sets": "sets",
@@ -23,6 +25,7 @@ __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
     from vlm.model.dual import DualTower as DualTower
+    from vlm.siglip import space as space
     from vlm.siglip import zero_shot as zero_shot
     from vlm.siglip.encode import Encoded as Encoded
     from vlm.siglip.encode import TextVectors as TextVectors
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from vlm.siglip.sets import check_sets as check_sets
     from vlm.siglip.sets import check_templates as check_templates
     from vlm.siglip.sets import images_in_both as images_in_both
+    from vlm.siglip.store import VectorStore as VectorStore
+    from vlm.siglip.writing import VectorWriter as VectorWriter
     from vlm.siglip.zero_shot import why_no_zero_shot as why_no_zero_shot
 
 __getattr__, __dir__ = door(__name__, _HOMES)
