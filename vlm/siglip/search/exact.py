@@ -114,18 +114,18 @@ class Exact:
         return found
 
     def vectors(self, rows: Tensor) -> Tensor:
-        """Stored vectors of these rows: [n, D], a copy."""
-        taken = torch.empty(len(rows), self.width, dtype=self.shards[0].dtype if self.shards else torch.float32)
+        """Stored vectors of these rows: float32[n, D]."""
+        taken = torch.empty(len(rows), self.width)
         home = torch.bucketize(rows, self._starts, right=True) - 1
         for shard in home.unique().tolist():
             here = home == shard
-            taken[here] = self.shards[shard][rows[here] - self.starts[shard]]
+            taken[here] = self.shards[shard][rows[here] - self.starts[shard]].float()
         return taken
 
     def _pass(self, queries: Tensor, k: int, allowed: Tensor | None) -> Top:
         """All blocks against some queries. The floor of a query is what a first score needs to be a candidate."""
         screen = self._screen(queries)
-        best, pile = _Best(len(queries), k), _Pile()
+        best, pile = Best(len(queries), k), _Pile()
         floor = torch.full((len(queries),), -torch.inf)
         seen, settle_at = 0, 1
         for block in self._blocks(allowed, screen.at_once):
@@ -144,7 +144,7 @@ class Exact:
         self._settle(queries, best, pile)
         return best.top()
 
-    def _settle(self, queries: Tensor, best: _Best, pile: _Pile) -> Tensor:
+    def _settle(self, queries: Tensor, best: Best, pile: _Pile) -> Tensor:
         which, rows = pile.take()
         return best.add(which, rows, self.scores(queries, which, rows))
 
@@ -202,7 +202,7 @@ class _Pile:
         return which, rows
 
 
-class _Best:
+class Best:
     """The `k` best settled pairs of each query so far, sorted by query, then by score, then by row."""
 
     def __init__(self, queries: int, k: int) -> None:
