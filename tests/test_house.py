@@ -44,7 +44,7 @@ THIRD_PARTY: tuple[set[str], ...] = (
 # Installed only on request: imported in functions, never when a module is imported.
 DYNAMIC_IMPORTS = {"vlm.registry", "vlm.encoders", "vlm.eval.metrics", "vlm.data.benchmarks"}
 """Only these import a module whose name they compute; each looks it up in a list of our own names first."""
-OPTIONAL = {"tensorboard", "timm", "open_clip", "pycocoevalcap", "datasets", "lmms_eval"}
+OPTIONAL = {"tensorboard", "timm", "open_clip", "pycocoevalcap", "datasets", "lmms_eval", "faiss", "usearch"}
 # Take seconds or show up in every start: imported in functions wherever a light module leads to them.
 LATE = OPTIONAL | {"rich"}
 # (importer, imported) that the table of rooms alone would allow.
@@ -207,7 +207,7 @@ def test_forbidden_pairs(importer: str, imported: str) -> None:
 
 
 def test_every_extra_has_code_and_every_optional_import_an_extra() -> None:
-    module_of = {"open_clip_torch": "open_clip", "lmms-eval": "lmms_eval"}
+    module_of = {"open_clip_torch": "open_clip", "lmms-eval": "lmms_eval", "faiss-cpu": "faiss"}
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     named = {name: re.split(r"[<>=\[;]", wanted[0])[0] for name, wanted in extras.items() if name != "dev"}

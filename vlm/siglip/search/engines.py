@@ -59,7 +59,7 @@ class Faiss:
     library, file = "faiss", "index.faiss"
 
     def __init__(self, index: Any, kind: str, settings: dict[str, Any]) -> None:
-        faiss = _library("faiss")
+        faiss = _faiss()
         faiss.omp_set_num_threads(torch.get_num_threads())
         self.index, self.kind, self.settings = index, kind, settings
         self.version: str = faiss.__version__
@@ -73,7 +73,7 @@ class Faiss:
     @classmethod
     def new(cls, kind: str, rows: int, width: int, dtype: str, sample: Callable[[int], Tensor]) -> Faiss:
         """An empty index for so many rows; `sample` gives float32[n, D] of the vectors that it will hold."""
-        faiss = _library("faiss")
+        faiss = _faiss()
         stored, settings = "Flat" if dtype == "float32" else "SQfp16", dict[str, Any]()
         if kind == "ivf":
             # FAISS's guidelines: 4 to 16 times the root of the rows, and no more than there are vectors to learn from.
@@ -95,7 +95,7 @@ class Faiss:
     def open(cls, path: Path, kind: str, settings: dict[str, Any]) -> Faiss:
         """Read an index. Raises ConfigError: FAISS cannot read it."""
         try:
-            index = _library("faiss").read_index(str(path))
+            index = _faiss().read_index(str(path))
         except RuntimeError as error:
             raise ConfigError(f"{path}: FAISS cannot read it ({str(error)[:200]}); build the index again") from error
         return cls(index, kind, settings)
@@ -115,7 +115,7 @@ class Faiss:
 
     def save(self, path: Path) -> None:
         with _written(path):
-            _library("faiss").write_index(self.index, str(path))
+            _faiss().write_index(self.index, str(path))
 
 
 class Usearch:
@@ -125,7 +125,7 @@ class Usearch:
 
     def __init__(self, index: Any, settings: dict[str, Any]) -> None:
         self.index, self.settings = index, settings
-        self.version: str = _library("usearch").__version__
+        self.version: str = _usearch().__version__
         self.efforts = [64, 128, 256, 512, 1024]
 
     @classmethod
@@ -135,7 +135,7 @@ class Usearch:
             raise ConfigError(f"usearch has no index {kind!r}, only hnsw; take --index hnsw or --engine faiss")
         settings = {"links": LINKS, "build_effort": BUILD_EFFORT}
         number = {"float32": "f32", "float16": "f16"}[dtype]
-        index = _library("usearch.index").Index(
+        index = _usearch().index.Index(
             ndim=width, metric="ip", dtype=number, connectivity=LINKS, expansion_add=BUILD_EFFORT
         )
         return cls(index, settings)
@@ -144,7 +144,7 @@ class Usearch:
     def open(cls, path: Path, kind: str, settings: dict[str, Any]) -> Usearch:
         """Map an index from the disk. Raises ConfigError: usearch cannot read it."""
         try:
-            index = _library("usearch.index").Index.restore(str(path), view=True)
+            index = _usearch().index.Index.restore(str(path), view=True)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"{path}: usearch cannot read it ({str(error)[:200]}); build the index again") from error
         if index is None:
@@ -184,14 +184,24 @@ def _written(path: Path) -> Iterator[None]:
         raise DiskError(f"cannot write {path}: {str(error)[-200:]}; make room or write to another place") from error
 
 
-def _library(name: str) -> Any:
-    from importlib import import_module
+def _faiss() -> Any:
+    with _extra("faiss"):
+        import faiss
+    return faiss
 
+
+def _usearch() -> Any:
+    with _extra("usearch"):
+        import usearch.index
+    return usearch
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
     try:
-        return import_module(name)
+        yield
     except ImportError as error:
-        extra = name.partition(".")[0]
         raise ConfigError(
-            f"an index of {extra} needs it, and it cannot be imported ({error}): pip install 'vlm-backbone[{extra}]';"
+            f"an index of {name} needs it, and it cannot be imported ({error}): pip install 'vlm-backbone[{name}]';"
             " exact search needs nothing"
         ) from error
