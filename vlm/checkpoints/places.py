@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,8 @@ SHIPPED = {DEMO_SIGLIP: Path(__file__).parents[1] / "demo" / "assets" / "dual"}
 
 def locate(path: str | Path, *, revision: str | None = None, patterns: Sequence[str] = HUB_FILES) -> Path:
     """The directory of a checkpoint: `path` itself, the `model` inside a training run or a stage of one, what the
-    package ships under that name (`SHIPPED`), or the downloaded files of a hub id (`owner/name`).
+    package ships under that name (`SHIPPED`), or the downloaded files of a hub id (`owner/name`, or as people paste it:
+    see `hub_id`).
 
     Raises:
         CheckpointError: there is no such directory and it is no hub id, the Hub does not give it out, or it is a
@@ -35,17 +37,30 @@ def locate(path: str | Path, *, revision: str | None = None, patterns: Sequence[
         raise CheckpointError(f"{path}: is a file, expected a checkpoint directory or a hub id (owner/name)")
     if str(path) in SHIPPED:
         return SHIPPED[str(path)]
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+    name, pasted = hub_id(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{path}: no such directory, and not a hub id (owner/name){nearest(str(path), list(SHIPPED))}"
         )
     try:
-        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=list(patterns)))
+        folder = Path(snapshot_download(name, revision=revision or pasted, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{path}: no such directory, and the Hub does not give it: {' '.join(str(error).split())[:300]}"
         ) from error
     return not_an_adapter(folder)
+
+
+def hub_id(text: str | Path) -> tuple[str, str | None]:
+    """`owner/name` and the revision out of what people paste: an address of the Hub's pages
+    (`https://huggingface.co/owner/name/tree/main`), `hf-hub:owner/name`, `hf://owner/name`; anything else as it is."""
+    pasted = str(text).strip()
+    found = re.fullmatch(
+        r"(?:(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf-hub:|hf:/{1,2})"
+        r"(?:models/)?([\w.-]+/[\w.-]+)(?:@([^/?#]+)|/(?:tree|blob|resolve|raw)/([^/?#]+)[^?#]*)?/?(?:[?#].*)?",
+        pasted,
+    )
+    return (found[1], found[2] or found[3]) if found else (pasted, None)
 
 
 def _of_run(folder: Path) -> Path:

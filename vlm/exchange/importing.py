@@ -36,6 +36,7 @@ from vlm.model.config import VLMConfig
 from vlm.model.dtypes import dtype_name
 from vlm.model.processor import Processor
 from vlm.siglip import loading as siglip
+from vlm.siglip.saving import write as write_towers
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def convert(
         source: a PaliGemma directory or hub id, or a big_vision `.npz` of PaliGemma. A big_vision `.npz` of SigLIP or
             SigLIP 2 becomes a transformers SigLIP directory, which `vlm.new` and `vlm.siglip.load` open.
         out: the directory to make; it must not exist, or be empty.
-        tokenizer: the sentencepiece `.model` of a PaliGemma `.npz`.
+        tokenizer: the sentencepiece `.model` of a `.npz`; one of SigLIP is written without where it is not given.
         dtype: `float32` or `bfloat16`; None keeps the source's.
         parity: `full` runs the written model and the source in float32 and compares; `weights` compares the tensors;
             `none` compares nothing.
@@ -199,8 +200,10 @@ def _from_npz(source: str | Path, folder: Path, out: str | Path, how: Conversion
     with big_vision.open_npz(source) as arrays:
         two_towers = any(name.startswith("txt/") for name in arrays)
         if two_towers:
-            towers, images = siglip.load(source, allow_nonfinite=how.allow_nonfinite)
-            siglip.save(towers, images, folder, max_shard_size=how.max_shard_size)
+            towers, images = siglip.load(
+                source, tokenizer=how.tokenizer, dtype=how.dtype, allow_nonfinite=how.allow_nonfinite
+            )
+            write_towers(towers, images, folder, max_shard_size=how.max_shard_size)
             parameters = dict(towers.model.state_dict())
         else:
             parameters = _write_paligemma(source, folder, how)

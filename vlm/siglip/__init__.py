@@ -6,7 +6,8 @@ from vlm.registry import door
 
 _HOMES = {
     **dict.fromkeys(("space", "zero_shot"), ""),
-    **dict.fromkeys(("from_big_vision", "load", "save"), "loading"),
+    **dict.fromkeys(("from_big_vision", "load"), "loading"),
+    "save": "saving",
     "DualTower": "vlm.model.dual",
     **dict.fromkeys(("DualProcessor", "Texts"), "processor"),
     **dict.fromkeys(("Encoded", "TextVectors", "encode_images", "encode_texts"), "encode"),
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
     from vlm.siglip.features import ProbeResult as ProbeResult
     from vlm.siglip.loading import from_big_vision as from_big_vision
     from vlm.siglip.loading import load as load
-    from vlm.siglip.loading import save as save
     from vlm.siglip.processor import DualProcessor as DualProcessor
     from vlm.siglip.processor import Texts as Texts
     from vlm.siglip.rules import RULES as RULES
     from vlm.siglip.rules import TextRule as TextRule
     from vlm.siglip.rules import canonicalize as canonicalize
+    from vlm.siglip.saving import save as save
     from vlm.siglip.sets import check_ids as check_ids
     from vlm.siglip.sets import check_sets as check_sets
     from vlm.siglip.sets import check_templates as check_templates

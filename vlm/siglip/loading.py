@@ -1,36 +1,37 @@
-"""SigLIP and SigLIP 2 with both towers, out of checkpoints and back."""
+"""SigLIP and SigLIP 2 with both towers, out of checkpoints."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, SiglipTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
-from vlm.checkpoints import big_vision
+from vlm.checkpoints import big_vision, manifest
 from vlm.checkpoints.big_vision_configs import text_config, vision_config
 from vlm.checkpoints.checks import FOREIGN, check_numbers, guarded
 from vlm.checkpoints.files import read_json
-from vlm.checkpoints.image_settings import OWN_TRANSFORM
 from vlm.checkpoints.places import locate
 from vlm.checkpoints.preprocessing import open_tokenizer
 from vlm.checkpoints.recorded import recorded_transform, written_transform
 from vlm.checkpoints.source import FLOATS, Source, place, put
 from vlm.checkpoints.weights import Weights
-from vlm.errors import CheckpointError
-from vlm.files import write_json
+from vlm.errors import CheckpointError, ConfigError
 from vlm.images.transforms import ImageTransform
 from vlm.model.dtypes import named
 from vlm.model.dual import FAMILY, DualTower
 from vlm.model.parts import encoder_spec, model_types, text_towers
 from vlm.siglip.processor import DualProcessor
 from vlm.siglip.rules import RULES
+from vlm.siglip.tokens import check_vocabulary, contradictions, has_token
+from vlm.text.piece_model import read_piece_model
+from vlm.text.tokenizer import from_sentencepiece
 
 log = logging.getLogger(__name__)
 VOCABULARIES = {32_000: "siglip", 250_000: "siglip", 256_000: "siglip2"}
@@ -52,8 +53,8 @@ def load(
     Args:
         device: where the model lies; None: the CPU.
         dtype: of its weights, by name or torch's own; None keeps the checkpoint's. Scale and bias stay in float32.
-        tokenizer: a transformers tokenizer, or a folder that has one; None: the checkpoint's own. A checkpoint without
-            one reads images only.
+        tokenizer: a transformers tokenizer, a folder that has one, or a sentencepiece `.model`; None: the checkpoint's
+            own. A checkpoint without one reads images only.
         revision: of a hub id.
         allow_nonfinite: open weights that hold NaN or infinity.
 
@@ -61,7 +62,8 @@ def load(
         (model in eval mode, processor).
 
     Raises:
-        CheckpointError: files or tensors that are missing, unexpected, mis-shaped or not finite.
+        CheckpointError: files or tensors that are missing, unexpected, mis-shaped or not finite, or a tokenizer that is
+            not the text tower's. Settings of a tokenizer that contradict its family's rule are told in a warning.
     """
     if Path(path).suffix == ".npz":
         folder = Path(path)
@@ -69,41 +71,30 @@ def load(
             model = from_big_vision(arrays, origin=str(path), allow_nonfinite=allow_nonfinite, dtype=dtype)
     else:
         folder = locate(path, revision=revision)
+        manifest.check(folder)
         config = _config(read_json(folder / "config.json"), str(folder / "config.json"))
         model = _filled(config, Weights(folder).source(str(path)), allow_nonfinite, dtype)
-    cutter = _tokenizer(folder if tokenizer is None else tokenizer)
-    model.family = _family(model, cutter)
-    processor = DualProcessor(_transform(folder, model), cutter, RULES[model.family], model.context)
+    own = _tokenizer(folder if tokenizer is None else tokenizer)
+    model.family = _family(model, own)
+    rows = model.config.text_config.vocab_size
+    processor = DualProcessor(_transform(folder, model), own, RULES[model.family], model.context, rows)
+    if own is not None:
+        _check_tokenizer(processor, str(path))
     return model.to(torch.device(device or "cpu")), processor
 
 
-def save(model: DualTower, processor: DualProcessor, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
-    """Write both towers and their processor as a directory of transformers' layout, which `load` opens as it was."""
-    folder = Path(folder)
-    model.config.__dict__[FAMILY] = model.family
-    model.model.save_pretrained(folder, max_shard_size=max_shard_size)
-    write_json(folder / "preprocessor_config.json", _image_settings(processor.transform))
-    if processor.tokenizer is not None:
-        processor.tokenizer.save_pretrained(folder)
-
-
-_CODES = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-
-
-def _image_settings(transform: ImageTransform) -> dict[str, Any]:
-    """A transform as transformers' image processors have it, and, beside it, as it is here."""
-    common = {
-        "do_convert_rgb": True,
-        "image_mean": list(transform.mean),
-        "image_std": list(transform.std),
-        "resample": _CODES[transform.resample],
-        OWN_TRANSFORM: transform.to_dict(),
-    }
-    if transform.any_aspect:
-        sizes = {"patch_size": transform.patch_size, "max_num_patches": transform.max_num_patches}
-        return {**common, "image_processor_type": "Siglip2ImageProcessor", **sizes}
-    side = transform.image_size
-    return {**common, "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
+def _check_tokenizer(processor: DualProcessor, origin: str) -> None:
+    rule, rows = processor.rule, processor.vocabulary or 0
+    check_vocabulary(processor.tokenizer, rows, rows in VOCABULARIES, origin)
+    found = contradictions(processor.tokenizer, rule, processor.context, rows)
+    if found:
+        log.warning(
+            "%s: the tokenizer's files contradict how %s reads texts (%s); used here is what follows each colon: %s",
+            origin,
+            rule.title,
+            rule.tokens,
+            "; ".join(found),
+        )
 
 
 def _transform(folder: Path, model: DualTower) -> ImageTransform:
@@ -119,32 +110,50 @@ def _transform(folder: Path, model: DualTower) -> ImageTransform:
 
 
 def _tokenizer(given: Any) -> Any:
-    """A tokenizer as it is, or that of a folder; None where the folder has none."""
+    """A tokenizer as it is, or that of a folder or a sentencepiece file; None where the folder has none."""
     if not isinstance(given, str | Path):
         return given
-    folder = Path(given)
-    if (folder / "tokenizer.json").exists():
-        return open_tokenizer(folder)
-    if not any((folder / name).exists() for name in ("spiece.model", "tokenizer.model")):
+    place = Path(given)
+    if place.is_file() and place.suffix != ".npz":
+        return _from_sentencepiece(place)
+    if (place / "tokenizer.json").exists():
+        return open_tokenizer(place)
+    if not any((place / name).exists() for name in ("spiece.model", "tokenizer.model")):
         # transformers would make one up with a handful of tokens.
         return None
+    return _opened(lambda: AutoTokenizer.from_pretrained(str(place), local_files_only=True), place)
+
+
+def _from_sentencepiece(file: Path) -> Any:
+    """Gemma's is BPE, those of SigLIP (c4_en, mC4) are unigram models with a normaliser of their own."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        bpe = read_piece_model(file).algorithm == "bpe"
+        return from_sentencepiece(file) if bpe else _opened(lambda: SiglipTokenizer(str(file)), file)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _opened(make: Callable[[], Any], place: Path) -> Any:
+    try:
+        return make()
     except FOREIGN as error:
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be opened ({' '.join(str(error).split())[:200]}); copy its files again"
+            f"{place}: the tokenizer cannot be opened ({' '.join(str(error).split())[:200]}); copy its files again"
         ) from error
 
 
 def _family(model: DualTower, tokenizer: Any) -> str:
-    """What the directory records, or else the vocabulary says, or else the padding: EOS in SigLIP, its own token in
-    SigLIP 2."""
+    """What the directory records, or else the vocabulary says: its size, how it spells the end of a text, or, where it
+    is neither's, whether the padding is the end token (SigLIP) or a token of its own (SigLIP 2)."""
     if model.family != "siglip" or FAMILY in model.config.to_dict():
         return model.family
     known = VOCABULARIES.get(model.config.text_config.vocab_size)
-    if known is None and tokenizer is not None:
-        known = "siglip" if tokenizer.pad_token_id == tokenizer.eos_token_id else "siglip2"
-    return known or model.family
+    if known is not None or tokenizer is None:
+        return known or model.family
+    for family in ("siglip2", "siglip"):  # Gemma's vocabulary has "</s>" too, as a tag
+        if has_token(tokenizer, RULES[family].eos):
+            return family
+    return "siglip" if tokenizer.pad_token_id == tokenizer.eos_token_id else "siglip2"
 
 
 def _config(values: Mapping[str, Any], where: str) -> PreTrainedConfig:

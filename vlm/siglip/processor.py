@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
 from vlm.siglip.rules import TextRule
+from vlm.siglip.tokens import Specials, specials
+from vlm.text.tokenizer import TextEncoder
 
 
 class Texts(NamedTuple):
@@ -37,14 +40,16 @@ class DualProcessor:
             the checkpoint has none: images alone can be read.
         rule: how the family reads texts.
         context: positions of the text tower, as its position table has.
+        vocabulary: rows of its embedding table; None where nobody checks.
     """
 
     transform: ImageTransform
     tokenizer: Any
     rule: TextRule
     context: int
+    vocabulary: int | None = None
 
-    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """RGB images (`vlm.images.load.load_image`) as keyword arguments of `DualTower.encode_image`."""
         pixels = self.transform(images)
         if pixels.pixel_attention_mask is None or pixels.spatial_shapes is None:
@@ -58,33 +63,43 @@ class DualProcessor:
     def texts(self, texts: Sequence[str]) -> Texts:
         """Texts as token ids, each padded or cut to the whole context; a text that is cut keeps its end token.
 
+        No text can give a special token: `<pad>` typed by someone is the pieces of its characters, as in the original.
+
         Raises:
-            ConfigError: the checkpoint has no tokenizer, or it has no end or padding token.
+            ConfigError: there is no tokenizer, it has no end or padding token, or its ids are beyond the text tower's.
+            DataError: a text of more than 100,000 characters, or one that is not valid Unicode.
         """
+        bos, eos, pad = self.specials
+        room = self.context - len(bos) - 1
+        rows = torch.full((len(texts), self.context), pad, dtype=torch.int64)
+        cut = []
+        for number, text in enumerate(texts):
+            tokens = self.cutter(self.rule.clean(text))
+            if len(tokens) > room:
+                cut.append(number)
+            row = [*bos, *tokens[:room], eos]
+            rows[number, : len(row)] = torch.tensor(row)
+        if self.vocabulary is not None and rows.numel() and int(rows.max()) >= self.vocabulary:
+            raise ConfigError(
+                f"the tokenizer gives token {int(rows.max())}, the text tower has {self.vocabulary}: it is not this"
+                f" checkpoint's, or it was given more tokens; pass the tokenizer of the checkpoint"
+            )
+        return Texts(rows, tuple(cut))
+
+    @cached_property
+    def specials(self) -> Specials:
+        """Ids of what stands around a text. Raises as `texts`."""
+        return specials(self._own(), self.rule)
+
+    @cached_property
+    def cutter(self) -> TextEncoder:
+        """Texts to pieces."""
+        return TextEncoder(self._own())
+
+    def _own(self) -> Any:
         if self.tokenizer is None:
             raise ConfigError(
                 "this checkpoint has no tokenizer, so it can read images only; load it with tokenizer=..., a folder"
                 " with tokenizer.json or a sentencepiece model"
             )
-        start, end, pad = self._special()
-        room = self.context - len(start) - 1
-        rows = torch.full((len(texts), self.context), pad, dtype=torch.int64)
-        cut = []
-        for number, text in enumerate(texts):
-            tokens = self.tokenizer(self.rule.clean(text), add_special_tokens=False)["input_ids"]
-            if len(tokens) > room:
-                cut.append(number)
-            row = [*start, *tokens[:room], end]
-            rows[number, : len(row)] = torch.tensor(row)
-        return Texts(rows, tuple(cut))
-
-    def _special(self) -> tuple[list[int], int, int]:
-        """(what stands before a text, its end, the padding)."""
-        end, pad, start = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, self.tokenizer.bos_token_id
-        if self.rule.pad == "eos":
-            pad = end
-        needed = {"eos_token": end, "pad_token": pad} | ({"bos_token": start} if self.rule.bos else {})
-        absent = [name for name, value in needed.items() if value is None]
-        if absent:
-            raise ConfigError(f"the tokenizer has no {' and no '.join(absent)}, which {self.rule.title} needs")
-        return ([start] if self.rule.bos else []), end, pad
+        return self.tokenizer

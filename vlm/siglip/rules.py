@@ -29,8 +29,9 @@ class TextRule:
         title: its name for people.
         clean: what is done to a text before it is cut into tokens.
         case, punctuation: that, in words.
-        bos: a beginning-of-sequence token is put before the text.
-        pad: what fills the row up to the context: the end token again (`eos`) or a token of its own (`pad`).
+        bos: the beginning-of-sequence token that is put before the text, if there is one.
+        eos: the token after it, as the released vocabulary spells it.
+        pad: the token that fills the row up to the context; the same as `eos` where that is repeated.
         side: where the padding stands.
         mask: whether the text tower is given an attention mask.
         pooled: which position becomes the embedding.
@@ -44,8 +45,9 @@ class TextRule:
     clean: Callable[[str], str]
     case: str
     punctuation: str
-    bos: bool = False
-    pad: Literal["eos", "pad"]
+    bos: str | None = None
+    eos: str
+    pad: str
     side: Literal["right"] = "right"
     mask: Literal["never"] = "never"
     pooled: str
@@ -56,9 +58,9 @@ class TextRule:
     @property
     def tokens(self) -> str:
         """The row of a text, in words."""
-        start = "BOS, text" if self.bos else "text"
-        fill = "EOS again" if self.pad == "eos" else "`<pad>`"
-        return f"{start}, EOS, then {fill} on the {self.side}"
+        start = f"`{self.bos}`, text" if self.bos else "text"
+        fill = "that again" if self.pad == self.eos else f"`{self.pad}`"
+        return f"{start}, `{self.eos}`, then {fill} on the {self.side}"
 
 
 _LAST = "the last position, whatever stands there; no EOS search, no attention pooling"
@@ -71,7 +73,8 @@ RULES: dict[str, TextRule] = {
             clean=canonicalize,
             case="lower",
             punctuation="dropped, `_` becomes a blank, blanks run together",
-            pad="eos",
+            eos="</s>",
+            pad="</s>",
             pooled=_LAST,
             context="64; 16 in so400m-patch14-224",
             differs="transformers drops `_` without a blank (`a_b` is `ab`)",
@@ -83,7 +86,8 @@ RULES: dict[str, TextRule] = {
             clean=str.lower,
             case="lower",
             punctuation="kept",
-            pad="pad",
+            eos="<eos>",
+            pad="<pad>",
             pooled=_LAST,
             context="64",
             differs=(
@@ -96,3 +100,14 @@ RULES: dict[str, TextRule] = {
     )
 }
 """By family. A checkpoint's own length is read from its position table."""
+
+
+def table() -> str:
+    """The rules as a table in Markdown, one family a row: `docs/siglip.md` shows it."""
+    heads = ("family", "case", "punctuation", "tokens", "context", "mask", "embedding", "elsewhere", "source")
+    rows = [
+        (f"{r.title} (`{r.family}`)", r.case, r.punctuation, r.tokens, r.context, r.mask, r.pooled, r.differs, r.source)
+        for r in RULES.values()
+    ]
+    cells = [heads, ("---",) * len(heads), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

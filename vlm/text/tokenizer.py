@@ -197,7 +197,9 @@ class TextEncoder:
         return self._encode_split(text, forbidden)
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        # Not verbose: whoever asks for the ids decides about their number, and `model_max_length` warns in vain.
+        settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return list(self.tokenizer(text, **settings)["input_ids"])
 
     def _encode_split(self, text: str, forbidden: dict[str, int]) -> list[int]:
         """Cut each forbidden token after its first character: the halves are ordinary text for the tokenizer."""
@@ -205,6 +207,7 @@ class TextEncoder:
         cuts = [match.start() + 1 for match in re.finditer(pattern, text)]
         pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         ids = [index for piece in pieces for index in self._encode(piece)]
-        if set(forbidden.values()).intersection(ids):
+        # With every spelling cut, what is left of <unk> stands for characters that the vocabulary does not have.
+        if (set(forbidden.values()) - {self.tokenizer.unk_token_id}).intersection(ids):
             raise DataError(f"a text becomes a control token whatever is done; remove it: {ascii(text[:60])}")
         return ids
