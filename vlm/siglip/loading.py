@@ -121,7 +121,8 @@ def _tokenizer(given: Any) -> Any:
     if not any((place / name).exists() for name in ("spiece.model", "tokenizer.model")):
         # transformers would make one up with a handful of tokens.
         return None
-    return _opened(lambda: AutoTokenizer.from_pretrained(str(place), local_files_only=True), place)
+    settings = {"local_files_only": True}
+    return _opened(lambda: AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **settings), place)
 
 
 def _from_sentencepiece(file: Path) -> Any:
