@@ -20,9 +20,11 @@ from vlm.images.transforms import ImageTransform
 from vlm.measure.probes import Labelled
 from vlm.model.parts import encoder_spec
 from vlm.siglip import load
+from vlm.siglip.classes import class_embeddings
 from vlm.siglip.processor import DualProcessor
 from vlm.siglip.rules import RULES, canonicalize
-from vlm.siglip.zero_shot import class_embeddings, pooled, why_no_zero_shot, zero_shot
+from vlm.siglip.templates import Templates, prompts
+from vlm.siglip.zero_shot import pooled, why_no_zero_shot, zero_shot
 from vlm.text.tokenizer import build
 
 __all__ = ["sentencepiece_file"]  # a fixture
@@ -54,6 +56,11 @@ def tower(path: Path, kind: str) -> tuple[Any, Any]:
     return encoder, module.transform(encoder.config, **({"max_num_patches": 16} if "naflex" in kind else {}))
 
 
+def embedded(model: Any, processor: Any, names: list[str], templates: tuple[str, ...]) -> torch.Tensor:
+    """As the probe embeds its classes."""
+    return class_embeddings(model, processor, prompts(names, Templates("given", templates, canonical=True)))
+
+
 @pytest.mark.parametrize("kind", ["siglip", "siglip2_naflex"])
 def test_an_untrained_tower_is_the_checkpoint(kind: str, tmp_path: Path) -> None:
     theirs = write(tmp_path, kind)
@@ -61,7 +68,7 @@ def test_an_untrained_tower_is_the_checkpoint(kind: str, tmp_path: Path) -> None
     images = [picture(seed, size) for seed, size in enumerate([(28, 28), (60, 20), (20, 70), (33, 44)])]
     model, processor = load(tmp_path)
     ours = model.logits(
-        pooled(model, encoder, transform, images, batch_size=3), class_embeddings(model, processor, CLASSES, ("{}",))
+        pooled(model, encoder, transform, images, batch_size=3), embedded(model, processor, CLASSES, ("{}",))
     )
     pixels = transform(images)
     inputs: dict[str, Any] = {"pixel_values": pixels.pixel_values}
@@ -112,7 +119,7 @@ def test_a_trained_tower_gives_other_numbers(tmp_path: Path) -> None:
 def test_templates_are_averaged_after_normalisation(tmp_path: Path) -> None:
     theirs = write(tmp_path, "siglip")
     model, processor = load(tmp_path)
-    got = class_embeddings(model, processor, CLASSES, TEMPLATES)
+    got = embedded(model, processor, CLASSES, TEMPLATES)
     with torch.no_grad():
         rows = theirs.get_text_features(processor.texts(["tree", "a photo of a tree"]).input_ids).pooler_output
     rows = rows / rows.norm(dim=-1, keepdim=True)
@@ -176,8 +183,8 @@ def test_names_are_canonical(name: str, wanted: str) -> None:
 def test_names_and_templates_reach_the_tower_in_canonical_form(tmp_path: Path) -> None:
     write(tmp_path, "siglip")
     model, processor = load(tmp_path)
-    got = class_embeddings(model, processor, ["Red_Cat", "blue dog!"], ("A photo: a {}.",))
-    wanted = class_embeddings(model, processor, ["red cat", "blue dog"], ("a photo a {}",))
+    got = embedded(model, processor, ["Red_Cat", "blue dog!"], ("A photo: a {}.",))
+    wanted = embedded(model, processor, ["red cat", "blue dog"], ("a photo a {}",))
     assert torch.equal(got, wanted)
     encoder, transform = tower(tmp_path, "siglip")
     images = [picture(seed) for seed in range(4)]

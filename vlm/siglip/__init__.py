@@ -12,6 +12,11 @@ _HOMES = {
     **dict.fromkeys(("DualProcessor", "Texts"), "processor"),
     **dict.fromkeys(("Encoded", "TextVectors", "encode_images", "encode_texts"), "encode"),
     **dict.fromkeys(("RULES", "TextRule", "canonicalize"), "rules"),
+    **dict.fromkeys(("TEMPLATES", "Templates", "prompts"), "templates"),
+    "class_embeddings": "classes",
+    "ClassCache": "class_cache",
+    **dict.fromkeys(("Classified", "classify", "ranked"), "classifying"),
+    **dict.fromkeys(("Calibration", "calibrate"), "calibration"),
     "VectorStore": "store",
     "VectorWriter": "writing",
     "ProbeResult": "features",
@@ -28,6 +33,13 @@ if TYPE_CHECKING:
     from vlm.model.dual import DualTower as DualTower
     from vlm.siglip import space as space
     from vlm.siglip import zero_shot as zero_shot
+    from vlm.siglip.calibration import Calibration as Calibration
+    from vlm.siglip.calibration import calibrate as calibrate
+    from vlm.siglip.class_cache import ClassCache as ClassCache
+    from vlm.siglip.classes import class_embeddings as class_embeddings
+    from vlm.siglip.classifying import Classified as Classified
+    from vlm.siglip.classifying import classify as classify
+    from vlm.siglip.classifying import ranked as ranked
     from vlm.siglip.encode import Encoded as Encoded
     from vlm.siglip.encode import TextVectors as TextVectors
     from vlm.siglip.encode import encode_images as encode_images
@@ -46,6 +58,9 @@ if TYPE_CHECKING:
     from vlm.siglip.sets import check_templates as check_templates
     from vlm.siglip.sets import images_in_both as images_in_both
     from vlm.siglip.store import VectorStore as VectorStore
+    from vlm.siglip.templates import TEMPLATES as TEMPLATES
+    from vlm.siglip.templates import Templates as Templates
+    from vlm.siglip.templates import prompts as prompts
     from vlm.siglip.writing import VectorWriter as VectorWriter
     from vlm.siglip.zero_shot import why_no_zero_shot as why_no_zero_shot
 

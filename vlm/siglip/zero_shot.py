@@ -74,15 +74,17 @@ def zero_shot(
     _check(test, classes, templates)
     import torch
 
+    from vlm.siglip.classes import class_embeddings
     from vlm.siglip.loading import load
     from vlm.siglip.rules import canonicalize
+    from vlm.siglip.templates import Templates, prompts
 
     shared = shared_names(classes)
     if shared:
         log.warning("%s", _about_shared(shared, len(classes)))
     names = list(dict.fromkeys(map(canonicalize, classes)))
     model, processor = checkpoint if isinstance(checkpoint, tuple) else load(checkpoint)
-    texts = class_embeddings(model, processor, names, templates)
+    texts = class_embeddings(model, processor, prompts(names, Templates("given", tuple(templates), canonical=True)))
     images = pooled(model, encoder, transform, [item.image for item in test], batch_size=batch_size, device=device)
     home = model.device
     with torch.no_grad():
@@ -162,32 +164,6 @@ def why_no_zero_shot(checkpoint: str | Path | tuple[DualTower, DualProcessor], e
     if found.get("model_type") not in {tower.model_type for tower in known.values()} or "text_config" not in found:
         return f"{checkpoint}: the checkpoint holds no text tower (model_type {found.get('model_type')!r})"
     return None
-
-
-def class_embeddings(
-    model: DualTower, processor: DualProcessor, classes: Sequence[str], templates: Sequence[str]
-) -> Tensor:
-    """float32[C, D], of length 1.
-
-    Raises:
-        CheckpointError: a tokenizer that is not the text tower's.
-    """
-    import torch
-    from torch.nn.functional import normalize
-
-    from vlm.siglip.rules import canonicalize
-
-    rows, known = [], model.config.text_config.vocab_size
-    with torch.no_grad():
-        for name in classes:
-            ids = processor.texts([canonicalize(template.replace("{}", name)) for template in templates]).input_ids
-            if int(ids.max()) >= known:
-                raise CheckpointError(
-                    f"the tokenizer gives token {int(ids.max())}, the text tower has {known}; pass the tokenizer of the"
-                    f" checkpoint"
-                )
-            rows.append(normalize(model.encode_text(ids.to(model.device)).mean(0), dim=-1).cpu())
-    return torch.stack(rows)
 
 
 def pooled(
