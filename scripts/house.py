@@ -63,11 +63,12 @@ ROOMS: dict[str, Room] = {
     "eval": Room(
         5, "metrics (they never see a model), tasks, the harness, statistics", ("generation", "report", "checkpoints")
     ),
+    "serve": Room(5, "pages that answer while they are open, on this machine alone", ("siglip", "report")),
     "train": Room(5, "run -> stage -> step; objectives, records", ("eval", "build")),
     "check": Room(5, "what a model does, and what it should", ("train", "exchange", "measure", "build")),
     "compare": Room(6, "towers and projectors against each other", ("train", "measure")),
     "demo": Room(6, "the small world of the first command", ("train", "measure", "exchange")),
-    "cli": Room(6, "the commands; nobody imports it", ("compare", "demo", "check", "catalogue")),
+    "cli": Room(6, "the commands; nobody imports it", ("compare", "demo", "check", "serve", "catalogue")),
 }
 """The table of rooms. A room may import what its row names, and whatever those may."""
 

@@ -39,6 +39,7 @@ def option(
     parse: Any = None,
     prints: Any = None,
     repeats: bool = False,
+    single: bool = False,
 ) -> Any:
     """A field of a dataclass that is also an option of the command line: its name, type, default and help stand once.
 
@@ -52,6 +53,7 @@ def option(
         either: one of several that exclude each other; those with the same word here. A `!` at the end: one is needed.
         parse: text -> value, where the type does not say it.
         repeats: given more than once, the values add up; otherwise the last ones count.
+        single: of a list: one value each time it is given, so that a word behind it is not taken for another one.
         prints: a function whose text is printed, and nothing else is done, as with `--help`.
     """
     about = {name: value for name, value in locals().items() if name != "default"}

@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> "tuple[Command, Any]":
     if rest and not rest[0].startswith("-"):
         _refuse_unknown_below(chosen, command, rest[0])
     command.refuse_unknown(rest)
-    given, unknown = command.parse_known_args(rest)
+    given, unknown = command.parse_known_intermixed_args(rest)
     if unknown:
         command.error(f"unrecognized arguments: {' '.join(unknown)}")
     return chosen, filled(chosen.options, given)

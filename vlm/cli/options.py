@@ -170,7 +170,9 @@ def _add(home: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         nargs = ("+" if required else "*") if many else None if required else "?"
         home.add_argument(field.name, nargs=nargs, **({} if required else {"default": SUPPRESS}), **settings)
         return
-    if many:
+    if about["single"]:
+        settings["action"] = "append"
+    elif many:
         settings.update(nargs="+", **({"action": "extend"} if about["repeats"] else {}))
     home.add_argument(
         _flag(field),
@@ -185,7 +187,7 @@ def _add(home: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 def _about(field: dataclasses.Field[Any]) -> dict[str, Any]:
     """What `vlm.settings.option` records; a field elsewhere may say only its help."""
     return {
-        **dict.fromkeys(("metavar", "least", "shown", "place", "parse", "prints", "repeats")),
+        **dict.fromkeys(("metavar", "least", "shown", "place", "parse", "prints", "repeats", "single")),
         "flags": (),
         "either": "",
         **field.metadata,

@@ -75,7 +75,7 @@ svg .grid { stroke: var(--rule); } svg .mark { stroke: var(--soft); stroke-dasha
 .card { overflow: hidden; display: flex; flex-direction: column; }
 .card .picture { background: var(--track); aspect-ratio: 4 / 3; display: grid; place-items: center; min-height: 0; }
 .card .picture img { width: 100%; height: 100%; object-fit: contain; min-height: 0; min-width: 0; display: block; }
-.card .picture img.tiny { image-rendering: pixelated; }
+.card .picture img.tiny, .hit img.tiny, .asked img.tiny { image-rendering: pixelated; }
 .card .picture span { color: var(--soft); font-size: .85rem; padding: 1rem; text-align: center; }
 .card .body { padding: .75rem .9rem .85rem; display: flex; flex-direction: column; gap: .35rem; flex: 1; }
 .card .prompt { color: var(--soft); font-size: .88rem; }
@@ -95,6 +95,28 @@ svg .grid { stroke: var(--rule); } svg .mark { stroke: var(--soft); stroke-dasha
 .badge.right { color: var(--right); background: var(--right-bg); }
 .badge.wrong { color: var(--wrong); background: var(--wrong-bg); }
 .badge.score { background: var(--track); }
+.found { margin-top: 2.2rem; }
+.about { display: flex; gap: 1rem; align-items: center; margin-bottom: .9rem; }
+.about h2 { margin: 0; overflow-wrap: anywhere; } .about .note { margin: .1rem 0 0; }
+.asked { flex: none; width: 72px; height: 72px; border-radius: 8px; overflow: hidden; background: var(--track); }
+.asked img { width: 100%; height: 100%; object-fit: contain; display: block; } .asked span { font-size: .65rem; }
+.hits { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 172px), 1fr)); gap: .9rem; }
+.hit {
+  background: var(--card); border: 1px solid var(--rule); border-radius: 10px; overflow: hidden; min-width: 0;
+  display: flex; flex-direction: column; position: relative;
+}
+.hit .picture { background: var(--track); aspect-ratio: 1; display: grid; place-items: center; min-height: 0; }
+.hit .picture img { width: 100%; height: 100%; object-fit: contain; min-width: 0; min-height: 0; display: block; }
+.hit .picture span { color: var(--soft); font-size: .82rem; padding: .8rem; text-align: center; }
+.hit .body { padding: .5rem .7rem .6rem; display: flex; flex-direction: column; flex: 1; min-width: 0; }
+.hit .line { display: flex; justify-content: space-between; align-items: baseline; font-variant-numeric: tabular-nums; }
+.hit .rank { color: var(--soft); font-size: .8rem; } .hit .score { font-size: .95rem; font-weight: 650; }
+.hit .text {
+  margin: .15rem 0 .3rem; font-size: .9rem; line-height: 1.4; overflow: hidden; overflow-wrap: anywhere;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 6;
+}
+.hit code { font-size: .8rem; line-height: 1.4; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.hit .folder { color: var(--soft); font-size: .72rem; }
 [hidden] { display: none !important; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule); font-size: .85rem; }
 footer p { max-width: none; overflow-wrap: anywhere; }
@@ -103,9 +125,9 @@ footer p { max-width: none; overflow-wrap: anywhere; }
   .stats { grid-template-columns: 1fr 1fr; } .stat b { font-size: 1.35rem; }
   th, td { padding: .45rem .5rem; } td { font-size: .88rem; } .graph { display: none; }
   svg text { font-size: 16px; }
-  .gallery.small { grid-template-columns: 1fr 1fr; gap: .7rem; }
+  .gallery.small, .hits { grid-template-columns: 1fr 1fr; gap: .7rem; }
 }
-@media print { .filters { display: none; } .card, .stat, .panel { break-inside: avoid; } }
+@media print { .filters { display: none; } .card, .stat, .panel, .hit { break-inside: avoid; } }
 """
 
 # Without scripts every card is simply shown.
@@ -141,23 +163,28 @@ def text(value: object) -> str:
     return escape(visible)
 
 
-def page(title: str, body: str) -> str:
-    """The whole document around `body`, which must be HTML already."""
+def page(title: str, body: str, *, style: str = "", script: str = SCRIPT, policy: str = _POLICY) -> str:
+    """The whole document around `body`, which must be HTML already.
+
+    Args:
+        style: rules beside the shared ones. script: what runs instead of the galleries' filters.
+        policy: what the page may load and run (Content-Security-Policy).
+    """
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="referrer" content="no-referrer">
 <title>{text(title)}</title>
-<style>{STYLE}</style>
+<style>{STYLE}{style}</style>
 </head>
 <body>
 <main>
 {body}
 </main>
-<script>{SCRIPT}</script>
+<script>{script}</script>
 </body>
 </html>
 """

@@ -11,24 +11,17 @@ sections, each of which turns itself into HTML; `stats`, `summary`, `curves` and
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from vlm.errors import ImageError
 from vlm.files import write_text
-from vlm.images.load import load_image
 from vlm.report.charts import Curve, Scatter, draw, draw_scatter
 from vlm.report.page import Section, heading, page, text
+from vlm.report.pictures import ImageLike, small
 from vlm.report.scores import Score, Scores, Stat, Stats
 
-ImageLike = str | Path | bytes | Image.Image
-
-_TINY = 160  # px; up to here images are embedded as they are and enlarged with hard pixel edges
 _LARGEST = 480  # px; longer sides are scaled down to this, which keeps a gallery of 100 photos near 4 MB
 
 
@@ -90,7 +83,7 @@ class Curves:
             return f"<h3>{text(item.title)}</h3>{draw(item)}"
         figure = item if isinstance(item, Figure) else Figure(item)
         caption = f"<figcaption>{text(figure.caption)}</figcaption>" if figure.caption else ""
-        return _image(figure.image, largest=1600) + caption
+        return small(figure.image, 1600, exact=True).html() + caption
 
 
 @dataclass(frozen=True)
@@ -220,22 +213,6 @@ def _picture(image: ImageLike | None) -> str:
     if image is None:
         return "<span>no image</span>"
     try:
-        return _image(image, largest=_LARGEST)
+        return small(image, _LARGEST).html()
     except ImageError as error:
         return f"<span>image not readable: {text(error.code)}</span>"
-
-
-def _image(source: ImageLike, *, largest: int) -> str:
-    """An `<img>` with the picture inside: PNG where pixels matter (tiny images, figures), else JPEG."""
-    image = load_image(source).copy()  # `thumbnail` works in place; the picture may be the caller's
-    tiny = max(image.size) <= _TINY
-    image.thumbnail((largest, largest))
-    png = tiny or largest > _LARGEST
-    buffer = io.BytesIO()
-    if png:
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.save(buffer, "JPEG", quality=84)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    css = ' class="tiny"' if tiny else ""
-    return f'<img{css} alt="" loading="lazy" src="data:image/{"png" if png else "jpeg"};base64,{data}">'
