@@ -15,6 +15,11 @@ _HOMES = {
     "Figure": "sections",
     "Gallery": "sections",
     "GalleryItem": "sections",
+    "Hit": "hits",
+    "Hits": "hits",
+    "Small": "pictures",
+    "search_page": "live",
+    "small": "pictures",
     "Score": "scores",
     "Scores": "scores",
     "Stat": "scores",
@@ -29,6 +34,11 @@ if TYPE_CHECKING:
     from vlm.report.charts import Curve as Curve
     from vlm.report.charts import Dot as Dot
     from vlm.report.charts import Scatter as Scatter
+    from vlm.report.hits import Hit as Hit
+    from vlm.report.hits import Hits as Hits
+    from vlm.report.live import search_page as search_page
+    from vlm.report.pictures import Small as Small
+    from vlm.report.pictures import small as small
     from vlm.report.scores import Links as Links
     from vlm.report.scores import Score as Score
     from vlm.report.scores import Scores as Scores

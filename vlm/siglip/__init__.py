@@ -19,6 +19,7 @@ _HOMES = {
     **dict.fromkeys(("Calibration", "calibrate"), "calibration"),
     "VectorStore": "store",
     "VectorWriter": "writing",
+    **dict.fromkeys(("Found", "Query", "Searcher"), "vlm.siglip.search.asking"),
     "ProbeResult": "features",
     "check_ids": "sets",
     "check_sets": "sets",
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
     from vlm.siglip.rules import TextRule as TextRule
     from vlm.siglip.rules import canonicalize as canonicalize
     from vlm.siglip.saving import save as save
+    from vlm.siglip.search.asking import Found as Found
+    from vlm.siglip.search.asking import Query as Query
+    from vlm.siglip.search.asking import Searcher as Searcher
     from vlm.siglip.sets import check_ids as check_ids
     from vlm.siglip.sets import check_sets as check_sets
     from vlm.siglip.sets import check_templates as check_templates
