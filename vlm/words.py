@@ -73,3 +73,8 @@ def differences(found: Any, wanted: Any, about: Mapping[str, str] = MappingProxy
 def _in_short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MB (10^6) or GB (10^9)."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

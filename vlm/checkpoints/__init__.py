@@ -36,6 +36,7 @@ _HOMES = {
     **dict.fromkeys(("FLOATS", "Source", "expected_shapes", "place"), "source"),
     "seeded": "streams",
     **dict.fromkeys(("fitting", "head_of", "needed"), "tower_head"),
+    "has_two_towers": "two_towers",
     "Weights": "weights",
     "read_header": "weights",
 }
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
     from vlm.checkpoints.tower_head import fitting as fitting
     from vlm.checkpoints.tower_head import head_of as head_of
     from vlm.checkpoints.tower_head import needed as needed
+    from vlm.checkpoints.two_towers import has_two_towers as has_two_towers
     from vlm.checkpoints.weights import Weights as Weights
     from vlm.checkpoints.weights import read_header as read_header
 

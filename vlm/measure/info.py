@@ -9,11 +9,14 @@ from typing import Any
 from torch import nn
 
 from vlm.checkpoints.directory import load
+from vlm.checkpoints.two_towers import has_two_towers
+from vlm.measure import dual
 from vlm.model import decoder as decoders
 from vlm.model.forward import VLM
 from vlm.model.parts import encoder_spec
 from vlm.model.processor import Processor
-from vlm.words import aligned
+from vlm.siglip.loading import load as load_dual
+from vlm.words import aligned, megabytes
 
 LARGE = 1 << 14
 """Side in pixels of a square image that fills any budget."""
@@ -31,8 +34,10 @@ def describe(model: str | Path | tuple[VLM, Processor]) -> dict[str, Any]:
         JSON values: `parts` (kind, parameters, bytes of each, members of a fused tower), `parameters`, `bytes`,
             `dtype`, `image_tokens` (most per image), `image_tokens_square` (of a large square image), `image` (in
             words), `effective_resolution` and `flops` of tower, projector and prefill for that square image: 2 per
-            multiply-add, matrix products only.
+            multiply-add, matrix products only. Of a model with two towers: what `vlm.measure.dual.describe` gives.
     """
+    if isinstance(model, str | Path) and has_two_towers(model):
+        return dual.describe(*load_dual(model))
     net, processor = load(model) if isinstance(model, str | Path) else model
     config = net.config
     transform = processor.image_transform
@@ -114,6 +119,8 @@ def matrix_weights(module: nn.Module) -> int:
 
 def table(facts: dict[str, Any]) -> str:
     """The facts as aligned text."""
+    if "text" in facts:
+        return dual.table(facts)
     rows = [("part", "kind", "parameters", "size")]
     for name, own in facts["parts"].items():
         kind = own["kind"] + (f" ({' + '.join(own['members'])})" if "members" in own else "")
@@ -133,8 +140,3 @@ def table(facts: dict[str, Any]) -> str:
             f"dtype       {facts['dtype']}, vocabulary {facts['vocabulary']:,}",
         ]
     )
-
-
-def megabytes(count: int) -> str:
-    """Bytes as MB (10^6) or GB (10^9)."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -69,7 +69,8 @@ class DualTower(nn.Module):
     Attributes:
         kind: of its image tower, as `vlm.encoders` names it: `siglip`, `siglip2_naflex`.
         family: whose text rule it follows, a key of `vlm.siglip.rules.RULES`.
-        objective: sigmoid or softmax, and with it whether there is a bias.
+        trained_with: `sigmoid` or `softmax`.
+        objective: what that means for logits, and whether there is a bias.
         model: transformers' model, with its parameter names.
         embedding_size: D.
     """
@@ -91,6 +92,7 @@ class DualTower(nn.Module):
         self.kind, towers = found[0]
         self.config = config
         self.family: str = family or config.to_dict().get(FAMILY) or towers.family
+        self.trained_with: str = towers.objective
         self.objective = OBJECTIVES[towers.objective]
         self.embedding_size = towers.width(config)
         self.model: Any = towers.model(config)
