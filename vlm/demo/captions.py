@@ -105,9 +105,18 @@ _CAPTION = re.compile(
 )
 
 
+def is_caption(text: str) -> bool:
+    """Does the text parse?"""
+    return _match(text) is not None
+
+
+def _match(text: str) -> re.Match[str] | None:
+    return _CAPTION.fullmatch(text.strip().removesuffix("."))
+
+
 def check(scene: Scene, caption: str) -> Verdict:
     """Is the caption a true description of the scene?  Text outside the grammar is not."""
-    match = _CAPTION.fullmatch(caption.strip().removesuffix("."))
+    match = _match(caption)
     if match is None:
         return Verdict(False, "not a caption: it does not parse")
     if match["relation"]:

@@ -6,7 +6,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def pad(rows: list[list[int]], length: int = 0) -> Tensor:
 
 def fit(
     name: str,
-    parameters: list[nn.Parameter],
+    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]],
     batches: Iterator[Any],
     loss_of: Callable[[Any], Tensor],
     steps: int,
@@ -74,18 +74,23 @@ def fit(
     weight_decay: float,
 ) -> None:
     """AdamW on one thread; the rate rises for WARMUP steps, a quarter of all at most, and falls to zero in a straight
-    line."""
+    line.
+
+    Args:
+        parameters: a list of them, or groups with "params" and, if their rate is another one, how many "times" it is.
+    """
     torch.set_num_threads(1)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     warmup = min(WARMUP, max(1, steps // 4))
     started = time.monotonic()
     for step, batch in enumerate(batches, start=1):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, step / warmup) * (1 - (step - 1) / steps)
+            group["lr"] = rate * min(1.0, step / warmup) * (1 - (step - 1) / steps) * group.get("times", 1)
         loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(every, 1.0)
         optimizer.step()
         if step % 100 == 0 or step == steps:
             log.info("%s: step %d of %d, loss %.3f, %.0f s", name, step, steps, loss.item(), time.monotonic() - started)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -57,8 +58,10 @@ ROWS = ("top", "", "bottom")
 COLUMNS = ("left", "", "right")
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-HELD_OUT = {pair: (4 * i + i // 9) % 9 for i, pair in enumerate(PAIRS)}
-"""(colour, shape) -> the cell (0..8, row by row) where it stands in test scenes only."""
+Placed = dict[tuple[str, str], int]
+"""(colour, shape) -> the cell (0..8, row by row) where it stands."""
+HELD_OUT: Placed = {pair: (4 * i + i // 9) % 9 for i, pair in enumerate(PAIRS)}
+"""Where each stands in test scenes only."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,53 @@ def make_scene(rng: random.Random, *, held_out: bool = False, most: int = MAX_TH
         pairs[chosen] = rng.choice([pair for pair in PAIRS if HELD_OUT[pair] == cells[chosen] and pair not in pairs])
     things = tuple(_thing(rng, pair, divmod(cell, 3), radius) for pair, cell in zip(pairs, cells, strict=True))
     return Scene(things, _background(rng))
+
+
+def arrange(rng: random.Random, placed: Placed, radius: Radius = RADIUS) -> Scene:
+    """A scene of these things in these cells; all that `placed` does not say is random."""
+    in_order = sorted(placed.items(), key=lambda item: item[1])
+    things = tuple(_thing(rng, pair, divmod(cell, 3), radius) for pair, cell in in_order)
+    return Scene(things, _background(rng))
+
+
+CHANGES = ("swap", "swap", "colour", "shape", "move", "more", "fewer")
+"""Of a scene: two things change places; one gets another colour, shape or place; one more; one fewer."""
+MIX = "mix"
+"""Another: two things exchange their colours."""
+
+
+def make_like(rng: random.Random, scene: Scene, changes: Sequence[str] = CHANGES) -> Scene:
+    """A scene that differs from this one in one change. Sizes, and all that no word says, are drawn anew; nothing
+    stands in its held-out place."""
+    before = {(thing.colour, thing.shape): 3 * thing.row + thing.column for thing in scene.things}
+    while True:
+        after = _changed(rng, before, changes)
+        if after != before and all(HELD_OUT[pair] != cell for pair, cell in after.items()):
+            return arrange(rng, after)
+
+
+def _changed(rng: random.Random, placed: Placed, changes: Sequence[str]) -> Placed:
+    """One change later; a change that makes two things of one name loses one of them."""
+    free = [cell for cell in range(9) if cell not in placed.values()]
+    pair = rng.choice(list(placed))
+    colour, shape = pair
+    how = rng.choice(changes)
+    if how == "more" and len(placed) < 4:
+        return {**placed, rng.choice(PAIRS): rng.choice(free)}
+    if len(placed) > 1 and how in ("swap", MIX):
+        other = rng.choice([one for one in placed if one != pair])
+        if how == "swap":
+            return {**placed, pair: placed[other], other: placed[pair]}
+        rest = {one: cell for one, cell in placed.items() if one not in (pair, other)}
+        return {(other[0], shape): placed[pair], (colour, other[1]): placed[other], **rest}
+    rest = {one: cell for one, cell in placed.items() if one != pair}
+    if how == "fewer" and rest:
+        return rest
+    if how == "colour":
+        return {(rng.choice(list(COLOURS)), shape): placed[pair], **rest}
+    if how == "shape":
+        return {(colour, rng.choice(SHAPES)): placed[pair], **rest}
+    return {**rest, pair: rng.choice(free)}
 
 
 def make_loose_thing(rng: random.Random) -> Scene:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,20 @@ def _pretrained(choice: Choice, folder: Path, seed: int) -> int:
     else:
         pretrain.run_jobs(pretrain.tower_jobs([choice.encoder], folder, ASSETS / "gemma", seed, steps))
     return steps
+
+
+def make_dual(folder: Path, seed: int, steps: int | None) -> None:
+    """The SigLIP with both towers in `folder/dual`, from the one in `folder/siglip`, unless it is there already.
+
+    Args:
+        steps: of each of its parts; None: as many as the package's had.
+    """
+    from vlm.demo import dual, pretrain
+    from vlm.demo.learning import WEIGHTS, complete
+
+    if not complete(folder / "dual", WEIGHTS):
+        parts = dual.PARTS if steps is None else tuple(replace(part, steps=steps) for part in dual.PARTS)
+        pretrain.run_jobs([(dual.pretrain_dual, (folder / "dual", folder / "siglip", seed, parts))])
 
 
 def _new(kind: str, folder: Path, seed: int) -> None:

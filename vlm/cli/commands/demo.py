@@ -17,8 +17,10 @@ class Options:
     from_scratch: bool = option("pretrain the start checkpoints first; longer", default=False)
     pretrain: bool = option("only make the start checkpoints the package ships", default=False)
     seed: int = option("of data, weights and training", default=0, metavar="N", least=0)
-    task: Literal["scenes", "text"] = option(
-        "text: read numbers on strips of every shape, at a fixed resolution and as NaFlex", default="scenes"
+    task: Literal["scenes", "text", "search"] = option(
+        "text: read numbers on strips of every shape, at a fixed resolution and as NaFlex; search: draw 300 scenes,"
+        " classify, embed and search them with the package's SigLIP",
+        default="scenes",
     )
     encoder: str = option(
         "the tower: siglip (the package's), siglip2_naflex (the same weights), another kind (NEW weights), or a"
@@ -45,6 +47,8 @@ def run(options: Options) -> int:
         return _prepare(options)
     if options.task == "text":
         return _read(options)
+    if options.task == "search":
+        return _search(options)
     from vlm.demo.recipe import Size
     from vlm.demo.run import main
     from vlm.train.run import run as train
@@ -74,10 +78,10 @@ def _check(options: Options) -> None:
         "--pretrain-steps": options.pretrain_steps is not None and options.prepare is None,
     }
     given = [name for name, there in one.items() if there]
-    if given and (options.prepare is not None or options.task == "text"):
-        other = "--prepare" if options.prepare is not None else "--task text"
+    if given and (options.prepare is not None or options.task != "scenes"):
+        other = "--prepare" if options.prepare is not None else f"--task {options.task}"
         raise ConfigError(f"{', '.join(given)}: {other} chooses its own towers; leave it out")
-    if options.prepare is not None and options.task == "text":
+    if options.prepare is not None and options.task != "scenes":
         raise ConfigError("--prepare is for --task scenes; leave one of the two out")
     if options.pretrain_steps is not None and not (options.prepare or options.pretrain_encoder or _pretrains(options)):
         raise ConfigError("--pretrain-steps: nothing is pretrained; add --pretrain-encoder, or leave it out")
@@ -94,6 +98,15 @@ def _read(options: Options) -> int:
 
     console.quiet_transformers()
     reading.main(options.out, seed=options.seed, train=train)
+    return console.OK
+
+
+def _search(options: Options) -> int:
+    """The figures on stdout."""
+    from vlm.demo import search
+
+    console.quiet_transformers()
+    search.main(options.out, seed=options.seed)
     return console.OK
 
 
