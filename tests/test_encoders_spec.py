@@ -201,8 +201,8 @@ def test_kinds_and_model_types() -> None:
         kind_of(torch.nn.Linear(1, 1))
 
 
-def test_text_towers_are_those_of_siglip() -> None:
+def test_text_towers_are_those_of_siglip_and_clip() -> None:
     found = {kind: tower.model_type for kind, tower in text_towers().items()}
-    assert found == {"siglip": "siglip", "siglip2_naflex": "siglip2"}
+    assert found == {"clip": "clip", "siglip": "siglip", "siglip2_naflex": "siglip2"}
     for tower in text_towers().values():
         assert tower.config.model_type == tower.model_type and tower.model.config_class is tower.config

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlm.registry import door
 
 _HOMES = {
-    "CHECKS": "runner",
+    **dict.fromkeys(("CHECKS", "DUAL_CHECKS", "run_dual"), "runner"),
     "Report": "report",
     "Result": "report",
 }
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vlm.check.report import Report as Report
     from vlm.check.report import Result as Result
     from vlm.check.runner import CHECKS as CHECKS
+    from vlm.check.runner import DUAL_CHECKS as DUAL_CHECKS
+    from vlm.check.runner import run_dual as run_dual
 
 __getattr__, __dir__ = door(__name__, _HOMES)
 

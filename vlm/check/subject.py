@@ -123,13 +123,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check:
-    """What a file of `vlm.check.checks` declares."""
+    """What a file of `vlm.check.checks` or `vlm.check.dual` declares."""
 
     name: str
     """On the command line."""
     title: str
     """What should hold."""
-    function: Callable[[Subject], Finding]
+    function: Callable[[Any], Finding]
+    """From a `Subject`, or a `vlm.check.dual_subject.DualSubject`."""
     order: int = 1000
     """Its place in the table; among equals the name decides."""
     runs_tower: bool = True

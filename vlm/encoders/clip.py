@@ -18,12 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers import CLIPVisionConfig as Config
-from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
 from vlm.encoders._layers import final_norm, hidden_features, run_blocks, runs
 from vlm.encoders._positions import resample_after
-from vlm.encoders.contract import EncoderOutput, Published, Spec, check_square, square_grid, square_output, stated
+from vlm.encoders.contract import (
+    EncoderOutput,
+    Published,
+    Spec,
+    TextTower,
+    check_square,
+    square_grid,
+    square_output,
+    stated,
+)
 from vlm.images.transforms import ImageTransform
 
 __all__ = ["SPEC"]
@@ -130,6 +139,14 @@ SPEC = Spec(
     norm_names=("post_layernorm.",),
     positions=("embeddings.position_embedding.weight",),
     resample=resample,
+    text_tower=TextTower(
+        config=CLIPConfig,
+        model=CLIPModel,
+        model_type="clip",
+        family="clip",
+        objective="softmax",
+        width=lambda config: int(config.projection_dim),
+    ),
     published=published,
     tiny=tiny,
 )

@@ -150,7 +150,7 @@ def library() -> Any:
     return open_clip
 
 
-def _checked(vision_cfg: Any) -> dict[str, Any]:
+def checked(vision_cfg: Any) -> dict[str, Any]:
     """`vision_cfg` with known settings of plain values, and nothing to download.
 
     Raises:
@@ -175,7 +175,7 @@ def _checked(vision_cfg: Any) -> dict[str, Any]:
 
 def make_visual(config: Config) -> nn.Module:
     """open_clip's tower of a configuration at its image size, without what no feature goes through."""
-    settings = {**_checked(config.vision_cfg), "image_size": config.image_size}
+    settings = {**checked(config.vision_cfg), "image_size": config.image_size}
     try:
         visual: Any = library().model._build_vision_tower(config.embed_dim, settings, bool(config.quick_gelu))
         if hasattr(getattr(visual, "trunk", None), "set_input_size"):
@@ -385,7 +385,7 @@ def published(config: Config, transform: ImageTransform, head: Mapping[str, tupl
     choice = {"feature_layers": config.feature_layers, "feature_norm": config.feature_norm}
 
     def build() -> nn.Module:
-        settings = _checked(vision)
+        settings = checked(vision)
         visual: Any = library().model._build_vision_tower(config.embed_dim, settings, bool(config.quick_gelu))
         if hasattr(getattr(visual, "trunk", None), "set_input_size"):
             visual.trunk.set_input_size(img_size=(config.image_size, config.image_size))

@@ -114,6 +114,11 @@ class DualTower(nn.Module):
         return int(self.model.text_model.embeddings.position_embedding.weight.shape[0])
 
     @property
+    def attention(self) -> str:
+        """The attention backend, in a word."""
+        return str(self.config.text_config._attn_implementation)
+
+    @property
     def scale(self) -> Tensor:
         """float32[], what a cosine is multiplied by."""
         scale: Tensor = self.model.logit_scale.float().exp().reshape(())
@@ -132,8 +137,7 @@ class DualTower(nn.Module):
                 `spatial_shapes` int64[B, 2].
             normalize: to length 1; False: as the pooling gives them.
         """
-        features = self.model.get_image_features(pixel_values=pixel_values.to(self.dtype), **naflex).pooler_output
-        return _embedding(features, normalize)
+        return _embedding(self.image_features(pixel_values.to(self.dtype), **naflex), normalize)
 
     def encode_text(self, input_ids: Tensor, *, normalize: bool = True) -> Tensor:
         """Text embeddings, float32[C, D]. There is no mask to give: these towers were trained without.
@@ -150,7 +154,17 @@ class DualTower(nn.Module):
                 f"input_ids have shape {list(input_ids.shape)}, expected [texts, {self.context}]: a text is always"
                 " padded to the whole context, and another length gives other embeddings; use DualProcessor.texts"
             )
-        return _embedding(self.model.get_text_features(input_ids=input_ids).pooler_output, normalize)
+        return _embedding(self.text_features(input_ids), normalize)
+
+    def image_features(self, pixel_values: Tensor, **naflex: Tensor) -> Tensor:
+        """float[B, D] in the model's dtype, as the library's model gives them."""
+        features: Tensor = self.model.get_image_features(pixel_values=pixel_values, **naflex).pooler_output
+        return features
+
+    def text_features(self, input_ids: Tensor) -> Tensor:
+        """float[C, D] in the model's dtype, as the library's model gives them."""
+        features: Tensor = self.model.get_text_features(input_ids=input_ids).pooler_output
+        return features
 
     def logits(self, image: Tensor, text: Tensor) -> Tensor:
         """float[B, D], float[C, D] -> float32[B, C]: the cosine, scaled, and shifted where the family has a bias."""

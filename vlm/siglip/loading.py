@@ -20,13 +20,14 @@ from vlm.checkpoints.files import read_json
 from vlm.checkpoints.places import locate
 from vlm.checkpoints.preprocessing import open_tokenizer
 from vlm.checkpoints.recorded import recorded_transform, written_transform
-from vlm.checkpoints.source import FLOATS, Source, place, put
+from vlm.checkpoints.source import Source
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError, ConfigError
 from vlm.images.transforms import ImageTransform
-from vlm.model.dtypes import named
 from vlm.model.dual import FAMILY, DualTower
 from vlm.model.parts import encoder_spec, model_types, text_towers
+from vlm.siglip import open_clip
+from vlm.siglip.filling import fill
 from vlm.siglip.processor import DualProcessor
 from vlm.siglip.rules import RULES
 from vlm.siglip.tokens import check_vocabulary, contradictions, has_token
@@ -34,9 +35,10 @@ from vlm.text.piece_model import read_piece_model
 from vlm.text.tokenizer import from_sentencepiece
 
 log = logging.getLogger(__name__)
+EITHER = "siglip"
+"""What the class of SigLIP's configuration means: v1, or FixRes of SigLIP 2, which only a vocabulary tells apart."""
 VOCABULARIES = {32_000: "siglip", 250_000: "siglip", 256_000: "siglip2"}
 """Family by the vocabulary of the released text towers: c4_en, mC4, Gemma."""
-SCALARS = ("logit_scale", "logit_bias")
 
 
 def load(
@@ -72,6 +74,11 @@ def load(
     else:
         folder = locate(path, revision=revision)
         manifest.check(folder)
+        if open_clip.recognise(folder) and not (folder / "config.json").is_file():
+            model, reader = open_clip.load(
+                folder, origin=str(path), dtype=dtype, tokenizer=tokenizer, allow_nonfinite=allow_nonfinite
+            )
+            return model.to(torch.device(device or "cpu")), reader
         config = _config(read_json(folder / "config.json"), str(folder / "config.json"))
         model = _filled(config, Weights(folder).source(str(path)), allow_nonfinite, dtype)
     own = _tokenizer(folder if tokenizer is None else tokenizer)
@@ -80,6 +87,7 @@ def load(
     processor = DualProcessor(_transform(folder, model), own, RULES[model.family], model.context, rows)
     if own is not None:
         _check_tokenizer(processor, str(path))
+        _check_end(model, processor, str(path))
     return model.to(torch.device(device or "cpu")), processor
 
 
@@ -94,6 +102,25 @@ def _check_tokenizer(processor: DualProcessor, origin: str) -> None:
             rule.title,
             rule.tokens,
             "; ".join(found),
+        )
+
+
+def _check_end(model: DualTower, processor: DualProcessor, origin: str) -> None:
+    """Refuse a tokenizer whose end token is not the one that CLIP's text tower looks for: it would read the first
+    position of every text, without a word.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    if processor.rule.attention != "causal":
+        return
+    wanted, end = model.config.text_config.eos_token_id, processor.specials.eos
+    if wanted == 2:  # written before the number was right; such a tower looks for the highest id
+        wanted = len(processor.tokenizer) - 1
+    if end != wanted:
+        raise CheckpointError(
+            f"{origin}: the tokenizer's end token is {end}, the text tower reads the position of id {wanted}"
+            f" (text_config.eos_token_id); take the tokenizer that belongs to the weights"
         )
 
 
@@ -146,7 +173,7 @@ def _opened(make: Callable[[], Any], place: Path) -> Any:
 def _family(model: DualTower, tokenizer: Any) -> str:
     """What the directory records, or else the vocabulary says: its size, how it spells the end of a text, or, where it
     is neither's, whether the padding is the end token (SigLIP) or a token of its own (SigLIP 2)."""
-    if model.family != "siglip" or FAMILY in model.config.to_dict():
+    if model.family != EITHER or FAMILY in model.config.to_dict():
         return model.family
     known = VOCABULARIES.get(model.config.text_config.vocab_size)
     if known is not None or tokenizer is None:
@@ -221,16 +248,5 @@ def _with_text_head(source: Source, width: int) -> Source:
 def _filled(config: Any, source: Source, allow_nonfinite: bool, dtype: str | torch.dtype | None) -> DualTower:
     with init_empty_weights(include_buffers=False):
         model = DualTower(config)
-    place(model.model, source, dtype=_one_dtype(source, dtype), allow_nonfinite=allow_nonfinite)
-    for name in SCALARS:
-        if name in source.shapes:  # rounded to 16 bits, a temperature of 118 is off by a per cent or two
-            put(model.model, name, source.read(name).float())
-    return model.eval()
-
-
-def _one_dtype(source: Source, dtype: str | torch.dtype | None) -> torch.dtype:
-    """What was asked for, or what all the checkpoint's matrices have, or float32."""
-    if dtype is not None:
-        return named(dtype)
-    found = {source.dtypes[name] for name, shape in source.shapes.items() if len(shape) > 1}
-    return FLOATS[found.pop()] if len(found) == 1 else torch.float32
+    filled: DualTower = fill(model, source, dtype=dtype, allow_nonfinite=allow_nonfinite)
+    return filled

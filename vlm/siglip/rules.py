@@ -34,6 +34,7 @@ class TextRule:
         pad: the token that fills the row up to the context; the same as `eos` where that is repeated.
         side: where the padding stands.
         mask: whether the text tower is given an attention mask.
+        attention: a position sees those on both sides of it, padding too, or those before it (`causal`).
         pooled: which position becomes the embedding.
         context: how many positions, in words; the number is read from each checkpoint's position table.
         differs: where other libraries read texts in another way.
@@ -50,6 +51,7 @@ class TextRule:
     pad: str
     side: Literal["right"] = "right"
     mask: Literal["never"] = "never"
+    attention: Literal["both", "causal"] = "both"
     pooled: str
     context: str
     differs: str
@@ -64,6 +66,7 @@ class TextRule:
 
 
 _LAST = "the last position, whatever stands there; no EOS search, no attention pooling"
+_FIRST_END = "the first end token; what stands after it is never seen"
 RULES: dict[str, TextRule] = {
     rule.family: rule
     for rule in (
@@ -96,6 +99,58 @@ RULES: dict[str, TextRule] = {
             ),
             source='arXiv 2502.14786, section 2.1; big_vision `SigLIP2_demo.ipynb` (`lower|tok(length=64, bos="no",'
             ' eos="sticky")`)',
+        ),
+        TextRule(
+            family="clip",
+            title="CLIP",
+            clean=str,
+            case="lower",
+            punctuation="kept, blanks run together (both done by the tokenizer)",
+            bos="<|startoftext|>",
+            eos="<|endoftext|>",
+            pad="<|endoftext|>",
+            attention="causal",
+            pooled=_FIRST_END,
+            context="77",
+            differs=(
+                "OpenAI's own tokenizer also mends broken Unicode (ftfy) and reads HTML entities; it pads with 0, which"
+                " no position before it can see, and takes `<|endoftext|>` typed by a user for the end"
+            ),
+            source="openai/CLIP `clip/simple_tokenizer.py`, `clip/model.py`; transformers `CLIPTokenizer`, `CLIPModel`",
+        ),
+        TextRule(
+            family="open_clip",
+            title="open_clip",
+            clean=str,
+            case="lower",
+            punctuation="kept; broken Unicode is mended (ftfy), HTML entities are read, blanks run together",
+            bos="<start_of_text>",
+            eos="<end_of_text>",
+            pad="!",
+            attention="causal",
+            pooled=_FIRST_END,
+            context="77; as `text_cfg` says",
+            differs=(
+                "each `open_clip_config.json` states its tokenizer, how texts are cleaned (`clean`) and which position"
+                " is read (`pool_type`); what a checkpoint states replaces this row"
+            ),
+            source="open_clip `tokenizer.py` (`SimpleTokenizer`, `HFTokenizer`), `transformer.py` (`text_global_pool`)",
+        ),
+        TextRule(
+            family="open_clip_siglip",
+            title="open_clip with a bias: SigLIP and SigLIP 2",
+            clean=canonicalize,
+            case="lower",
+            punctuation="dropped, `_` becomes a blank, blanks run together; before that ftfy and HTML entities",
+            eos="</s>",
+            pad="</s>",
+            pooled=_LAST,
+            context="64; as `text_cfg` says",
+            differs=(
+                "SigLIP 2 was trained with punctuation, which this drops; most image towers and the text towers of v1"
+                " run an exact GELU where the original runs the tanh approximation; images are resized bicubic"
+            ),
+            source="open_clip `model_configs/*SigLIP*.json` (`clean: canonicalize`, `pool_type: last`), `tokenizer.py`",
         ),
     )
 }

@@ -17,7 +17,9 @@ from vlm.errors import ConfigError
 from vlm.files import disk_errors, publishing, rust_disk_errors, write_json
 from vlm.images.transforms import ImageTransform
 from vlm.model.dual import FAMILY, DualTower
+from vlm.siglip import open_clip
 from vlm.siglip.processor import DualProcessor
+from vlm.siglip.rules import RULES
 
 log = logging.getLogger(__name__)
 OWN_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
@@ -57,6 +59,10 @@ def save(model: DualTower, processor: DualProcessor, folder: str | Path, *, max_
 def write(model: DualTower, processor: DualProcessor, folder: Path, *, max_shard_size: str | int = "5GB") -> None:
     """Write all files into an empty directory, the manifest last. Raises as `save`."""
     with rust_disk_errors():
+        if isinstance(model, open_clip.OpenClipTower):
+            open_clip.write(model, processor, folder)
+            manifest.write(folder)
+            return
         config: Any = copy.deepcopy(model.config)
         config.architectures = [type(model.model).__name__]
         config.dtype = model.dtype
@@ -84,9 +90,13 @@ def image_settings(transform: ImageTransform) -> dict[str, Any]:
         OWN_TRANSFORM: transform.to_dict(),
     }
     if transform.any_aspect:
-        sizes = {"patch_size": transform.patch_size, "max_num_patches": transform.max_num_patches}
+        sizes: dict[str, Any] = {"patch_size": transform.patch_size, "max_num_patches": transform.max_num_patches}
         return {**common, "image_processor_type": "Siglip2ImageProcessor", **sizes}
     side = transform.image_size
+    if transform.crops:
+        sizes = {"size": {"shortest_edge": transform.resize_shortest or side}, "do_center_crop": True}
+        sizes["crop_size"] = {"height": side, "width": side}
+        return {**common, "image_processor_type": "CLIPImageProcessor", **sizes}
     return {**common, "image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
 
 
@@ -95,7 +105,7 @@ def _write_tokenizer(processor: DualProcessor, folder: Path) -> None:
     texts in another way."""
     given, rule = processor.tokenizer, processor.rule
     given.save_pretrained(folder)
-    kind = Siglip2Tokenizer if rule.family == "siglip2" and isinstance(given, GemmaTokenizer) else type(given)
+    kind = Siglip2Tokenizer if rule is RULES["siglip2"] and isinstance(given, GemmaTokenizer) else type(given)
     agreeing = kind.from_pretrained(
         str(folder),
         local_files_only=True,

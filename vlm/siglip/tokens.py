@@ -88,6 +88,7 @@ def contradictions(tokenizer: Any, rule: TextRule, context: int, vocabulary: int
     row = tokenizer("a")["input_ids"]
     longest = tokenizer.model_max_length
     own_pad = rule.pad == rule.eos
+    seen = rule.attention == "both"  # where nothing sees the padding, neither it nor a mask over it matters
     found = [
         (tokenizer.padding_side != rule.side, f"padding_side is {tokenizer.padding_side}: padded on the {rule.side}"),
         (
@@ -95,7 +96,7 @@ def contradictions(tokenizer: Any, rule: TextRule, context: int, vocabulary: int
             f"eos_token is {tokenizer.eos_token!r}: a text ends with {spelt(ids.eos)!r} (id {ids.eos})",
         ),
         (
-            tokenizer.pad_token_id != ids.pad,
+            seen and tokenizer.pad_token_id != ids.pad,
             f"pad_token is {tokenizer.pad_token!r}: padded with {spelt(ids.pad)!r} (id {ids.pad})"
             + (", the end token again" if own_pad else ""),
         ),
@@ -110,7 +111,7 @@ def contradictions(tokenizer: Any, rule: TextRule, context: int, vocabulary: int
             f"model_max_length is {longest}: {context}, the rows of the position table",
         ),
         (
-            "attention_mask" in tokenizer.model_input_names,
+            seen and "attention_mask" in tokenizer.model_input_names,
             "model_input_names has attention_mask: no mask, the towers were trained without",
         ),
         (

@@ -151,7 +151,7 @@ def why_no_zero_shot(checkpoint: str | Path | tuple[DualTower, DualProcessor], e
     from vlm.model.parts import encoder_spec, kind_of, text_towers
 
     config: Any = encoder.config
-    kind, known = kind_of(encoder), text_towers()
+    kind, known = kind_of(encoder), {name: one for name, one in text_towers().items() if one.objective == "sigmoid"}
     if kind not in known:
         return f"the vision tower is {kind!r}; only {' and '.join(known)} towers have a text tower beside them"
     if encoder_spec(kind).chosen_layers(config):
