@@ -142,13 +142,13 @@ def _placed(sources: Sequence[str], image_root: str | Path | None, text: str | N
         if source == STDIN:
             yield from _stdin(image_root, text)
         elif os.path.isdir(source):
-            yield from _folder(_plain(source), text)
+            yield from _folder(plain(source), text)
         else:
-            yield from _file(_plain(source), image_root, text)
+            yield from _file(plain(source), image_root, text)
 
 
-def _plain(path: str) -> str:
-    """A path without `./` and doubled slashes, so that two spellings of it are one id. `..` stays: links may cross."""
+def plain(path: str) -> str:
+    """A source as entries name it: no `./`, no doubled slashes, so that two spellings are one. `..` stays: links."""
     return path if ".." in path.split(os.sep) else os.path.normpath(path)
 
 
@@ -214,7 +214,7 @@ def _stdin(image_root: str | Path | None, text: str | None) -> Iterator[_Placed]
             except Refused as refused:
                 yield Problem("stdin", number, refused.code, str(refused)), where
             continue
-        path = _plain(os.fsdecode(line.rstrip(b"\r\n")))
+        path = plain(os.fsdecode(line.rstrip(b"\r\n")))
         yield (_no_column(path, "a path", text)[0] if text else Entry(path, STDIN, (Path(path),))), where
 
 
@@ -245,7 +245,7 @@ class _Lines:
                 held = ", ".join(map(repr, record)) or "no keys"
                 raise Refused("missing-key", f"neither 'image' nor 'images' names a picture; the line has {held}")
             found = tuple(map(self._images.find, named))
-            own = _plain(os.path.join(self._root, named[0]))
+            own = plain(os.path.join(self._root, named[0]))
             return Entry(checks.record_id(record.get("id"), own), self._source, found, (), info)
         texts = _texts(info, self._text)
         own = f"{self._name}:{number}"
