@@ -7,7 +7,6 @@ them or compares anything with them.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -26,7 +25,7 @@ _DIGESTS = {
     "configuration": "configuration of the model",
     "texts.tokenizer": "tokenizer",
 }
-_LIBRARIES = ("torch", "transformers", "pillow", "numpy")
+_LIBRARIES = ("torch", "transformers", "pillow")
 
 
 def of(model: Any, processor: Any) -> Space:
@@ -57,7 +56,6 @@ def of(model: Any, processor: Any) -> Space:
         },
         "running": {
             **{name: version(name).partition("+")[0] for name in _LIBRARIES},
-            "python": platform.python_version(),
             "attention": config.get("_attn_implementation") or _attention(model),
         },
     }
