@@ -128,7 +128,7 @@ def test_what_is_kept_comes_back_to_the_last_bit(
     again = ClassCache(tmp_path / "c", lambda: {"weights": "1"})
     assert torch.equal(class_embeddings(model, processor, GROUPS, cache=again, advance=done.append), wanted)
     assert model.count == 12 and sum(done) == 6
-    assert "3 label texts are longer than the 12 tokens" in caplog.text
+    assert "longer than the 12 tokens that the model reads, read without their end: 3 (" in caplog.text
     other = ClassCache(tmp_path / "c", lambda: {"weights": "2"})
     class_embeddings(model, processor, GROUPS, cache=other)
     class_embeddings(model, processor, GROUPS[:2], cache=again)

@@ -63,9 +63,9 @@ def class_embeddings(
         cut += [texts[number] for number in found[1]]
     if cut:
         log.warning(
-            "%d label texts are longer than the %d tokens that the model reads and are read without their end: %s",
-            len(cut),
+            "label texts longer than the %d tokens that the model reads, read without their end: %d (%s)",
             processor.context,
+            len(cut),
             listed(cut, 3, show=lambda text: repr(text[:60])),
         )
     return torch.cat(rows)

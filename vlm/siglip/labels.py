@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm.data import strictjson
+from vlm.data.problems import Refused
 from vlm.errors import DataError
 from vlm.words import listed
 
@@ -46,6 +49,19 @@ def checked(labels: Sequence[str], where: str) -> list[str]:
     if twice:
         log.warning("%s: labels that are there more than once count once: %s", where, listed(twice))
     return names
+
+
+def labels_of(info: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a line says of its picture: `label`, or `labels`, a list that may be empty. Raises `Refused`."""
+    given = [key for key in ("label", "labels") if key in info]
+    if len(given) != 1:
+        raise Refused("missing-key", f"expected 'label' or 'labels', got {', '.join(map(repr, given)) or 'neither'}")
+    value = info[given[0]]
+    found = [value] if given == ["label"] else value
+    if not isinstance(found, list) or not all(isinstance(label, str) and label.strip() for label in found):
+        wanted = "text" if given == ["label"] else "a list of texts"
+        raise Refused("wrong-type", f"{given[0]!r} should be {wanted}, got {json.dumps(value)[:60]}")
+    return tuple(" ".join(label.split()) for label in found)
 
 
 def check_texts(names: Sequence[str], groups: Sequence[tuple[str, ...]], clean: Callable[[str], str]) -> None:

@@ -61,6 +61,12 @@ def of(model: Any, processor: Any) -> Space:
     }
 
 
+def apart(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what two spaces differ, each in a few words; empty where they are one space."""
+    there, here = ({key: value for key, value in space.items() if key not in SIDES} for space in (stored, now))
+    return differences(there, here, _DIGESTS)
+
+
 def check(stored: Mapping[str, Any], now: Mapping[str, Any], where: str, *, writing: bool) -> list[str]:
     """Refuse vectors of another space than those that are kept.
 
@@ -76,8 +82,7 @@ def check(stored: Mapping[str, Any], now: Mapping[str, Any], where: str, *, writ
     Raises:
         ConfigError: names every difference, and what to do.
     """
-    there, here = ({key: value for key, value in space.items() if key not in SIDES} for space in (stored, now))
-    told = differences(there, here, _DIGESTS)
+    told = apart(stored, now)
     sides = [line for name in SIDES for line in differences(stored.get(name), now.get(name), key=name)]
     if told:
         advice = "write to another folder" if writing else "ask with the model that made them, or embed them again"
