@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vlm.errors import ConfigError, DataError, ImageError
-from vlm.images.load import load_image
+from vlm.errors import ConfigError, DataError
 from vlm.model.modes import in_mode
+from vlm.siglip.reading import on, read_ahead
 from vlm.words import lines
 
 if TYPE_CHECKING:
@@ -92,44 +92,23 @@ def over_images(
 
     if batch_size < 1 or not images:
         raise ConfigError(f"batch_size is {batch_size} for {len(images)} images; both must be at least 1")
-    rows = []
+    rows: list[Tensor] = []
+    problems: list[str] = []
+    numbered = enumerate(images)
     with torch.no_grad(), _in_eval_mode(encoder, device) as place:
-        for start in range(0, len(images), batch_size):
-            chunk = _load(images, start, start + batch_size, transform.background)
-            pixels = transform(chunk)
-            naflex = {}
-            if pixels.pixel_attention_mask is not None and pixels.spatial_shapes is not None:
-                naflex = {
-                    "pixel_attention_mask": pixels.pixel_attention_mask.to(place),
-                    "spatial_shapes": pixels.spatial_shapes.to(place),
-                }
-            rows.append(read(encoder(pixels.pixel_values.to(place), **naflex)).float().cpu())
+        for numbers, inputs, bad in read_ahead(transform, numbered, batch_size=batch_size):
+            problems += [f"{error.code}: {error}" for _, error in bad]
+            if problems:  # the others are looked at too, so that all that fail are named
+                continue
+            rows.append(read(encoder(**on(inputs, place))).float().cpu())
             odd = (~rows[-1].isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
             if odd:
-                raise DataError(f"the tower gives NaN or infinity for {_name(images[start + odd[0]])}; look at both")
-    return torch.cat(rows)
-
-
-def _load(
-    images: Sequence[Path | Image.Image], start: int, stop: int, background: tuple[int, int, int]
-) -> list[Image.Image]:
-    """Decode a batch. When one fails, the rest is decoded too, so that all that fail are named."""
-    loaded: list[Image.Image] = []
-    problems: list[str] = []
-    for index in range(start, len(images)):
-        if index >= stop and not problems:
-            break
-        try:
-            image = load_image(images[index], background=background)
-        except ImageError as error:
-            problems.append(f"{error.code}: {error}")
-            continue
-        if not problems:
-            loaded.append(image)
+                name = _name(images[numbers[odd[0]]])
+                raise DataError(f"the tower gives NaN or infinity for {name}; look at both")
     if problems:
         head = f"{len(problems)} of {len(images)} images cannot be used; mend them or take their lines out:"
         raise DataError("\n".join([head, *lines(problems, _LISTED)]))
-    return loaded
+    return torch.cat(rows)
 
 
 def _name(image: Path | Image.Image) -> str:

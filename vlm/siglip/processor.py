@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlm.errors import ConfigError
 from vlm.images.transforms import ImageTransform
+from vlm.siglip.reading import pixels
 from vlm.siglip.rules import TextRule
 from vlm.siglip.tokens import Specials, specials
 from vlm.text.tokenizer import TextEncoder
@@ -51,14 +52,7 @@ class DualProcessor:
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """RGB images (`vlm.images.load.load_image`) as keyword arguments of `DualTower.encode_image`."""
-        pixels = self.transform(images)
-        if pixels.pixel_attention_mask is None or pixels.spatial_shapes is None:
-            return {"pixel_values": pixels.pixel_values}
-        return {
-            "pixel_values": pixels.pixel_values,
-            "pixel_attention_mask": pixels.pixel_attention_mask,
-            "spatial_shapes": pixels.spatial_shapes,
-        }
+        return pixels(self.transform, images)
 
     def texts(self, texts: Sequence[str]) -> Texts:
         """Texts as token ids, each padded or cut to the whole context; a text that is cut keeps its end token.
