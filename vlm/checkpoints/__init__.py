@@ -31,7 +31,7 @@ _HOMES = {
     "HUB_FILES": "places",
     "locate": "places",
     **dict.fromkeys(("checked_image_settings", "open_tokenizer", "own_transform", "resample_name"), "preprocessing"),
-    **dict.fromkeys(("recorded_transform", "written_transform"), "recorded"),
+    **dict.fromkeys(("check_size", "recorded_transform", "written_transform"), "recorded"),
     **dict.fromkeys(("widest", "write_shards"), "shards"),
     **dict.fromkeys(("FLOATS", "Source", "expected_shapes", "place"), "source"),
     "seeded": "streams",
@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from vlm.checkpoints.preprocessing import open_tokenizer as open_tokenizer
     from vlm.checkpoints.preprocessing import own_transform as own_transform
     from vlm.checkpoints.preprocessing import resample_name as resample_name
+    from vlm.checkpoints.recorded import check_size as check_size
     from vlm.checkpoints.recorded import recorded_transform as recorded_transform
     from vlm.checkpoints.recorded import written_transform as written_transform
     from vlm.checkpoints.saving import save as save

@@ -10,6 +10,7 @@ from vlm.checkpoints.files import read_json
 from vlm.checkpoints.image_settings import OWN_TRANSFORM
 from vlm.checkpoints.preprocessing import checked_image_settings, resample_name
 from vlm.encoders.contract import Spec
+from vlm.errors import CheckpointError
 from vlm.images.fused import open_transform
 from vlm.images.transforms import ImageTransform
 
@@ -54,3 +55,20 @@ def _recorded_square(values: dict[str, Any], image_size: int) -> dict[str, Any]:
     if isinstance(size, dict) and "height" in size and not values.get("do_center_crop"):
         return {"mode": "squash"}
     return {}
+
+
+def check_size(path: Path, image_size: int | None) -> None:
+    """Refuse recorded settings that are of another tower: squares of another size.
+
+    Raises:
+        CheckpointError: says both sizes.
+    """
+    values = (checked_image_settings(path, crop=True) if path.is_dir() else None) or {}
+    size = values.get("size")
+    if image_size is None or not isinstance(size, dict) or "height" not in size:
+        return
+    if (size.get("height"), size.get("width")) != (image_size, image_size):
+        raise CheckpointError(
+            f"{path}: images are resized to {size.get('height')}x{size.get('width')} px, the tower reads {image_size}:"
+            f" one of config.json and preprocessor_config.json is another checkpoint's; copy both again"
+        )

@@ -19,7 +19,7 @@ from vlm.checkpoints.checks import FOREIGN, check_numbers, guarded
 from vlm.checkpoints.files import read_json
 from vlm.checkpoints.places import locate
 from vlm.checkpoints.preprocessing import open_tokenizer
-from vlm.checkpoints.recorded import recorded_transform, written_transform
+from vlm.checkpoints.recorded import check_size, recorded_transform, written_transform
 from vlm.checkpoints.source import Source
 from vlm.checkpoints.weights import Weights
 from vlm.errors import CheckpointError, ConfigError
@@ -129,9 +129,12 @@ def _transform(folder: Path, model: DualTower) -> ImageTransform:
     own = written_transform(folder, spec)
     if own is not None:
         return own
+    check_size(folder, spec.image_size(config))
     settings = recorded_transform(folder, spec.image_size(config))
     if spec.any_aspect:
         settings.pop("rounding", None)  # NaFlex never rounds
+    if model.family == "siglip2":  # bicubic in SigLIP's own directories, bilinear in those of SigLIP 2
+        settings.setdefault("resample", "bilinear")
     transform: ImageTransform = guarded(lambda: spec.transform(config, **settings), f"{folder}: image settings")
     return transform
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from torch import Tensor
 from vlm.errors import ConfigError, ImageError
 from vlm.images.load import load_image
 from vlm.images.transforms import ImageTransform
+from vlm.threads import cores
 
 
 class Prepared(NamedTuple):
@@ -57,7 +57,7 @@ def read_ahead(
     Raises:
         ConfigError: `batch_size` or `decoders` below 1.
     """
-    threads = min(8, len(os.sched_getaffinity(0))) if decoders is None else decoders
+    threads = min(8, cores()) if decoders is None else decoders
     for name, value in (("batch_size", batch_size), ("decoders", threads)):
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
