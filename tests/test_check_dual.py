@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from torch.nn.functional import normalize
 
 from vlm.check import runner
 from vlm.check.report import Result
+from vlm.cli import main
 from vlm.errors import ConfigError
 from vlm.siglip.processor import DualProcessor, Texts
+from vlm.siglip.saving import save
 
 NAMES = [check.name for check in runner.DUAL_CHECKS]
 NOT_FOR = {"siglip": {"naflex-padding"}, "siglip2": {"naflex-padding"}, "naflex": set(), "clip": {"naflex-padding"}}
@@ -373,9 +376,40 @@ def test_half_precision_that_drifts(pair: tuple[str, Any, DualProcessor], monkey
     assert one("bfloat16", broken, processor).status == "FAIL"
 
 
+# --- the command
+
+
+@pytest.mark.parametrize("family", ["siglip", "clip"])
+def test_the_command_decides_by_the_directory(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = dual(family)
+    save(model, processor, tmp_path / "model")
+    where = str(tmp_path / "model")
+    assert main(["check", where]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[: len(NAMES)]] == NAMES
+    assert lines[-1].startswith(f"{where} (float32, cpu, ") and lines[-1].endswith("13 ok, 0 FAIL, 1 n/a")
+    assert main(["check", where, "--only", "bias,text-side", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [result["name"] for result in found["results"]] == ["text-side", "bias"] and found["ok"] is True
+    for arguments, message in (
+        (["--only", "future"], "unknown check 'future'"),
+        (["--data", "train.jsonl"], "--data: of a model that writes text"),
+    ):
+        assert main(["check", where, *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_on_a_model_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = dual("siglip2")
+    with torch.no_grad():
+        model.model.logit_scale.zero_()
+        model.model.logit_bias.zero_()
+    save(model, processor, tmp_path / "model")
+    assert main(["check", str(tmp_path / "model"), "--only", "bias"]) == 1
+    assert "FAIL  bias" in capsys.readouterr().out
+
+
 def test_every_check_has_been_broken() -> None:
     """A check that is never seen to fail is worth nothing: a new one needs a test here."""
-    from pathlib import Path
-
     own = Path(__file__).read_text()
     assert [name for name in NAMES if own.count(f'one("{name}"') == 0] == []

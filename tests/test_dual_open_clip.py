@@ -17,7 +17,8 @@ from torch.nn.functional import logsigmoid, normalize
 
 from vlm.check import run_dual
 from vlm.errors import CheckpointError, ConfigError
-from vlm.siglip import load, save
+from vlm.measure.info import describe
+from vlm.siglip import load, save, space
 from vlm.text.tokenizer import build
 
 VISION = {"image_size": 28, "patch_size": 14, "width": 32, "layers": 2, "head_width": 8}
@@ -214,6 +215,10 @@ def test_saved_and_opened_again(folders: Path, name: str, tmp_path: Path) -> Non
         theirs: Any = open_clip.create_model(f"local-dir:{tmp_path / 'saved'}").eval()
         pixels: Any = processor.images([picture(1, (40, 40))])
         assert torch.equal(theirs.encode_image(**{"image": pixels["pixel_values"]}), model.image_features(**pixels))
+    assert space.of(again, reader) == space.of(model, processor)
+    facts = describe(tmp_path / "saved")
+    assert facts["text"]["rule"] == processor.rule.title and facts["embedding"] == model.embedding_size
+    assert facts["parameters"] == sum(one.numel() for one in model.parameters())
     half, _ = load(tmp_path / "saved", dtype="bfloat16")
     assert half.dtype == torch.bfloat16 and half.scale == model.scale
     assert (half.encode_text(reader.texts(TEXTS).input_ids).norm(dim=1) - 1).abs().max() < 1e-5

@@ -49,12 +49,11 @@ OLD_TEXT = ("positional_embedding", "text_projection", "token_embedding.", "tran
 
 
 class Config(PreTrainedConfig):
-    """`open_clip_config.json`, as it is."""
+    """`model_cfg` of `open_clip_config.json`, as it is; the image settings beside it are the processor's."""
 
     model_type = "open_clip"
 
     model_cfg: Any = None
-    preprocess_cfg: Any = None
 
 
 class OpenClipTower(DualTower):
@@ -71,7 +70,8 @@ class OpenClipTower(DualTower):
         self.kind = "open_clip"
         self.config = config
         self.family = "open_clip_siglip" if sigmoid else "open_clip"
-        self.objective = OBJECTIVES["sigmoid" if sigmoid else "softmax"]
+        self.trained_with = "sigmoid" if sigmoid else "softmax"
+        self.objective = OBJECTIVES[self.trained_with]
         self.embedding_size = int(settings["embed_dim"])
         module = tower.library().model
         kind = module.CustomTextCLIP if settings.pop("custom_text", False) else module.CLIP
@@ -151,7 +151,7 @@ def load(
         ConfigError: open_clip is missing, or a setting that is not read here.
     """
     values = read_json(folder / CONFIG_FILE)
-    config = Config(model_cfg=values.get("model_cfg"), preprocess_cfg=values.get("preprocess_cfg") or {})
+    config = Config(model_cfg=values.get("model_cfg"))
     with init_empty_weights(include_buffers=False):
         model = OpenClipTower(config)
     fill(model, _source(folder, model, origin), dtype=dtype, allow_nonfinite=allow_nonfinite)
@@ -162,7 +162,7 @@ def load(
         check_rows(cutter, rule, text_cfg, origin)
     own = values.get(OWN_TRANSFORM)
     transform = guarded(
-        lambda: _transform(model, config.preprocess_cfg) if own is None else open_transform(own),
+        lambda: _transform(model, values.get("preprocess_cfg") or {}) if own is None else open_transform(own),
         str(folder / CONFIG_FILE),
     )
     return model, OpenClipProcessor(transform, cutter, rule, model.context, len(_text(model).token_embedding.weight))
@@ -211,8 +211,10 @@ def write(model: DualTower, processor: Any, folder: Path) -> None:
     modes = {ours: theirs for theirs, ours in tower.MODES.items()}
     image = {"size": transform.image_size, "mean": list(transform.mean), "std": list(transform.std)}
     image |= {"interpolation": transform.resample, "resize_mode": modes.get(transform.mode, "squash")}
-    values = {"model_cfg": model.config.model_cfg, "preprocess_cfg": {**model.config.preprocess_cfg, **image}}
-    write_json(folder / CONFIG_FILE, {**values, OWN_TRANSFORM: transform.to_dict()})
+    colours = [int(value) for value in transform.background]
+    image["fill_color"] = colours[0] if len(set(colours)) == 1 else colours
+    values = {"model_cfg": model.config.model_cfg, "preprocess_cfg": image, OWN_TRANSFORM: transform.to_dict()}
+    write_json(folder / CONFIG_FILE, values)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.model.state_dict().items()}
     save_file(tensors, folder / tower.WEIGHTS, metadata={"format": "pt"})
     if processor.tokenizer is not None:

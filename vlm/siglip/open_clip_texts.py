@@ -6,6 +6,7 @@ tokenizer and `clean: canonicalize`, OpenAI's and LAION's the library's byte pai
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +77,20 @@ class Cutter:
     def name_or_path(self) -> str:
         """What it is, for people."""
         return type(self.made).__name__
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Of the tokens that are no text."""
+        return list(self.made.all_special_ids if self.inner is None else self.inner.all_special_ids)
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        """What has the whole definition as `to_str()`."""
+        return self if self.inner is None else self.inner.backend_tokenizer
+
+    def to_str(self) -> str:
+        """The library's byte pairs, in their order, as JSON."""
+        return json.dumps({"merges": list(self.made.bpe_ranks), "special": self.all_special_ids})
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """The ids of one text that is cleaned already."""
