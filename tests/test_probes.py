@@ -15,8 +15,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vlm.errors import ConfigError, DataError
-from vlm.measure import probes
-from vlm.measure.probes import Labelled, features, fit, held_out, knn, linear, probe, read_labelled
+from vlm.measure.probes import Labelled, features, knn, linear, probe, read_labelled
+from vlm.model import classifiers
+from vlm.model.classifiers import fit, held_out
 from vlm.model.parts import encoder_spec
 
 
@@ -136,7 +137,7 @@ def by_brute_force(train: np.ndarray, test: np.ndarray, labels: np.ndarray, clas
 
 @pytest.mark.parametrize("k", [1, 3, 20])
 def test_knn_is_brute_force(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_SIMILARITIES", 200)  # several chunks
+    monkeypatch.setattr(classifiers, "_SIMILARITIES", 200)  # several chunks
     generator = torch.Generator().manual_seed(k)
     train, test = torch.randn(60, 5, generator=generator), torch.randn(40, 5, generator=generator)
     labels = torch.randint(0, 4, (60,), generator=generator)

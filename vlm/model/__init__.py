@@ -18,6 +18,8 @@ _HOMES = {
     "attention_backends": "",
     "decoder": "",
     "image_groups": "samples",
+    "knn": "classifiers",
+    "linear": "classifiers",
     "lengths": "",
     "loss": "",
     "masks": "",
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from vlm.model import parts as parts
     from vlm.model import projecting as projecting
     from vlm.model.batch import Batch as Batch
+    from vlm.model.classifiers import knn as knn
+    from vlm.model.classifiers import linear as linear
     from vlm.model.config import VLMConfig as VLMConfig
     from vlm.model.dual import DualTower as DualTower
     from vlm.model.dual import TwoTowerOutput as TwoTowerOutput
