@@ -61,7 +61,9 @@ ROOMS: dict[str, Room] = {
     ),
     "measure": Room(4, "cost, probes, what a model is made of", ("checkpoints", "siglip", "generation")),
     "eval": Room(
-        5, "metrics (they never see a model), tasks, the harness, statistics", ("generation", "report", "checkpoints")
+        5,
+        "metrics (they never see a model), tasks, the harness, statistics",
+        ("generation", "report", "checkpoints", "catalogue"),
     ),
     "serve": Room(5, "pages that answer while they are open, on this machine alone", ("siglip", "report")),
     "train": Room(5, "run -> stage -> step; objectives, records", ("eval", "build")),

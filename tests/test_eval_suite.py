@@ -235,7 +235,8 @@ def test_missing_files_and_unknown_tasks_are_refused_before_anything_is_predicte
 
 def test_the_command_line_lists_tasks_and_asks_for_metrics_or_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--list-tasks"]) == 0
-    assert {"vqav2", "pope", "cococap"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    shown = {(line.split() or [""])[0] for line in capsys.readouterr().out.splitlines()}
+    assert {"vqav2", "pope", "cococap", "zeroshot", "imagenet"} <= shown
     words = ["eval", "--model", "m", "--data", "d", "--out", "o"]
     assert main(words) == 2
     assert "one of the arguments --metrics --tasks is required" in capsys.readouterr().err

@@ -161,7 +161,7 @@ def _open_folder(
     values = read_json(folder / "config.json")
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in READERS:
-        raise CheckpointError(f"{folder}: config.json has model_type {kind!r}, expected {_expected(kind)}")
+        raise CheckpointError(f"{folder}: config.json has model_type {kind!r}, expected {_expected(values)}")
     config, processor = READERS[kind](folder, values)
     source = Weights(folder).source(str(path))
     if values.get("tie_word_embeddings") is False and HEAD not in source.shapes:
@@ -185,9 +185,12 @@ def _open_folder(
     return model, processor
 
 
-def _expected(kind: Any) -> str:
-    known = " or ".join(map(repr, READERS))
+def _expected(values: Mapping[str, Any]) -> str:
+    kind, known = values.get("model_type"), " or ".join(map(repr, READERS))
     if isinstance(kind, str) and kind in model_types():  # a damaged file may say a list here
+        if "text_config" in values:
+            uses = "vlm classify, vlm embed, vlm eval --tasks zeroshot,retrieval"
+            return f"{known}; these are two towers, which write no text: {uses}; build a model on it: vlm new --encoder"
         return f"{known}; this is a vision tower, build a model on it: vlm new --encoder"
     if kind in decoder.checkpoint_types():
         return f"{known}; this is a decoder, build a model on it: vlm new --decoder"

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from vlm.registry import door
 
 _HOMES = {
-    **dict.fromkeys(("Example", "Labelled"), "examples"),
+    **dict.fromkeys(("Example", "Labelled", "Paired"), "examples"),
     **dict.fromkeys(("Problem", "Refused", "listing"), "problems"),
-    **dict.fromkeys(("read", "read_labelled"), "reading"),
+    **dict.fromkeys(("read", "read_labelled", "read_pairs"), "reading"),
     **dict.fromkeys(("File", "Item", "Shown", "check_same", "once"), "items"),
     **dict.fromkeys(("Document", "Row"), "rows"),
     **dict.fromkeys(("Source", "open_document"), "source"),
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from vlm.data.control import without_control as without_control
     from vlm.data.examples import Example as Example
     from vlm.data.examples import Labelled as Labelled
+    from vlm.data.examples import Paired as Paired
     from vlm.data.formats.contract import AnnotationFormat as AnnotationFormat
     from vlm.data.items import File as File
     from vlm.data.items import Item as Item
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from vlm.data.problems import listing as listing
     from vlm.data.reading import read as read
     from vlm.data.reading import read_labelled as read_labelled
+    from vlm.data.reading import read_pairs as read_pairs
     from vlm.data.rows import Document as Document
     from vlm.data.rows import Row as Row
     from vlm.data.source import Source as Source

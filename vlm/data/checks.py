@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data import strictjson
-from vlm.data.examples import Example, Labelled
+from vlm.data.examples import Example, Labelled, Paired
 from vlm.data.problems import Refused
 from vlm.errors import DataError
 from vlm.text import locations
@@ -23,6 +23,8 @@ from vlm.words import shown
 
 KEYS = ("id", "image", "images", "prefix", "suffix", "references", "answers")
 LABELLED_KEYS = ("id", "image", "label")
+TEXT_KEYS = ("text", "texts", "caption", "captions", "references", "suffix")
+"""Any one of them holds the texts of an image, for retrieval."""
 
 
 def example(record: dict[str, Any], number: int, name: str, images: ImageRoot, require: Sequence[str]) -> Example:
@@ -87,6 +89,25 @@ def labelled(record: dict[str, Any], number: int, name: str, images: ImageRoot) 
     if not label.strip():
         raise Refused("empty", "'label' is blank; give each image its class")
     return Labelled(record_id(record.get("id"), number), images.find(checked_text(record["image"], "image")), label)
+
+
+def paired(record: dict[str, Any], number: int, name: str, images: ImageRoot) -> Paired:
+    """An image with the texts that belong to it. Raises Refused."""
+    named = [] if record.get("image") is None else [checked_text(record["image"], "image")]
+    _refuse_leftovers(record, ("id", "image", "language", "prefix", "answers", *TEXT_KEYS), named)
+    _require(record, ("image",))
+    given = [key for key in TEXT_KEYS if record.get(key) not in (None, [])]
+    if not given:
+        raise Refused("missing-key", f"no text belongs to the image; give it as one of {', '.join(TEXT_KEYS)}")
+    if len(given) > 1:
+        raise Refused("unknown-key", f"{' and '.join(map(repr, given))}: only one is read; put all texts into one")
+    value = record[given[0]]
+    texts = tuple(_texts(value, given[0])) if isinstance(value, list) else (checked_text(value, given[0]),)
+    if not all(text.strip() for text in texts):
+        raise Refused("empty", f"{given[0]!r} holds a text that is blank")
+    language = "" if record.get("language") is None else checked_text(record["language"], "language")
+    found = images.find(checked_text(record["image"], "image"))
+    return Paired(record_id(record.get("id"), number), found, texts, language)
 
 
 def _require(record: dict[str, Any], keys: Sequence[str]) -> None:

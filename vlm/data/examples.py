@@ -48,3 +48,18 @@ class Labelled:
     def images(self) -> tuple[Path | Image.Image, ...]:
         """The image, as `Example` has it."""
         return (self.image,)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """An image and texts that belong to it; it has not been decoded yet."""
+
+    id: str
+    image: Path | Image.Image
+    texts: tuple[str, ...]
+    language: str = ""
+
+    @property
+    def images(self) -> tuple[Path | Image.Image, ...]:
+        """The image, as `Example` has it."""
+        return (self.image,)

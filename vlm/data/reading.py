@@ -38,12 +38,12 @@ from vlm.words import shown
 
 if TYPE_CHECKING:
     from vlm.data.checks import ImageRoot
-    from vlm.data.examples import Example, Labelled
+    from vlm.data.examples import Example, Labelled, Paired
 
 DEFAULT = "jsonl"
 """The format of a file that no other format recognises; it says what is wrong with it."""
 
-_T = TypeVar("_T", "Example", "Labelled")
+_T = TypeVar("_T", "Example", "Labelled", "Paired")
 
 
 def read(
@@ -84,6 +84,20 @@ def read_labelled(path: str | Path, image_root: str | Path | None = None, format
     from vlm.data import checks
 
     return _read(path, format, image_root, False, checks.labelled)[0]
+
+
+def read_pairs(path: str | Path, image_root: str | Path | None = None, format: str | None = None) -> list[Paired]:
+    """Images with the texts that belong to them, `{"image": ..., "captions": [...]}` per line, in order.
+
+    One key holds the text or texts: `text`, `texts`, `caption`, `captions`, `references` or `suffix`. `id` and
+    `language` if wanted; an image may stand in several lines.
+
+    Raises:
+        ConfigError, DataError: as `read` without `skip_bad`: every unusable line is listed.
+    """
+    from vlm.data import checks
+
+    return _read(path, format, image_root, False, checks.paired)[0]
 
 
 def formats() -> list[str]:

@@ -10,6 +10,7 @@ from vlm.registry import door
 _HOMES = {
     "evaluate": "harness",
     "evaluate_tasks": "harness",
+    "evaluate_towers": "towers.run",
     "Options": "job",
     "score_files": "scoring",
     "Predictor": "vlm.generation.predictor",
@@ -32,6 +33,7 @@ _HOMES = {
     "diff": "",
     "metrics": "",
     "tasks": "",
+    "towers": "",
 }
 
 __all__ = list(_HOMES)
@@ -40,11 +42,13 @@ if TYPE_CHECKING:
     from vlm.eval import diff as diff
     from vlm.eval import metrics as metrics
     from vlm.eval import tasks as tasks
+    from vlm.eval import towers as towers
     from vlm.eval.harness import evaluate as evaluate
     from vlm.eval.harness import evaluate_tasks as evaluate_tasks
     from vlm.eval.job import Options as Options
     from vlm.eval.scoring import score_files as score_files
     from vlm.eval.tables import table as table
+    from vlm.eval.towers.run import evaluate_towers as evaluate_towers
     from vlm.generation.predictor import Predictor as Predictor
     from vlm.report.charts import Curve as Curve
     from vlm.report.charts import Dot as Dot

@@ -128,8 +128,8 @@ def _notes(left: Side, right: Side) -> list[str]:
         notes.append(f"the prompts of {prompts} items differ")
     if not prompts and left.results["data"]["sha256"] != right.results["data"]["sha256"]:
         notes.append("the images, or the order of the items, differ")
-    for key in ("decoding", "images_shuffled_with_seed", "versions"):
-        one, other = left.results[key], right.results[key]
+    for key in ("decoding", "protocol", "images_shuffled_with_seed", "versions"):
+        one, other = left.results.get(key), right.results.get(key)
         if one != other:
             notes.append(f"{key.replace('_', ' ')}: A {json.dumps(one)}, B {json.dumps(other)}")
     return notes
@@ -139,15 +139,15 @@ def _notes(left: Side, right: Side) -> list[str]:
 
 
 def _changed(left: Side, right: Side, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    main = left.results["metrics"][metrics[0]]
-    sign = 1 if main["higher_is_better"] else -1
+    signs = {name: 1 if left.results["metrics"][name]["higher_is_better"] else -1 for name in metrics}
     found = []
     for key, ours in left.items.items():
         theirs = right.items[key]
-        scores = {name: [ours["scores"][name], theirs["scores"][name]] for name in metrics}
+        scores = {name: [ours["scores"][name], theirs["scores"][name]] for name in metrics if name in ours["scores"]}
         if ours["prediction"] == theirs["prediction"] and all(one == other for one, other in scores.values()):
             continue
-        change = sign * (scores[metrics[0]][1] - scores[metrics[0]][0])
+        main = next(iter(scores), "")
+        change = signs[main] * (scores[main][1] - scores[main][0]) if main else 0.0
         found.append(
             {
                 "id": key,

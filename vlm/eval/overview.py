@@ -65,7 +65,14 @@ def _main_scores(tasks: Mapping[str, Mapping[str, Any]]) -> Scores:
 
 def _all_scores(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [
-        [name, metric, result["value"], tables.constant(result), tables.items_of(results), _published(results, metric)]
+        [
+            name,
+            metric,
+            result["value"],
+            tables.constant(result),
+            tables.items_of(results, metric),
+            _published(results, metric),
+        ]
         for name, results in tasks.items()
         for metric, result in results["metrics"].items()
     ]

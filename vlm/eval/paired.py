@@ -8,7 +8,7 @@ share of resamples on the far side of zero, itself counted in, so that it is nev
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Side:
 def metric(name: str, left: Side, right: Side) -> dict[str, Any]:
     """One metric of both: values, their difference, its interval and p, and how these were found."""
     ours, theirs = left.results["metrics"][name], right.results["metrics"][name]
+    left, right = (replace(side, items=_scored(side, name)) for side in (left, right))
     scores = [np.array([side.items[key]["scores"][name] for key in left.items]) for side in (left, right)]
     change = (scores[1] - scores[0]) * (1 if ours["higher_is_better"] else -1)
     statistic, resamples, method = _statistic(name, left, right, scores)
@@ -63,6 +64,11 @@ def metric(name: str, left: Side, right: Side) -> dict[str, Any]:
     }
 
 
+def _scored(side: Side, name: str) -> dict[str, dict[str, Any]]:
+    """The items that have a score in this metric: those of a retrieval are about one direction each."""
+    return {key: item for key, item in side.items.items() if name in item["scores"]}
+
+
 def _strata(side: Side) -> list[np.ndarray]:
     """Positions of the items that are drawn among themselves: all, or each group of an average over groups."""
     over = (side.results["task"] or {}).get("average_over")
@@ -76,6 +82,10 @@ def _statistic(name: str, left: Side, right: Side, scores: Sequence[np.ndarray])
     """How a resample's difference is computed in one group, how many resamples, and the method in words."""
     if name.startswith("bleu_"):
         return _bleu(name, left, right), NUM_RESAMPLES, "paired bootstrap over items, corpus score of every resample"
+    if name.endswith("_median_rank"):
+        first, second = scores
+        method = "paired bootstrap over items, the median of every resample"
+        return lambda draws: np.median(second[draws], 1) - np.median(first[draws], 1), NUM_RESAMPLES, method
     values = [side.results["metrics"][name]["value"] for side in (left, right)]
     means = [np.mean([score[positions].mean() for positions in _strata(left)]) for score in scores]
     if all(abs(mean - value) <= 1e-9 * max(1.0, abs(value)) for mean, value in zip(means, values, strict=True)):

@@ -54,7 +54,11 @@ def score(
     for example in examples:
         members.setdefault(groups[example.id], []).append(example)
     return [
-        _average({name: compute(metric, group, said, wrong) for name, group in sorted(members.items())}, examples, over)
+        average(
+            {name: compute(metric, group, said, wrong) for name, group in sorted(members.items())},
+            [example.id for example in examples],
+            over,
+        )
         for metric in chosen
     ]
 
@@ -115,14 +119,19 @@ def compute(
     return registry.compute(metric.name, predictions | dict.fromkeys(credited, NO_ANSWER), gold, info)
 
 
-def _average(parts: Mapping[str, MetricResult], examples: Sequence[Example], over: str) -> MetricResult:
+def average(parts: Mapping[str, MetricResult], ids: Sequence[str], over: str) -> MetricResult:
+    """The mean over groups, unweighted, of a metric that was computed in each alone.
+
+    Args:
+        parts: group -> its result. ids: of all items, in the order of the data. over: what the groups are called.
+    """
     per_item = {key: score for part in parts.values() for key, score in part.per_item.items()}
     first = next(iter(parts.values()))
     scores = [list(part.per_item.values()) for part in parts.values()]
     return replace(
         first,
         value=sum(part.value for part in parts.values()) / len(parts),
-        per_item={example.id: per_item[example.id] for example in examples},
+        per_item={key: per_item[key] for key in ids},
         rule=f"{first.rule}; computed for each {over} alone ({len(parts)} of them) and averaged without weights",
         # Of corpus BLEU the items' scores say nothing; `vlm eval diff` resamples it properly.
         interval=_interval_of_average(scores) if all(map(is_mean, parts.values())) else None,
@@ -158,7 +167,7 @@ def figures(
             {"file": str(problem.file), "line": problem.line, "code": problem.code, "message": problem.message}
             for problem in problems
         ],
-        "by_kind": {result.name: _by_group(result, kinds) for result in scored},
+        "by_kind": {result.name: by_group(result, kinds) for result in scored},
     }
 
 
@@ -179,7 +188,7 @@ def breakdown(
         members: dict[str, list[Example]] = {}
         for example in examples:
             members.setdefault(kinds[example.id], []).append(example)
-        found[name] = {result.name: _by_group(result, kinds) for result in scored}
+        found[name] = {result.name: by_group(result, kinds) for result in scored}
         for result in scored:
             if not is_mean(result):
                 for kind, group in members.items():
@@ -195,7 +204,8 @@ def is_mean(result: MetricResult) -> bool:
     return abs(mean - result.value) <= 1e-9 * max(1.0, abs(result.value))
 
 
-def _by_group(result: MetricResult, kinds: Mapping[str, str]) -> dict[str, dict[str, float]]:
+def by_group(result: MetricResult, kinds: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Group -> `mean` of its items' scores and `num_items`."""
     groups: dict[str, list[float]] = {}
     for key, value in result.per_item.items():
         groups.setdefault(kinds[key], []).append(value)

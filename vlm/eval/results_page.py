@@ -40,10 +40,7 @@ def write(
     """
     main = next((result for result in scored if registry.get(result.name).per_item_is_right), scored[0])
     sections: list[Section] = []
-    if published := _published(results):
-        sections.append(published)
-    if elsewhere := _published_elsewhere(results):
-        sections.append(elsewhere)
+    sections += published(results)
     for name, kind_of in (groups or {"kind of prompt": kinds}).items():
         if len(set(kind_of.values())) > 1:
             sections.append(
@@ -51,8 +48,8 @@ def write(
             )
         if table := _by_group(results, name):
             sections.append(table)
-    if details := _details(results):
-        sections.append(details)
+    if found := details(results):
+        sections.append(found)
     if results["failures"]:
         rows = [[failure["id"], failure["code"], failure["message"]] for failure in results["failures"][:100]]
         sections.append(
@@ -74,6 +71,11 @@ def write(
 def percent_of(maximum: float | None) -> bool:
     """Whether a score is shown in percent: one that ends at 1."""
     return maximum == 1.0
+
+
+def published(results: Mapping[str, Any]) -> list[Section]:
+    """What others have published: beside ours, and for other splits."""
+    return [one for one in (_published(results), _published_elsewhere(results)) if one]
 
 
 def _published(results: Mapping[str, Any]) -> Scores | None:
@@ -123,8 +125,10 @@ def _not_comparable(results: Mapping[str, Any]) -> str:
     task, reasons = results["task"], []
     if task["expected_items"] not in (None, results["num_items"]):
         reasons.append(f"only {results['num_items']} of {task['expected_items']} items were evaluated")
-    if not task["decoding_is_the_tasks"]:
+    if not task.get("decoding_is_the_tasks", True):
         reasons.append("the decoding settings are not those of the task")
+    if not task.get("protocol_is_the_tasks", True):
+        reasons.append("the protocol is not that of the published figures")
     if results["images_shuffled_with_seed"] is not None:
         reasons.append("the images were shuffled")
     return f"Ours is not comparable: {'; '.join(reasons)}." if reasons else ""
@@ -144,7 +148,8 @@ def _by_group(results: Mapping[str, Any], name: str, limit: int = 40) -> Table |
     return Table(f"All metrics by {name.replace('_', ' ')}", [name, *found, "items"], rows)
 
 
-def _details(results: Mapping[str, Any]) -> Table | None:
+def details(results: Mapping[str, Any]) -> Table | None:
+    """Further numbers of the metrics; None where they have none."""
     over = (results["task"] or {}).get("average_over")  # the values of its groups have a table of their own
     rows = [
         [metric, name, value]
@@ -170,7 +175,7 @@ def gallery(
     metric = registry.get(result.name)
     order = sorted(result.per_item)
     random.Random(0).shuffle(order)
-    chosen = _halves(order, result, size) if metric.per_item_is_right else _thirds(order, result, size)
+    chosen = [(key, "") for key in halves(result, size)] if metric.per_item_is_right else _thirds(order, result, size)
     place = {example.id: index for index, example in enumerate(shown)}
     cards = []
     for key, pick in chosen:
@@ -196,12 +201,15 @@ def gallery(
     return cards
 
 
-def _halves(order: list[str], result: MetricResult, size: int) -> list[tuple[str, str]]:
+def halves(result: MetricResult, size: int) -> list[str]:
+    """Ids of wrong and right items in equal parts where there are enough, in a random order with a fixed seed."""
+    order = sorted(result.per_item)
+    random.Random(0).shuffle(order)
     right = [key for key in order if result.per_item[key] == 1.0]
     wrong = [key for key in order if result.per_item[key] != 1.0]
     num_wrong = min(len(wrong), max(size // 2, size - len(right)))
     picked = set(wrong[:num_wrong] + right[: size - num_wrong])
-    return [(key, "") for key in order if key in picked]
+    return [key for key in order if key in picked]
 
 
 def _thirds(order: list[str], result: MetricResult, size: int) -> list[tuple[str, str]]:

@@ -53,7 +53,7 @@ def _of_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
                 (
                     name if place == 0 else "",
                     *(metric, f"{result['value']:.4f}", _interval(result), constant(result)),
-                    *(items_of(results), shown),
+                    *(items_of(results, metric), shown),
                 )
             )
         remarks += [f"{name}: {line}" for line in _remarks(results)]
@@ -77,11 +77,16 @@ def label(entry: Mapping[str, Any]) -> str:
 
 def model_of(entry: Mapping[str, Any]) -> str:
     """Whose figure it is: "PaliGemma 3B at 448"."""
-    return entry["model"] + (f" at {entry['resolution']}" if entry.get("resolution") else "")
+    size = f" at {entry['resolution']}" if entry.get("resolution") else ""
+    return entry["model"] + (f" with {entry['tokens']} tokens" if entry.get("tokens") else size)
 
 
-def items_of(results: Mapping[str, Any]) -> str:
-    """The number of items, and of how many, where the task says how many its split has."""
+def items_of(results: Mapping[str, Any], metric: str) -> str:
+    """The number of items, and of how many, where the task says how many its split has; of a metric that is about
+    others (captions, where the items are images), theirs."""
+    own = results["metrics"][metric]["num_items"]
+    if own != results["num_items"]:
+        return str(own)
     count, expected = results["num_items"], (results.get("task") or {}).get("expected_items")
     return f"{count} of {expected}" if expected not in (None, count) else str(count)
 
@@ -93,6 +98,12 @@ def _interval(result: Mapping[str, Any]) -> str:
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: {note}" for name, result in results["metrics"].items() for note in result.get("notes", ())]
+    if over := (results.get("task") or {}).get("average_over"):
+        lines += _by_group(results, over)
+    if others := (results.get("task") or {}).get("published_for_other_models"):
+        if not results["task"]["published"]:
+            models = len({one["model"] for one in others})
+            lines.append(f"published figures of {models} checkpoints, none of this name, are in results.json")
     if results["images_shuffled_with_seed"] is not None:
         lines.append("control: every item was shown another item's image")
     if results["failures"]:
@@ -104,3 +115,13 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
     if results["skipped_annotations"]:
         lines.append(f"{len(results['skipped_annotations'])} broken annotations were left out (see results.json)")
     return lines
+
+
+def _by_group(results: Mapping[str, Any], over: str) -> list[str]:
+    """What a metric at rank 1 is in each group that it is a mean over."""
+    leading = [name for name in results["metrics"] if name.endswith("_r@1")]
+    found = {name: results["metrics"][name]["details"] for name in leading}
+    return [
+        f"{name}: " + ", ".join(f"{key.removeprefix(f'{over} ')} {value:.4f}" for key, value in values.items())
+        for name, values in found.items()
+    ]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from vlm.registry import door
 
 _HOMES = {
+    "Embedder": "embedder",
     **dict.fromkeys(("space", "zero_shot"), ""),
     **dict.fromkeys(("from_big_vision", "load"), "loading"),
     "save": "saving",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from vlm.siglip.classifying import Classified as Classified
     from vlm.siglip.classifying import classify as classify
     from vlm.siglip.classifying import ranked as ranked
+    from vlm.siglip.embedder import Embedder as Embedder
     from vlm.siglip.encode import Encoded as Encoded
     from vlm.siglip.encode import TextVectors as TextVectors
     from vlm.siglip.encode import encode_images as encode_images

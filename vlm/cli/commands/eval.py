@@ -2,6 +2,7 @@
 
 import json as jsons
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from vlm.cli.options import (
     chosen_of,
     unless_auto,
 )
+from vlm.cli.towers import Towers, refuse
 from vlm.errors import ConfigError
 from vlm.generation.decoding import Decoding
 from vlm.settings import option
@@ -35,17 +37,22 @@ def batch_size(text: str) -> int | Literal["auto"]:
 
 
 def list_tasks() -> str:
-    """The table of tasks."""
+    """The tables of tasks."""
     from vlm.eval.tasks.catalogue import table
+    from vlm.eval.towers.benchmark import table as of_towers
 
-    return table()
+    return f"for a model that writes text:\n\n{table()}\n\nfor a model of two towers:\n\n{of_towers()}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Items:
     """What is evaluated"""
 
-    data: Path = option("annotations, as JSONL; or the folder of the tasks' files", flags=("-d",), metavar="PATH")
+    data: Path = option(
+        "annotations, as JSONL; or the folder of the tasks' files; or a folder with one folder per class",
+        flags=("-d",),
+        metavar="PATH",
+    )
     metrics: str | None = option(
         "for a JSONL file: names of metrics, such as exact_match,cider", default=None, metavar="A,B", either="form!"
     )
@@ -69,6 +76,7 @@ class Options:
     decoding: Chosen  # type: ignore[valid-type]  # made from Decoding
     reading: Reading
     prompts: Prompts
+    towers: Towers
     place: Place
     model: str = option("model directory or hub id", flags=("-m",))
     out: Path = option("folder for the results", flags=("-o",), metavar="DIR")
@@ -95,21 +103,41 @@ def run(options: Options) -> int:
     from vlm import ranks
     from vlm.eval.tables import table
 
-    items, given = options.items, _given(options)
-    if items.tasks is not None and (items.image_root or items.skip_bad):
-        raise ConfigError("--image-root and --skip-bad are for a JSONL file; with --tasks the tasks name their files")
-    _refuse_unread(given)
-    if items.tasks is None:  # a task may say how many beams it takes
-        check_beams(given.get("num_beams"), given.get("beam_search"))
+    evaluate = _way(options)
     check_device(options.place.device)
     console.quiet_transformers()
     with ranks.joined() as group:
-        results = _on_file(options) if items.tasks is None else _on_tasks(options)
+        results = evaluate(options)
         if group.main:
             print(jsons.dumps(results, indent=1) if options.json else table(results))
             print(f"written to {options.out}", file=sys.stderr)
         # One process tells it: a launcher takes the first code above 0 for a crash of the whole.
         return console.SKIPPED if results["skipped"] and group.main else console.OK
+
+
+def _way(options: Options) -> Callable[[Options], dict[str, Any]]:
+    """What evaluates: a file, tasks of a model that writes, or tasks of two towers; nothing given stays unread."""
+    from vlm.eval.towers.benchmark import chosen
+
+    items, given = options.items, _given(options)
+    if items.tasks is not None and chosen(items.tasks):
+        refuse([*given, *_set(options.prompts, "strip_control")], "by a model of two towers, which writes nothing")
+        refuse([*_set(options.reading, "image_size"), *_set(options, "batch_tokens")], "by a model of two towers")
+        refuse(_set(items, "skip_bad"), "with these tasks: every line of a file must be right")
+        return _on_towers
+    refuse(list(options.towers.chosen()), "but with the tasks of a model of two towers (--list-tasks)")
+    if items.tasks is not None and (items.image_root or items.skip_bad):
+        raise ConfigError("--image-root and --skip-bad are for a JSONL file; with --tasks the tasks name their files")
+    _refuse_unread(given)
+    if items.tasks is None:  # a task may say how many beams it takes
+        check_beams(given.get("num_beams"), given.get("beam_search"))
+        return _on_file
+    return _on_tasks
+
+
+def _set(options: Any, *names: str) -> list[str]:
+    """Those of some options that were given."""
+    return [name for name in names if getattr(options, name) not in (None, False)]
 
 
 def _opening(options: Options) -> dict[str, Any]:
@@ -165,6 +193,34 @@ def _on_tasks(options: Options) -> dict[str, Any]:
     )
 
 
+def _on_towers(options: Options) -> dict[str, Any]:
+    from vlm.cli.options import chosen_device
+    from vlm.eval.towers.benchmark import chosen
+    from vlm.eval.towers.job import Options as Job
+    from vlm.eval.towers.run import evaluate_towers
+    from vlm.siglip.embedder import opened
+
+    items, towers = options.items, options.towers.chosen()
+    how = Job(
+        **towers,
+        batch_size=32 if options.batch == "auto" else options.batch,
+        image_root=items.image_root,
+        limit=items.limit,
+        shuffle_images=items.shuffle_images,
+        seed=items.seed,
+    )
+    assert items.tasks is not None
+    kinds = {one.task.kind for one in chosen(items.tasks)}
+    embedder = opened(
+        options.model,
+        pictures_only=kinds <= {"knn", "linear"},
+        device=chosen_device(options.place.device),
+        dtype=unless_auto(options.place.dtype),
+        max_num_patches=options.reading.max_num_patches,
+    )
+    return evaluate_towers(embedder, items.tasks, items.data, options.out, options=how)
+
+
 def _given(options: Options) -> dict[str, Any]:
     """The settings of decoding that were asked for."""
     return {name: value for name, value in asdict(options.decoding).items() if value is not None}
@@ -183,7 +239,8 @@ COMMAND = Command(
     name="eval",
     help="score a model on annotated images",
     details=(
-        "Either --data FILE.jsonl with --metrics, or --data FOLDER with --tasks (--list-tasks). Run again"
+        "Either --data FILE.jsonl with --metrics, or --data FOLDER with --tasks (--list-tasks). A model of two towers"
+        " (SigLIP) has tasks of its own: zeroshot, retrieval, knn, linear on your data, imagenet and others. Run again"
         " with the same options, it goes on where it stopped. `vlm eval diff A B` compares two results. Several"
         " processes share the work: torchrun --nproc_per_node 2 -m vlm eval ..."
     ),
