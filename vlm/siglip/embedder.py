@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlm.checkpoints.digests import canonical, of_module, of_values
@@ -17,16 +18,16 @@ from vlm.checkpoints.files import read_json
 from vlm.checkpoints.opening import Opening
 from vlm.checkpoints.places import locate
 from vlm.errors import ConfigError
-from vlm.images.transforms import ImageTransform
+from vlm.images.transforms import ImageTransform, Pixels
 from vlm.model.modes import in_mode
 from vlm.siglip import space
-from vlm.siglip.encode import Encoded, TextVectors, check_finite, encode_images, encode_texts, on, read_ahead
+from vlm.siglip.encode import Encoded, TextVectors, check_finite, encode_images, encode_texts
 from vlm.siglip.features import mean_of_patches
 from vlm.siglip.loading import load
 from vlm.siglip.processor import DualProcessor
+from vlm.siglip.reading import on, read_ahead
 from vlm.siglip.templates import TEMPLATES, given, named, prompts
 
-INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 ENLARGED = 0.875
 """The paper's pictures are resized to size / 0.875, and the middle is cut out: big_vision `_square875`."""
 
@@ -72,22 +73,27 @@ def opened(
 
 @dataclass(frozen=True)
 class Cropped:
-    """A processor that resizes pictures to size / 0.875 and cuts the middle out, as SigLIP's zero-shot figures have it.
+    """A transform that resizes to size / 0.875 and cuts the middle out, as SigLIP's zero-shot figures have it.
 
     A tower that keeps the aspect ratio has no such rule, nor has one whose own transform cuts the middle out already:
     their own transform is theirs.
     """
 
     transform: ImageTransform
-    processor: DualProcessor
 
-    def images(self, images: Sequence[Any]) -> dict[str, Tensor]:
-        """As `DualProcessor.images`."""
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """As that of the transform."""
+        return self.transform.background
+
+    def __call__(self, images: Sequence[Image.Image]) -> Pixels:
+        """RGB images to pixels of the tower's own size."""
         side = self.transform.image_size or 0
         edge = int(side / ENLARGED)
-        larger = replace(self.processor, transform=replace(self.transform, image_size=edge)).images(images)
+        larger = replace(self.transform, image_size=edge)(images)
         start = (edge - side) // 2
-        return {"pixel_values": larger["pixel_values"][..., start : start + side, start : start + side]}
+        cut = larger.pixel_values[..., start : start + side, start : start + side].contiguous()
+        return larger._replace(pixel_values=cut)
 
 
 class Embedder:
@@ -132,13 +138,15 @@ class Embedder:
         Raises:
             ConfigError: the mean is asked of a model whose image tower is not SigLIP's.
         """
-        processor: Any = (
-            self.processor if view == "plain" or not self._cuts else Cropped(self.processor.transform, self.processor)
-        )
+        transform: Any = self.processor.transform
+        if view == "paper" and self._cuts:
+            transform = Cropped(transform)
         if features == "pooled":
-            yield from encode_images(self.model, processor, images, batch_size=batch_size)
+            yield from encode_images(
+                self.model, replace(self.processor, transform=transform), images, batch_size=batch_size
+            )
             return
-        for keys, inputs, bad in read_ahead(processor, images, batch_size=batch_size):
+        for keys, inputs, bad in read_ahead(transform, images, batch_size=batch_size):
             vectors = torch.zeros(0, 1)
             if keys:
                 with torch.no_grad(), in_mode(self.model):
@@ -196,18 +204,6 @@ class Embedder:
         }
 
 
-@dataclass(frozen=True)
-class _Pixels:
-    """A transform as `vlm.siglip.encode` reads images through a processor."""
-
-    transform: ImageTransform
-
-    def images(self, images: Sequence[Any]) -> dict[str, Tensor]:
-        pixels = self.transform(images)
-        given = pixels._asdict()
-        return {name: given[name] for name in INPUTS if given[name] is not None}
-
-
 class TowerEmbedder:
     """The vision tower of a model that writes text: the mean of its patch features, for k-NN and a linear probe.
 
@@ -240,7 +236,7 @@ class TowerEmbedder:
                 f"{self.name} has no embedding of a whole picture; its features are the mean of the patches"
             )
         place = next(self.encoder.parameters())
-        for keys, inputs, bad in read_ahead(_Pixels(self.transform), images, batch_size=batch_size):  # type: ignore[arg-type]
+        for keys, inputs, bad in read_ahead(self.transform, images, batch_size=batch_size):
             vectors = torch.zeros(0, 1)
             if keys:
                 with torch.no_grad(), in_mode(self.encoder):
