@@ -133,7 +133,7 @@ def test_arithmetic_that_torch_was_allowed_to_hasten_changes_nothing(
     queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hastened(self: screen.Float32, block: Tensor) -> Tensor:
-        return (self.queries.bfloat16() @ block.bfloat16().T).float()
+        return (block.bfloat16() @ self.queries.bfloat16().T).float()
 
     mkldnn: Any = torch.backends.mkldnn
     assert mkldnn.matmul.fp32_precision == "none"

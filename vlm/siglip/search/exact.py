@@ -31,7 +31,7 @@ QUERIES = 1024
 """Queries that one pass takes."""
 FEW = 2
 """Up to so many queries, float16 vectors are multiplied as they are."""
-SETTLED = 1024
+SETTLED = 256
 """Products in float64 at a time; bounds the memory."""
 PILED = 1 << 16
 """Candidates that wait to be settled."""
@@ -124,29 +124,35 @@ class Exact:
 
     def _pass(self, queries: Tensor, k: int, allowed: Tensor | None) -> Top:
         """All blocks against some queries. The floor of a query is what a first score needs to be a candidate."""
-        screen = self._screen(queries)
-        best, pile = Best(len(queries), k), _Pile()
-        floor = torch.full((len(queries),), -torch.inf)
-        seen, settle_at = 0, 1
+        screen, number = self._screen(queries), len(queries)
+        limit = max(PILED, 4 * k * number)
+        waiting: list[Ranked] = []
+        floor = torch.full((number,), -torch.inf)
+        seen, size, look_at = 0, 0, 1
         for block in self._blocks(allowed, screen.at_once):
             first = screen(block.vectors)
-            hits = first >= floor[:, None]
-            if first.shape[1] > k and int(hits.count_nonzero()) > 4 * k * len(queries):
-                kth = first.topk(k).values[:, -1]
-                hits = first >= torch.maximum(floor, kth - 2 * screen.error)[:, None]
-            which, places = hits.nonzero(as_tuple=True)
-            pile.add(which, places, block)
-            seen += first.shape[1]
-            # The floor rises most at the start: settled each time the rows seen have doubled, and when many wait.
-            if seen >= settle_at or pile.size > PILED:
-                floor = self._settle(queries, best, pile) - screen.error
-                settle_at = 2 * seen
-        self._settle(queries, best, pile)
-        return best.top()
+            places, which = (first >= floor).nonzero(as_tuple=True)
+            if len(first) > k and len(which) > 4 * k * number:
+                kth = first.topk(k, dim=0).values[-1]
+                places, which = (first >= torch.maximum(floor, kth - 2 * screen.error)).nonzero(as_tuple=True)
+            waiting.append(Ranked(which, block.rows(places), first[places, which]))
+            seen, size = seen + len(first), size + len(which)
+            # The floor rises most at the start: looked at each time the rows seen have doubled, and when many wait.
+            if seen >= look_at or size > limit:
+                pile = Ranked.joined(waiting)
+                floor = pile.kth(number, k) - 2 * screen.error
+                pile = pile.where(pile.scores >= floor[pile.which])
+                if len(pile.which) > limit:  # too many for the first pass to tell apart
+                    pile = self.settled(queries, pile, k)
+                waiting, size, look_at = [pile], len(pile.which), 2 * seen
+        pile = self.settled(queries, Ranked.joined(waiting), k)
+        return Top(pile.scores.view(number, k), pile.rows.view(number, k))
 
-    def _settle(self, queries: Tensor, best: Best, pile: _Pile) -> Tensor:
-        which, rows = pile.take()
-        return best.add(which, rows, self.scores(queries, which, rows))
+    def settled(self, queries: Tensor, pile: Ranked, k: int) -> Ranked:
+        """The `k` best of each query with their true scores; sorted by query, then by score, then by row."""
+        found = pile._replace(scores=self.scores(queries, pile.which, pile.rows))
+        found = found.where(found.rows.argsort())
+        return found.where(found.order(len(queries), k))
 
     def _screen(self, queries: Tensor) -> Float32 | AsStored:
         halves = all(shard.dtype == torch.float16 for shard in self.shards)
@@ -180,55 +186,42 @@ class _Block(NamedTuple):
     first: int
     chosen: Tensor | None
 
-
-class _Pile:
-    """Candidates that wait to be settled: pairs of a query and a row."""
-
-    def __init__(self) -> None:
-        self.parts: list[tuple[Tensor, Tensor]] = []
-        self.size = 0
-
-    def add(self, which: Tensor, places: Tensor, block: _Block) -> None:
-        if len(which):
-            self.parts.append((which, block.first + (places if block.chosen is None else block.chosen[places])))
-            self.size += len(which)
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        which, rows = (
-            (torch.cat([nothing, *part]) for part in zip(*self.parts, strict=True)) if self.parts else (nothing,) * 2
-        )
-        self.parts, self.size = [], 0
-        return which, rows
+    def rows(self, places: Tensor) -> Tensor:
+        """Row numbers of these places in the block."""
+        return self.first + (places if self.chosen is None else self.chosen[places])
 
 
-class Best:
-    """The `k` best settled pairs of each query so far, sorted by query, then by score, then by row."""
+class Ranked(NamedTuple):
+    """Pairs of a query and a row, with their scores: int64[n], int64[n], float32[n]."""
 
-    def __init__(self, queries: int, k: int) -> None:
-        self.queries, self.k = queries, k
-        self.which, self.rows = torch.zeros(2, 0, dtype=torch.int64)
-        self.found = torch.zeros(0)
+    which: Tensor
+    rows: Tensor
+    scores: Tensor
 
-    def add(self, which: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
-        """Take settled pairs in; the k-th score of each query, float32[Q], -inf where it has fewer."""
-        which, rows = torch.cat([self.which, which]), torch.cat([self.rows, rows])
-        scores = torch.cat([self.found, scores])
-        order = rows.argsort()
-        order = order[scores[order].argsort(descending=True, stable=True)]
-        order = order[which[order].argsort(stable=True)]
-        counts = which.bincount(minlength=self.queries)
+    @classmethod
+    def joined(cls, parts: Sequence[Ranked]) -> Ranked:
+        """All pairs of at least one part."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
+
+    def where(self, chosen: Tensor) -> Ranked:
+        """The pairs that a mask or an index chooses."""
+        return Ranked(self.which[chosen], self.rows[chosen], self.scores[chosen])
+
+    def order(self, queries: int, k: int) -> Tensor:
+        """The `k` best pairs of each query, by query and falling score; of equal scores the one that is here first."""
+        order = self.scores.argsort(descending=True, stable=True)
+        order = order[self.which[order].argsort(stable=True)]
+        counts = self.which.bincount(minlength=queries)
         starts = counts.cumsum(0) - counts
-        order = order[torch.arange(len(order)) - starts[which[order]] < self.k]
-        self.which, self.rows, self.found = which[order], rows[order], scores[order]
-        kth = torch.full((self.queries,), -torch.inf)
-        full = counts >= self.k
-        ends = counts.clamp(max=self.k).cumsum(0) - 1
-        kth[full] = self.found[ends[full]]
-        return kth
+        return order[torch.arange(len(order)) - starts[self.which[order]] < k]
 
-    def top(self) -> Top:
-        return Top(self.found.view(self.queries, self.k), self.rows.view(self.queries, self.k))
+    def kth(self, queries: int, k: int) -> Tensor:
+        """The k-th best score of each query, float32[queries]; -inf where it has fewer."""
+        best = self.order(queries, k)
+        counts = self.which[best].bincount(minlength=queries)
+        found = torch.full((queries,), -torch.inf)
+        found[counts == k] = self.scores[best[counts.cumsum(0)[counts == k] - 1]]
+        return found
 
 
 def _check_shards(shards: Sequence[Tensor]) -> None:

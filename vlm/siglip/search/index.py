@@ -25,7 +25,7 @@ from torch import Tensor
 from vlm.errors import ConfigError, nearest
 from vlm.files import publishing, write_json
 from vlm.siglip.search.engines import ENGINES, KINDS, Engine
-from vlm.siglip.search.exact import Best, Exact, Top, checked_k, checked_mask, checked_queries
+from vlm.siglip.search.exact import Exact, Ranked, Top, checked_k, checked_mask, checked_queries
 from vlm.words import listed
 
 FOLDER, MANIFEST, FORMAT = "indexes", "manifest.json", 1
@@ -80,11 +80,11 @@ class Index:
         which = torch.arange(len(some))[:, None].expand_as(rows)
         pairs = (which[good] * self.vectors.rows + rows[good]).unique()  # each row once, whatever the engine says
         which, rows = pairs // self.vectors.rows, pairs % self.vectors.rows
-        best = Best(len(some), found.rows.shape[1])
-        full = best.add(which, rows, self.vectors.scores(some, which, rows)) > -torch.inf
-        kept = full[best.which]
-        found.scores[asked[full]] = best.found[kept].view(-1, best.k)
-        found.rows[asked[full]] = best.rows[kept].view(-1, best.k)
+        k = found.rows.shape[1]
+        best = self.vectors.settled(some, Ranked(which, rows, torch.zeros(len(rows))), k)
+        full = best.which.bincount(minlength=len(some)) == k
+        best = best.where(full[best.which])
+        found.scores[asked[full]], found.rows[asked[full]] = best.scores.view(-1, k), best.rows.view(-1, k)
         return asked[~full]
 
 

@@ -16,7 +16,7 @@ _UNIT, _UNIT_HALF, _UNIT_FAST = 2.0**-24, 2.0**-11, 2.0**-7
 
 @dataclass
 class Float32:
-    """First scores by one matrix product in float32: [n, D] -> float32[Q, n], within `error` float32[Q]."""
+    """First scores by one matrix product in float32: [n, D] -> float32[n, Q], within `error` float32[Q]."""
 
     queries: Tensor
     longest: float
@@ -29,12 +29,13 @@ class Float32:
         self.error = (1.1 * (self.queries.shape[1] + 4) * _UNIT + fast) * self.longest * length + 1e-30
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        return self.queries @ float32(vectors, self.buffer).T
+        # This way round is a quarter faster than queries @ vectors.T (MKL, AVX2: 100 queries, 910 vectors of 1152).
+        return float32(vectors, self.buffer) @ self.queries.T
 
 
 @dataclass
 class AsStored:
-    """First scores of float16 vectors, multiplied as they are: float16[n, D] -> float32[Q, n], within `error`."""
+    """First scores of float16 vectors, multiplied as they are: float16[n, D] -> float32[n, Q], within `error`."""
 
     queries: Tensor
     longest: float
@@ -50,7 +51,7 @@ class AsStored:
         self.error = self.longest * (off + rounding * (length + off)) + 2.0**-24
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        return torch.stack([torch.mv(vectors, query) for query in self.halves]).float()
+        return torch.stack([torch.mv(vectors, query) for query in self.halves], dim=1).float()
 
 
 def float32(vectors: Tensor, buffer: Tensor) -> Tensor:
