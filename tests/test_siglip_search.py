@@ -149,6 +149,17 @@ def test_arithmetic_that_torch_was_allowed_to_hasten_changes_nothing(
     assert torch.equal(before.scores, after.scores) and torch.equal(before.rows, after.rows)
 
 
+def test_a_cpu_that_sums_float16_in_float16_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def coarse(self: screen.AsStored, block: Tensor) -> Tensor:
+        return block.float() @ self.queries.T + 0.1 * (torch.arange(len(block)) % 3)[:, None]
+
+    stored, asked = vectors(3000).half(), vectors(1, seed=1)
+    before = top([stored], asked, 10)
+    monkeypatch.setattr(screen.AsStored, "__call__", coarse)
+    after = top([stored], asked, 10)
+    assert torch.equal(before.scores, after.scores) and torch.equal(before.rows, after.rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("queries", [1, 50])
 def test_faiss_finds_the_same_rows(dtype: torch.dtype, queries: int) -> None:

@@ -101,7 +101,7 @@ class Exact:
         most = min(checked_k(k), self.rows if allowed is None else checked_mask(allowed, self.rows))
         if not most or not len(queries):
             return Top(torch.zeros(len(queries), most), torch.zeros(len(queries), most, dtype=torch.int64))
-        found = [self._pass(some, most, allowed) for some in queries.split(QUERIES)]
+        found = [self._search(some, most, allowed) for some in queries.split(QUERIES)]
         return Top(*map(torch.cat, zip(*found, strict=True)))
 
     def scores(self, queries: Tensor, which: Tensor, rows: Tensor) -> Tensor:
@@ -122,9 +122,19 @@ class Exact:
             taken[here] = self.shards[shard][rows[here] - self.starts[shard]].float()
         return taken
 
-    def _pass(self, queries: Tensor, k: int, allowed: Tensor | None) -> Top:
-        """All blocks against some queries. The floor of a query is what a first score needs to be a candidate."""
-        screen, number = self._screen(queries), len(queries)
+    def _search(self, queries: Tensor, k: int, allowed: Tensor | None) -> Top:
+        for screen in self._screens(queries):
+            pile = self._candidates(screen, queries, k, allowed)
+            settled = pile._replace(scores=self.scores(queries, pile.which, pile.rows))
+            # Were float16 products summed in another way on some CPU, what was settled would show it.
+            if ((settled.scores - pile.scores).abs() <= screen.error[pile.which]).all():
+                break
+        best = settled.best(len(queries), k)
+        return Top(best.scores.view(-1, k), best.rows.view(-1, k))
+
+    def _candidates(self, screen: Float32 | AsStored, queries: Tensor, k: int, allowed: Tensor | None) -> Ranked:
+        """What may be among the best, by first scores. The floor of a query is what a score needs to be among them."""
+        number = len(queries)
         limit = max(PILED, 4 * k * number)
         waiting: list[Ranked] = []
         floor = torch.full((number,), -torch.inf)
@@ -143,24 +153,18 @@ class Exact:
                 floor = pile.kth(number, k) - 2 * screen.error
                 pile = pile.where(pile.scores >= floor[pile.which])
                 if len(pile.which) > limit:  # too many for the first pass to tell apart
-                    pile = self.settled(queries, pile, k)
+                    pile = pile._replace(scores=self.scores(queries, pile.which, pile.rows)).best(number, k)
                 waiting, size, look_at = [pile], len(pile.which), 2 * seen
-        pile = self.settled(queries, Ranked.joined(waiting), k)
-        return Top(pile.scores.view(number, k), pile.rows.view(number, k))
+        return Ranked.joined(waiting)
 
-    def settled(self, queries: Tensor, pile: Ranked, k: int) -> Ranked:
-        """The `k` best of each query with their true scores; sorted by query, then by score, then by row."""
-        found = pile._replace(scores=self.scores(queries, pile.which, pile.rows))
-        found = found.where(found.rows.argsort())
-        return found.where(found.order(len(queries), k))
-
-    def _screen(self, queries: Tensor) -> Float32 | AsStored:
+    def _screens(self, queries: Tensor) -> Iterator[Float32 | AsStored]:
+        """First passes to take, the fastest first; the next one where a pass did not keep its bound."""
         halves = all(shard.dtype == torch.float16 for shard in self.shards)
         if halves and len(queries) <= FEW and not sums_in_float16():
             stored = AsStored(queries, self.longest, self._at_once(VALUES_AS_STORED))
             if stored.usable:
-                return stored
-        return Float32(queries, self.longest, self._at_once(VALUES), self._buffer())
+                yield stored
+        yield Float32(queries, self.longest, self._at_once(VALUES), self._buffer())
 
     def _at_once(self, values: int) -> int:
         return max(1, values // max(1, self.width))
@@ -206,6 +210,11 @@ class Ranked(NamedTuple):
     def where(self, chosen: Tensor) -> Ranked:
         """The pairs that a mask or an index chooses."""
         return Ranked(self.which[chosen], self.rows[chosen], self.scores[chosen])
+
+    def best(self, queries: int, k: int) -> Ranked:
+        """The `k` best pairs of each query, sorted by query, then by score, then by row."""
+        found = self.where(self.rows.argsort())
+        return found.where(found.order(queries, k))
 
     def order(self, queries: int, k: int) -> Tensor:
         """The `k` best pairs of each query, by query and falling score; of equal scores the one that is here first."""

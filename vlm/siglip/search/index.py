@@ -81,7 +81,7 @@ class Index:
         pairs = (which[good] * self.vectors.rows + rows[good]).unique()  # each row once, whatever the engine says
         which, rows = pairs // self.vectors.rows, pairs % self.vectors.rows
         k = found.rows.shape[1]
-        best = self.vectors.settled(some, Ranked(which, rows, torch.zeros(len(rows))), k)
+        best = Ranked(which, rows, self.vectors.scores(some, which, rows)).best(len(some), k)
         full = best.which.bincount(minlength=len(some)) == k
         best = best.where(full[best.which])
         found.scores[asked[full]], found.rows[asked[full]] = best.scores.view(-1, k), best.rows.view(-1, k)
