@@ -82,7 +82,8 @@ class Parser(ArgumentParser):
         given = [word for word in (words[: words.index("--")] if "--" in words else words) if " " not in word]
         names = [word.partition("=")[0] for word in given]
         unknown = [name for name in names if name.startswith("--") and name not in self.option_names]
-        unknown += [name for name in names if name.startswith("-") and f"-{name}" in self.option_names]
+        known = self.option_names
+        unknown += [name for name in names if name.startswith("-") and name not in known and f"-{name}" in known]
         if unknown:
             long = [name for name in self.option_names if name.startswith("--")]
             texts = (name + nearest(name, long) for name in dict.fromkeys(unknown))
