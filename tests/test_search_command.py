@@ -281,7 +281,7 @@ def test_vectors_that_are_being_written_are_searched_as_they_were(
         assert "no vectors in it yet" in searched(capsys, tmp_path / "v", "red cat")[1]
         writer.add([record(name, None) for name in collection.ids[:3]], vectors[:3])
         writer.commit()
-        opened = Opened(tmp_path / "v", None, "cpu")
+        opened = Opened(tmp_path / "v", load, device="cpu")
         # One entry is embedded anew, one is dropped, others come, and some of it is not committed yet.
         writer.add([record(name, None) for name in [collection.ids[1], *collection.ids[3:5]]], vectors[[6, 3, 4]])
         writer.drop([collection.ids[0]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from vlm.errors import ConfigError, VLMError
 from vlm.images.load import FilePart
 from vlm.siglip import space
 from vlm.siglip.encode import encode_images, encode_texts
-from vlm.siglip.loading import load
 from vlm.siglip.search import index
 from vlm.siglip.search.asking import Searcher
 from vlm.siglip.search.exact import Exact
@@ -27,16 +26,24 @@ class Opened:
     """A folder of vectors as it is now, and the model that asks it.
 
     Args:
-        path: of the folder. model: instead of the one that the folder names. device: `auto`, `cpu` or `cuda`.
+        path: of the folder. load: opens a model, as `vlm.siglip.load` does.
+        model: instead of the one that the folder names. device: `auto`, `cpu` or `cuda`.
         index: kind and engine of the index to search through; None searches the vectors themselves.
 
     Raises:
         ConfigError: no vectors; or (once the model is needed) a model of another space.
     """
 
-    def __init__(self, path: Path, model: str | None, device: str, index: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        load: Callable[..., tuple[Any, Any]],
+        model: str | None = None,
+        device: str = "auto",
+        index: tuple[str, str] | None = None,
+    ) -> None:
         self.path, self.store = path, VectorStore.open(path)
-        self._device, self._index = device, index
+        self._load, self._device, self._index = load, device, index
         self._named = model is not None
         self.model_name: str = model or self.store.manifest["model"]
 
@@ -46,7 +53,7 @@ class Opened:
         console.quiet_transformers()
         wanted = self.store.space
         try:
-            opened = load(self.model_name, device=chosen_device(self._device), dtype=wanted.get("dtype"))
+            opened = self._load(self.model_name, device=chosen_device(self._device), dtype=wanted.get("dtype"))
         except VLMError as error:
             if self._named:
                 raise

@@ -64,10 +64,11 @@ def run(options: Options) -> int:
     _check(options)
     from vlm.cli import searching
     from vlm.cli.vectors import Opened
+    from vlm.siglip.loading import load
 
     index = None if options.index is None else (options.index, options.engine)
     asked = options.queries or options.image or options.serve
-    opened = Opened(options.vectors, options.model, options.place.device, index)
+    opened = Opened(options.vectors, load, options.model, options.place.device, index)
     if index and not asked:
         return searching.build(opened, *index)
     if options.serve:
