@@ -19,12 +19,15 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vlm.demo.questions import RELATIONS
 from vlm.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 LEADS = ("a picture of ", "there is ", "")
+_KEPT = 4096
+"""Texts that stay parsed: the same captions are checked against many scenes."""
 SIDES = {"to the left of": "left of", "to the right of": "right of"}
 """Longer spellings of relations."""
 
@@ -110,6 +113,7 @@ def is_caption(text: str) -> bool:
     return _match(text) is not None
 
 
+@lru_cache(_KEPT)
 def _match(text: str) -> re.Match[str] | None:
     return _CAPTION.fullmatch(text.strip().removesuffix("."))
 
@@ -121,7 +125,7 @@ def check(scene: Scene, caption: str) -> Verdict:
         return Verdict(False, "not a caption: it does not parse")
     if match["relation"]:
         return _check_relation(scene, match)
-    said = [_Said(*m.group("size", "colour", "shape", "place")) for m in _PARTS.finditer(match["list"])]
+    said = _said(match["list"])
     if match["number"] and NUMBERS.index(match["number"]) != len(scene.things):
         return Verdict(False, f"there are {len(scene.things)} shapes, not {match['number']}")
     choices = itertools.permutations(scene.things, len(said))
@@ -132,14 +136,14 @@ def check(scene: Scene, caption: str) -> Verdict:
 
 def _check_relation(scene: Scene, match: re.Match[str]) -> Verdict:
     relation = SIDES.get(match["relation"], match["relation"])
-    first, second = (_said(match[key]) for key in ("first", "second"))
+    first, second = (_said(match[key])[0] for key in ("first", "second"))
     pairs = itertools.permutations(scene.things, 2)
     if any(first.fits(a) and second.fits(b) and RELATIONS[relation](a, b) for a, b in pairs):
         return Verdict(True)
     return Verdict(False, f"not so in the picture: {match[0]}")
 
 
-def _said(text: str) -> _Said:
-    match = _PARTS.fullmatch(text)
-    assert match is not None, text  # the caption's own pattern has matched it
-    return _Said(*match.group("size", "colour", "shape", "place"))
+@lru_cache(_KEPT)
+def _said(text: str) -> list[_Said]:
+    """The things that a list, or one thing, names."""
+    return [_Said(*found.group("size", "colour", "shape", "place")) for found in _PARTS.finditer(text)]

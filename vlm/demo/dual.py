@@ -64,7 +64,8 @@ def make_tokenizer() -> tokenizers.Tokenizer:
     # For readers who call it alone: what this package's own processor does by SigLIP 2's rule anyway.
     tokenizer.add_bos_token, tokenizer.add_eos_token, tokenizer.model_max_length = False, True, CONTEXT
     tokenizer.update_post_processor()
-    tokenizer.init_kwargs |= {"padding_side": "right", "model_input_names": ["input_ids"]}
+    tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids"]
+    tokenizer.init_kwargs |= {"padding_side": "right", "model_input_names": ["input_ids"]}  # what is saved
     return tokenizer
 
 

@@ -20,17 +20,26 @@ from torch import Tensor
 
 from vlm import files
 from vlm.checkpoints.places import DEMO_SIGLIP
+from vlm.data.collection import entries_of, gathered
+from vlm.data.problems import listing
 from vlm.demo import album, dataset, figures, search_page
 from vlm.demo.figures import Read
 from vlm.demo.queries import Query, Said, truth
 from vlm.demo.recipe import claim
 from vlm.demo.scenes import Scene
-from vlm.siglip.encode import encode_images, encode_texts
+from vlm.errors import DataError
+from vlm.model.dual import DualTower
+from vlm.siglip import embedding, space
+from vlm.siglip.encode import encode_texts
 from vlm.siglip.loading import load
+from vlm.siglip.processor import DualProcessor
+from vlm.siglip.store import VectorStore
+from vlm.siglip.writing import VectorWriter
 from vlm.words import aligned
 
 log = logging.getLogger("vlm")
 
+BATCH = 32
 FOUND = 6
 """Pictures of each search that are kept and shown."""
 SEARCHES = (
@@ -47,7 +56,8 @@ SEARCHES = (
 
 
 def main(out: str | Path, *, seed: int = 0, count: int = album.SCENES, model: str = DEMO_SIGLIP) -> dict[str, Any]:
-    """Draw the scenes into `out`, classify, embed and search them, and print the figures; what is there is kept.
+    """Draw the scenes into `out`, embed them, ask for labels and searches, and print the figures; what is there is
+    kept.
 
     Args:
         count: of scenes; fewer make a quick test.
@@ -57,7 +67,8 @@ def main(out: str | Path, *, seed: int = 0, count: int = album.SCENES, model: st
         what `out/search.json` holds.
 
     Raises:
-        ConfigError: `out` holds a demo with other settings.
+        ConfigError: `out` holds a demo with other settings, or `out/vectors` those of another model.
+        DataError: a picture is damaged.
     """
     out, started = Path(out), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -77,15 +88,15 @@ def main(out: str | Path, *, seed: int = 0, count: int = album.SCENES, model: st
 
 def look(out: Path, seed: int, count: int, model: str) -> dict[str, Any]:
     """Embed every picture once; all else is asked of the vectors."""
-    lines = dataset.read_lines(out / "scenes.jsonl")
-    tower, processor = load(model, dtype="float32")
-    log.info("embedding %d pictures", len(lines))
-    batches = encode_images(tower, processor, [(line["id"], out / line["image"]) for line in lines])
-    vectors = torch.cat([batch.vectors for batch in batches])
+    tower, processor = load(model)
+    store = embed(out, model, tower, processor)
+    vectors = torch.cat(store.shards)
+    by_id = {line["id"]: line for line in dataset.read_lines(out / "scenes.jsonl")}
+    lines = [by_id[name] for name in store.ids]
 
     @torch.no_grad()
     def read(texts: Sequence[str]) -> Tensor:
-        return tower.logits(vectors, encode_texts(tower, processor, texts).vectors).float()
+        return tower.logits(vectors, encode_texts(tower, processor, texts).vectors)
 
     log.info("asking")
     seen = album.all_scenes(seed, count)
@@ -95,13 +106,28 @@ def look(out: Path, seed: int, count: int, model: str) -> dict[str, Any]:
     return {"seed": seed, "model": model, "figures": [asdict(figure) for figure in asked], "searches": found}
 
 
+def embed(out: Path, model: str, tower: DualTower, processor: DualProcessor) -> VectorStore:
+    """`vlm embed OUT/scenes.jsonl --out OUT/vectors`."""
+    source = [str(out / "scenes.jsonl")]
+    entries, problems = gathered(entries_of(source))
+    with VectorWriter(out / "vectors", space.of(tower, processor), "images", model=model) as writer:
+        work = embedding.plan(entries, source, writer)
+        log.info("embedding %d pictures", work.count)
+        encode = embedding.of_images(tower, processor, batch_size=BATCH)
+        summary = embedding.carry_out(work, problems, writer, encode, prune=True)
+    if summary.problems:
+        raise DataError("\n".join(listing(summary.problems)))
+    return VectorStore.open(out / "vectors")
+
+
 def searches(seen: Sequence[Scene], images: Sequence[str], read: Read) -> list[dict[str, Any]]:
     """Each of `SEARCHES`: how many pictures fit, and the first ones with their probability and whether they do."""
-    probability = read([query.text for query in SEARCHES]).sigmoid()
+    logits = read([query.text for query in SEARCHES])
+    probability = logits.sigmoid()
     fits = truth(seen, SEARCHES)
     found = []
     for column, query in enumerate(SEARCHES):
-        best = probability[:, column].argsort(descending=True, stable=True)[:FOUND].tolist()
+        best = logits[:, column].argsort(descending=True, stable=True)[:FOUND].tolist()
         results = [
             {"image": images[row], "probability": probability[row, column].item(), "fits": bool(fits[row, column])}
             for row in best
