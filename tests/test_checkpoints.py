@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import vlm
 from vlm.build.presets import tiny
-from vlm.checkpoints.places import DEMO_SIGLIP, locate
+from vlm.checkpoints.places import DEMO_SIGLIP, SHIPPED, locate
+from vlm.cli.options import DUAL_MODEL
 from vlm.errors import CheckpointError, ConfigError, GenerationError
 from vlm.images.transforms import ImageTransform
 
@@ -209,6 +210,7 @@ def test_directories_that_are_no_model(tmp_path: Path, copied: Path) -> None:
 
 def test_what_the_package_ships_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    assert DUAL_MODEL in SHIPPED
     shipped = locate(DEMO_SIGLIP)
     assert shipped == Path(vlm.__file__).parent / "demo/assets/dual" and (shipped / "config.json").exists()
     with pytest.raises(CheckpointError, match=f"did you mean '{DEMO_SIGLIP}'"):

@@ -26,6 +26,9 @@ from vlm.generation.decoding import Decoding
 from vlm.settings import option
 
 T = TypeVar("T")
+DUAL_MODEL = "demo-siglip"
+"""What commands of two towers open unless told otherwise: the package's own, of drawn scenes (a name of
+`vlm.checkpoints.places.SHIPPED`, which is not imported for `--help`)."""
 GROUPS = {
     "build": "build, bring in, hand out",
     "train": "train and compare",

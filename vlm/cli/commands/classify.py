@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vlm.cli.options import Command, Place, Shared, chosen_device, names, unless_auto
+from vlm.cli.options import DUAL_MODEL, Command, Place, Shared, chosen_device, names, unless_auto
 from vlm.settings import option
 
 if TYPE_CHECKING:
@@ -83,7 +83,11 @@ class Options:
         default=(),
         shown="",
     )
-    model: str = option("model directory or hub id with both towers", flags=("-m",))
+    model: str = option(
+        "model directory or hub id with both towers; demo-siglip is the package's, of drawn scenes",
+        default=DUAL_MODEL,
+        flags=("-m",),
+    )
     image_root: str | None = option(
         "folder of the images that JSON lines name", default=None, metavar="DIR", shown="the file's own"
     )

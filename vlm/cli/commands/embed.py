@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlm import children, words
 from vlm.cli import console
-from vlm.cli.options import Command, Dtype, Place, Shared, chosen_device, chosen_of, unless_auto
+from vlm.cli.options import DUAL_MODEL, Command, Dtype, Place, Shared, chosen_device, chosen_of, unless_auto
 from vlm.errors import ConfigError
 from vlm.settings import option
 
@@ -35,7 +35,11 @@ class Options:
         default=(),
         shown="",
     )
-    model: str = option("model directory or hub id with both towers", flags=("-m",))
+    model: str = option(
+        "model directory or hub id with both towers; demo-siglip is the package's, of drawn scenes",
+        default=DUAL_MODEL,
+        flags=("-m",),
+    )
     out: str = option("folder of the vectors; what is there already is added to", metavar="VECTORS")
     text: str | None = option(
         "embed texts: this column of the sources, or without a SOURCE each line of this file (- is stdin)",
