@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, SiglipConfig, SiglipModel
+from transformers import AutoModel, AutoTokenizer, SiglipConfig, SiglipModel
 
+from vlm.checkpoints.places import DEMO_SIGLIP, locate
 from vlm.demo import captions, dual, queries, scenes, towers
 from vlm.demo.learning import Words
 from vlm.demo.queries import Query, Said
@@ -123,3 +125,27 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path) -> None:
     assert made[0] == made[1] != made[2]
     model = AutoModel.from_pretrained(folder)
     assert isinstance(model, SiglipModel)
+
+
+# --- The shipped files ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_shipped_is_what_the_command_makes(folder: Path) -> None:
+    """But for the weights, which take minutes: tokenizer, sizes, image settings, and the format of the numbers."""
+    shipped = locate(DEMO_SIGLIP)
+    assert sum(file.stat().st_size for file in shipped.iterdir()) <= 3_000_000
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (shipped / name).read_bytes() == (folder / name).read_bytes()
+    config = json.loads((shipped / "config.json").read_text())
+    assert {key: config["text_config"][key] for key in dual.TEXT} == dual.TEXT
+    assert {key: config["vision_config"][key] for key in towers.VISION} == towers.VISION
+    assert json.loads((shipped / "preprocessor_config.json").read_text()) == towers.PREPROCESSOR
+
+
+def test_transformers_reads_texts_as_they_were_trained(folder: Path) -> None:
+    """The tokenizer's own settings are the rule of SigLIP 2: no BOS, EOS, padding on the right, no mask."""
+    tokenizer = AutoTokenizer.from_pretrained(locate(DEMO_SIGLIP))
+    given = tokenizer(["a red star"], padding="max_length", truncation=True)
+    ids = Words(folder)("a red star")
+    assert list(given) == ["input_ids"]
+    assert given["input_ids"] == [[*ids, 1, *[0] * (dual.CONTEXT - len(ids) - 1)]]

@@ -103,6 +103,13 @@ def holds(scene: scenes.Scene, text: str) -> bool:
     return any(word in (thing.colour, thing.shape) for thing in scene.things)
 
 
+def test_the_shipped_siglip_knows_colours_shapes_and_numbers(ran: Path) -> None:
+    """Of pictures that it has not seen, far from chance; its probabilities are what they say."""
+    value = {figure["name"]: figure["value"] for figure in json.loads((ran / "search.json").read_text())["figures"]}
+    assert min(value["zero_shot_colour"], value["zero_shot_shape"], value["zero_shot_number"]) > 0.9
+    assert value["text_to_image_true"] > 0.6 and value["calibration_error"] < 0.03
+
+
 # --- The command ----------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,8 @@
 The vision tower goes on from the demo's SigLIP (`vlm.demo.towers`), the text tower is new. The loss is the sigmoid loss
 (arXiv 2303.15343, algorithm 1, t' = log 10 and b = -10 at the start) with z = 1 wherever the text is true of the
 picture, not only where it was written for it: the world is small, and "a red star" is true of many pictures. So a
-probability is that of the text being true. Half of the pictures are another picture with one change, and half of
-the texts are those of the other one: what differs in one word, one relation or one number is in every batch.
+probability is that of the text being true. Pictures come in groups that differ in one change, each with texts of its
+own: what differs in one word, one relation or one number is in every batch.
 
 Text as SigLIP 2 reads it: lower case, no BOS, EOS, padding on the right to the whole context, no mask.
 """
@@ -25,6 +25,7 @@ from transformers import SiglipConfig, SiglipModel
 
 from vlm.demo import queries, scenes, towers
 from vlm.demo.learning import MOST_THINGS, Words, complete, fit, pad, save
+from vlm.demo.queries import Query, Said
 from vlm.files import publishing
 from vlm.text import tokenizer as tokenizers
 
@@ -34,20 +35,33 @@ TEXTS = 2
 """For each picture."""
 
 
+_MIXED = (*scenes.CHANGES, scenes.MIX, scenes.MIX)
+
+
+NAMES = [Query(f"a {colour} {shape}", (Said(None, colour, shape),)) for colour, shape in scenes.PAIRS]
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of the training: `steps` of batches of `groups` of pictures, in each of which all but one differ from that
-    one in one change."""
+    one in one of `changes`. `names`: the texts are "a red circle" and the like, all of them, and no others."""
 
     steps: int
     groups: int
     alike: int
     changes: tuple[str, ...] = scenes.CHANGES
+    names: bool = False
 
 
-PARTS = (Part(700, 64, 2), Part(900, 10, 8, (*scenes.CHANGES, scenes.MIX, scenes.MIX)))
-"""First which word means what. After this part colours, shapes and numbers are known, but not what belongs to what: "a
-red star above a blue circle" is believed of a blue star and a red circle. So then many pictures of the same words."""
+PARTS = (
+    Part(700, 64, 2),
+    Part(900, 10, 8, _MIXED),
+    Part(400, 12, 8, _MIXED, names=True),
+    Part(500, 10, 8, _MIXED),
+)
+"""First which word means what. After the second part colours, shapes and numbers are known, but not what belongs to
+what: "a red star" is believed of a blue star and a red circle, however many such pictures there are. With names alone
+that is all there is left to learn, and it is learnt in few steps; then everything together."""
 RATE = 2e-3
 SCALE_TIMES = 20
 """How much faster scale and bias learn: in few steps they would stay where they start, far from what a probability
@@ -87,15 +101,10 @@ def batch(rng: random.Random, words: Words, part: Part) -> Batch:
         else:
             scene = scenes.make_scene(rng, most=MOST_THINGS)
             seen += [scene, *(scenes.make_like(rng, scene, part.changes) for _ in range(part.alike - 1))]
-    asked, rows = [], []
-    for scene in seen:
-        for _ in range(TEXTS):
-            query = queries.write(rng, scene)
-            ids = [*words(query.text), 1]
-            if len(ids) <= CONTEXT:
-                asked.append(query)
-                rows.append(ids)
-    return Batch(towers.pixels(seen), pad(rows, CONTEXT), torch.from_numpy(queries.truth(seen, asked)))
+    written = (queries.write(rng, scene) for scene in seen for _ in range(TEXTS))
+    asked = NAMES if part.names else [query for query in written if len(words(query.text)) < CONTEXT]
+    texts = pad([[*words(query.text), 1] for query in asked], CONTEXT)
+    return Batch(towers.pixels(seen), texts, torch.from_numpy(queries.truth(seen, asked)))
 
 
 def loss(model: SiglipModel, given: Batch) -> Tensor:
