@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,14 @@ def test_other_files_stay_and_wrong_arguments_are_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "model-00001-of-00002.safetensors").exists()
     with pytest.raises(ConfigError, match="save takes the DualTower and the DualProcessor"):
         save(model.model, processor, tmp_path / "out")
+
+
+def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "siglip")
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "vlm_family": "siglip3"}))
+    with pytest.raises(CheckpointError, match="vlm_family is 'siglip3', known: siglip, siglip2"):
+        load(tmp_path)
 
 
 def test_images_alone_are_saved_too(tmp_path: Path) -> None:

@@ -194,6 +194,10 @@ def _config(values: Mapping[str, Any], where: str) -> PreTrainedConfig:
         raise CheckpointError(
             f"{where}: model_type is {kind!r}, expected {' or '.join(map(repr, classes))} (both towers)"
         )
+    if values.get(FAMILY) not in (None, *RULES):
+        raise CheckpointError(
+            f"{where}: {FAMILY} is {str(values[FAMILY])[:60]!r}, known: {', '.join(RULES)}; it says how texts are read"
+        )
     for key in ("text_config", "vision_config"):
         check_numbers(values.get(key, {}), f"{where}: {key}")
     config: PreTrainedConfig = guarded(lambda: classes[kind].from_dict(dict(values)), where)
