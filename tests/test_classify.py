@@ -16,6 +16,7 @@ from test_zero_shot import write
 
 from vlm.cli import main
 from vlm.cli.commands.classify import TemplateSet
+from vlm.model.dual import OBJECTIVES
 from vlm.siglip.calibration import fit
 from vlm.siglip.loading import load
 from vlm.siglip.templates import OPENAI, TEMPLATES
@@ -302,6 +303,30 @@ def test_a_damaged_calibration_is_refused(
     out.write_text(json.dumps(value))
     code, _, err = asked(capsys, "pics/00.png", "--labels", "cat,tree", "--calibration", str(out))
     assert code == 2 and "c.json" in err and "Traceback" not in err
+
+
+def test_a_model_with_softmax(
+    world: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights read as CLIP's are: no bias, one label among all, a temperature alone."""
+    model, processor = load("m")
+    model.objective = OBJECTIVES["softmax"]
+    monkeypatch.setattr("vlm.siglip.loading.load", lambda *_, **__: (model, processor))
+    logits = theirs(world, LABELS) - world["theirs"].logit_bias.item()
+    words = ["--labels", ",".join(LABELS)]
+    _, (line,), err = asked(capsys, "pics/00.png", *words)
+    wanted = np.exp(logits[0]) / np.exp(logits[0]).sum()
+    assert np.abs(np.array(scores(line, "probability")) - wanted).max() < 1e-5 and "--threshold" not in err
+    assert "they compete" in asked(capsys, "pics/00.png", *words, "--threshold", "0.9")[2]
+    code, _, err = asked(capsys, "pics/00.png", "--labels", "cat")
+    assert code == 2 and "give two or more" in err
+    rows = [LABELS[number % 3] for number in range(12)]
+    data = labelled(world["folder"] / "lab.jsonl", rows)
+    _, (report,), _ = asked(capsys, *words, "--calibrate", str(data), "--calibration", str(tmp_path / "c.json"))
+    found = fit(logits, np.array([[label == row for label in LABELS] for row in rows]), "softmax")
+    kept = json.loads((tmp_path / "c.json").read_text())
+    assert kept["temperature"] == pytest.approx(found.temperature, rel=1e-3)
+    assert (kept["bias"], kept["objective"], report["num_images"]) == (0, "softmax", 12)
 
 
 def test_openai_templates_are_read_with_their_punctuation(

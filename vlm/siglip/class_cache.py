@@ -1,4 +1,4 @@
-"""Class vectors kept on the disk: the texts of a thousand classes in 81 templates take a CPU an hour, and never change.
+"""Class vectors kept on the disk: a thousand classes in 81 templates are 81,000 texts, and the same ones every time.
 
 A file for each chunk of classes, named by a digest of everything that decides its numbers: weights, text rule,
 tokenizer, versions of the libraries, and the texts themselves. So nothing in it can be out of date, a changed label set
