@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,29 @@ def test_a_configuration_cannot_choose_code(changes: dict[str, Any], message: st
     needs("open_clip")
     write("clip", tmp_path, **changes)
     with pytest.raises(ConfigError, match=message):
+        load(tmp_path)
+
+
+@torch.no_grad()
+def test_the_names_that_people_paste(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As open_clip takes them; beside a timm configuration of the image tower, which describes no text tower."""
+    asked = []
+
+    def give(name: str, **_: Any) -> str:
+        asked.append(name)
+        return str(folders / "siglip2")
+
+    monkeypatch.setattr("vlm.checkpoints.places.snapshot_download", give)
+    (folders / "siglip2" / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_siglip_256"}))
+    model, _ = load("hf-hub:timm/ViT-B-16-SigLIP2-256")
+    (folders / "siglip2" / "config.json").unlink()
+    assert asked == ["timm/ViT-B-16-SigLIP2-256"] and model.family == "open_clip_siglip"
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIGS["siglip"]}))
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ConfigError, match=r"needs open_clip, .*pip install 'vlm-backbone\[open-clip\]'"):
         load(tmp_path)
 
 

@@ -26,9 +26,7 @@ def has_two_towers(path: str | Path, *, revision: str | None = None) -> bool:
         with big_vision.open_npz(path) as arrays:
             return any(name.startswith("txt/") for name in arrays)
     folder = locate(path, revision=revision)
-    if not (folder / "config.json").is_file():
+    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "text_config" not in values:
         return (folder / encoder_spec(OPEN_CLIP).config_file).is_file()
-    values = read_json(folder / "config.json")
-    return (
-        values.get("model_type") in {tower.model_type for tower in text_towers().values()} and "text_config" in values
-    )
+    return values.get("model_type") in {tower.model_type for tower in text_towers().values()}

@@ -74,7 +74,7 @@ def load(
     else:
         folder = locate(path, revision=revision)
         manifest.check(folder)
-        if open_clip.recognise(folder) and not (folder / "config.json").is_file():
+        if open_clip.recognise(folder):
             model, reader = open_clip.load(
                 folder, origin=str(path), dtype=dtype, tokenizer=tokenizer, allow_nonfinite=allow_nonfinite
             )

@@ -222,9 +222,8 @@ def write(model: DualTower, processor: Any, folder: Path) -> None:
 
 
 def recognise(folder: Path) -> bool:
-    """Whether open_clip wrote this directory, and with a text tower."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
+    """Whether a directory is open_clip's. One that holds the same model for transformers too is read as that."""
+    if not (folder / CONFIG_FILE).is_file():
         return False
-    model = read_json(file).get("model_cfg")
-    return isinstance(model, dict) and isinstance(model.get("text_cfg"), dict)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return "text_config" not in config
