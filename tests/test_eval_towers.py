@@ -406,3 +406,14 @@ def test_beside_the_published_figures_of_its_checkpoint(tmp_path: Path) -> None:
     text, page = table(outcome), (tmp_path / "out/coco_retrieval/report.html").read_text()
     assert "47.2 (google/siglip-base-patch16-224 at 224)" in text and "64.4 (google/siglip-base" in text
     assert "only 3 of 5000 items were evaluated" in page and "Published for other checkpoints" in page
+
+
+@pytest.mark.parametrize("name", benchmark.names())
+def test_the_page_says_what_the_tasks_are(name: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+    [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    task = benchmark.get(name)
+    assert f"| {task.protocol} |" in row and f"| {task.default_split or 'yours'}" in row
+    for split in [task.split()] if task.splits else []:
+        assert f"| {split.expected_items:,} |" in row
+        assert all(f"`{file.path}`" in row for file in split.files.values())

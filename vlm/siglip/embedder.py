@@ -28,6 +28,8 @@ from vlm.siglip.processor import DualProcessor
 from vlm.siglip.reading import on, read_ahead
 from vlm.siglip.templates import TEMPLATES, given, named, prompts
 
+MEAN_OF = ("siglip", "siglip2_naflex")
+"""Towers whose last hidden states are patches alone."""
 ENLARGED = 0.875
 """The paper's pictures are resized to size / 0.875, and the middle is cut out: big_vision `_square875`."""
 
@@ -159,13 +161,13 @@ class Embedder:
         return self.processor.transform.mode == "squash"
 
     def _mean(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        tower = getattr(self.model.model, "vision_model", None)
-        if not self.model.objective.biased or tower is None:
+        if self.model.kind not in MEAN_OF:
             raise ConfigError(
-                f"the mean of patch features is read of SigLIP towers, {self.name} is {self.model.kind!r}"
+                f"the mean of patch features is read of SigLIP towers, {self.name} is {self.model.kind!r}; leave"
+                " --features out"
             )
         values = {**inputs, "pixel_values": inputs["pixel_values"].to(self.model.dtype)}
-        features = tower(**values).last_hidden_state.float()
+        features = self.model.model.vision_model(**values).last_hidden_state.float()
         mask = inputs.get("pixel_attention_mask")
         if mask is None:
             mean: Tensor = features.mean(1)
