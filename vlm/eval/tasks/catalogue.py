@@ -13,6 +13,7 @@ from vlm.data.items import File
 from vlm.errors import ConfigError, nearest
 from vlm.eval.tasks.loading import Task
 from vlm.eval.tasks.task import Split, TaskDecoding, check_scoring
+from vlm.eval.towers import benchmark as towers
 from vlm.words import columns
 
 _HERE = Path(__file__).parent
@@ -62,7 +63,8 @@ def names() -> list[str]:
 def get(name: str) -> Task:
     """The task with exactly this name. Raises ConfigError that names the nearest."""
     if name not in names():
-        raise ConfigError(f"unknown task {name!r}{nearest(name, names())}; known: {', '.join(names())}")
+        known = [*names(), *towers.names()]
+        raise ConfigError(f"unknown task {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     task = settings.load(Task, _HERE / f"{name}.yaml")
     assert task.name == name, f"{name}.yaml calls itself {task.name!r}"
     return task
