@@ -47,8 +47,8 @@ def main(
     Args:
         out: everything is written below it; made if missing.
         from_scratch: first make the start checkpoints in `out/start`, instead of using those of the package.
-        pretrain: make only the start checkpoints (`out/siglip`, `out/gemma`) and, from the first, the SigLIP with both
-            towers (`out/dual`), and return their sizes in bytes.
+        pretrain: make only the start checkpoints (`out/siglip`, `out/gemma`) and, from the package's SigLIP, the one
+            with both towers (`out/dual`), and return their sizes in bytes.
         encoder: the tower: a kind, or a checkpoint. `siglip` and `siglip2_naflex` have the package's weights, any other
             kind is a tower of the same size with new weights.
         pretrain_encoder: first pretrain a tower of that kind in `out/start`, as the package's SigLIP was.

@@ -28,7 +28,7 @@ def write(out: Path, facts: dict[str, Any]) -> Path:
     """`out/report.html`."""
     by_name = {figure["name"]: figure for figure in facts["figures"]}
     stats = [
-        Stat(title, percent(by_name[name]["value"]), f"chance {percent(by_name[name]['chance'])}", "good")
+        Stat(title, percent(by_name[name]["value"]), f"chance {percent(by_name[name]['chance'])}", _tone(by_name[name]))
         for name, title in HEADLINES.items()
     ]
     rows = [
@@ -57,6 +57,10 @@ def write(out: Path, facts: dict[str, Any]) -> Path:
 
 
 BEST = "Best is what a reader without fault would get: some captions are true of several pictures."
+
+
+def _tone(figure: dict[str, Any]) -> str:
+    return "good" if figure["value"] > 2 * figure["chance"] else "bad"
 
 
 def _note(search: dict[str, Any]) -> str:

@@ -126,7 +126,7 @@ def _pretrained(choice: Choice, folder: Path, seed: int) -> int:
 
 
 def make_dual(folder: Path, seed: int, steps: int | None) -> None:
-    """The SigLIP with both towers in `folder/dual`, from the one in `folder/siglip`, unless it is there already.
+    """The SigLIP with both towers in `folder/dual`, from the package's SigLIP, unless it is there already.
 
     Args:
         steps: of each of its parts; None: as many as the package's had.
@@ -136,7 +136,7 @@ def make_dual(folder: Path, seed: int, steps: int | None) -> None:
 
     if not complete(folder / "dual", WEIGHTS):
         parts = dual.PARTS if steps is None else tuple(replace(part, steps=steps) for part in dual.PARTS)
-        pretrain.run_jobs([(dual.pretrain_dual, (folder / "dual", folder / "siglip", seed, parts))])
+        pretrain.run_jobs([(dual.pretrain_dual, (folder / "dual", ASSETS / "siglip", seed, parts))])
 
 
 def _new(kind: str, folder: Path, seed: int) -> None:
