@@ -27,7 +27,9 @@ def again(option: str, without: str = "") -> str:
 
 
 def quiet_transformers() -> None:
-    """No progress bars for reading weights; imports transformers."""
+    """No progress bars for reading weights, and no warnings of transformers: opening any SigLIP it warns of the token
+    ids in its own defaults, and what matters in a configuration is checked here. Imports transformers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -28,7 +28,7 @@ from vlm.demo.learning import MOST_THINGS, Words, fit, pad, save
 from vlm.exchange.hub_files import preprocessor_values
 from vlm.images.transforms import ImageTransform
 from vlm.model.parts import encoder_spec
-from vlm.text import tokenizer as tokenizers
+from vlm.text.tokens import IMAGE_TOKEN, LOC_TOKENS
 
 CONTEXT = 24
 """Text positions of the SigLIP."""
@@ -262,7 +262,8 @@ def pretrain_tower(kind: str, folder: Path, tokenizer: Path, seed: int, steps: i
         new_tower(kind, folder, seed)
         return
     words = Words(tokenizer)
-    vocabulary = tokenizers.image_token_id(words.tokenizer) + 1  # the pieces; <loc> and <seg> come after <image>
+    added = words.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, LOC_TOKENS[0]])
+    vocabulary = min(added) + 1  # the pieces and one more, whichever of the added tokens comes first
     torch.manual_seed(seed)
     model, captioner = pair(kind, vocabulary)
     rng = random.Random(f"tower {seed}")
