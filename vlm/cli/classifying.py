@@ -57,7 +57,7 @@ class Asked:
     threshold: float = 0.0
     batch_size: int = 32
     device: str = "cpu"
-    dtype: str | None = None
+    dtype: str = "auto"
     cache: bool = True
     as_json: bool = False
 

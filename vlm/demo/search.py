@@ -88,7 +88,7 @@ def main(out: str | Path, *, seed: int = 0, count: int = album.SCENES, model: st
 
 def look(out: Path, seed: int, count: int, model: str) -> dict[str, Any]:
     """Embed every picture once; all else is asked of the vectors."""
-    tower, processor = load(model)
+    tower, processor = load(model, dtype="auto")
     store = embed(out, model, tower, processor)
     vectors = torch.cat(store.shards)
     by_id = {line["id"]: line for line in dataset.read_lines(out / "scenes.jsonl")}

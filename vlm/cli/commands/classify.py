@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vlm.cli.options import DUAL_MODEL, Command, Place, Shared, chosen_device, names, unless_auto
+from vlm.cli.options import DUAL_MODEL, Command, Place, Shared, chosen_device, names
 from vlm.settings import option
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def run(options: Options) -> int:
             threshold=options.threshold,
             batch_size=options.batch_size,
             device=chosen_device(options.place.device),
-            dtype=unless_auto(options.place.dtype),
+            dtype=options.place.dtype,
             cache=not options.labels.no_cache,
             as_json=options.json,
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlm import children, words
 from vlm.cli import console
-from vlm.cli.options import DUAL_MODEL, Command, Dtype, Place, Shared, chosen_device, chosen_of, unless_auto
+from vlm.cli.options import DUAL_MODEL, Command, Dtype, Place, Shared, chosen_device, chosen_of
 from vlm.errors import ConfigError
 from vlm.settings import option
 
@@ -55,7 +55,7 @@ class Options:
     prune: bool = option("drop the vectors of what these sources no longer have", default=False)
     batch_size: int = option("pictures or texts at a time", default=32, metavar="N", least=1)
     decoders: int | None = option("threads that read pictures", default=None, metavar="N", least=1, shown="one a core")
-    model_dtype: Dtype = option("number format of the model; auto: the checkpoint's", default="auto", shown="")
+    model_dtype: Dtype = option("of the model; auto: the checkpoint's, on a CPU float32", default="auto", shown="")
     other_versions: bool = option("add to vectors that other versions of the libraries have made", default=False)
     json: bool = option("print a JSON object instead of a line", default=False)
 
@@ -74,7 +74,7 @@ def run(options: Options) -> int:
 
     console.quiet_transformers()
     device = chosen_device(options.place.device)
-    model, processor = load(options.model, device=device, dtype=unless_auto(options.model_dtype))
+    model, processor = load(options.model, device=device, dtype=options.model_dtype)
     named = os.path.abspath(options.model) if os.path.exists(options.model) else options.model
     with VectorWriter(
         options.out,

@@ -215,7 +215,7 @@ def _on_towers(options: Options) -> dict[str, Any]:
         options.model,
         pictures_only=kinds <= {"knn", "linear"},
         device=chosen_device(options.place.device),
-        dtype=unless_auto(options.place.dtype),
+        dtype=options.place.dtype,
         max_num_patches=options.reading.max_num_patches,
     )
     return evaluate_towers(embedder, items.tasks, items.data, options.out, options=how)
