@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,6 +18,8 @@ from torch import Tensor
 from vlm.errors import ConfigError, DataError, DiskError
 from vlm.siglip import space as spaces
 from vlm.siglip import writing
+from vlm.siglip.loading import load
+from vlm.siglip.rules import RULES
 from vlm.siglip.store import VectorStore
 from vlm.siglip.writing import VectorWriter
 
@@ -286,3 +289,20 @@ def test_a_second_writer_is_refused_while_the_first_is_there(tmp_path: Path) -> 
         first.commit()
         assert read(tmp_path / "v")[0] == ["0.png"], "reading needs no lock"
     fill(tmp_path / "v", (1,))
+
+
+def test_a_space_is_what_a_rule_does_and_not_its_words() -> None:
+    model, processor = load("demo-siglip")
+    known = spaces.of(model, processor)
+    reworded = dataclasses.replace(processor.rule, case="small", punctuation="stays", pooled="the end", title="S2")
+    assert not spaces.apart(known, spaces.of(model, dataclasses.replace(processor, rule=reworded)))
+    for change in ({"clean": str.upper}, {"clean": RULES["siglip"].clean}, {"pad": "<eos>"}, {"side": "left"}):
+        other = dataclasses.replace(processor, rule=dataclasses.replace(processor.rule, **change))
+        assert spaces.apart(known, spaces.of(model, other)), change
+
+
+def test_half_weights_compute_in_float32_on_a_cpu() -> None:
+    """Where half is many times slower; and the checkpoint's own format where it is asked for."""
+    assert str(load("demo-siglip", dtype="auto")[0].dtype) == "torch.float32"
+    assert str(load("demo-siglip")[0].dtype) == "torch.float16"
+    assert str(load("demo-siglip", dtype="bfloat16")[0].dtype) == "torch.bfloat16"

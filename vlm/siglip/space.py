@@ -25,6 +25,8 @@ _DIGESTS = {
     "configuration": "configuration of the model",
     "texts.tokenizer": "tokenizer",
 }
+_SAMPLE = "Ab_C.  D-é É!"
+"""A text that every rule of case, punctuation and blanks changes in its own way."""
 _LIBRARIES = ("torch", "transformers", "pillow")
 
 
@@ -45,12 +47,12 @@ def of(model: Any, processor: Any) -> Space:
         "dtype": str(model.dtype).removeprefix("torch."),
         "configuration": of_values(canonical(config)),
         "preprocessing": canonical(processor.transform.to_dict()),
-        "pooling": {"images": "the tower's own head", "texts": rule.pooled},
+        "pooling": "each tower's own",
         "normalisation": "length 1, in float32",
         "texts": {
-            "case": rule.case,
-            "punctuation": rule.punctuation,
-            "tokens": rule.tokens,
+            # What the rule does, not the words that tell of it: those may be put better one day.
+            "cleaned": rule.clean(_SAMPLE),
+            **{name: getattr(rule, name) for name in ("bos", "eos", "pad", "side", "attention")},
             "context": processor.context,
             "tokenizer": None if tokenizer is None else of_tokenizer(tokenizer),
         },
