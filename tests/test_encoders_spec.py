@@ -38,6 +38,7 @@ COMPARED = {
     ),
     ("vlm.ranks", "kind.__name__ == 'DistError'"): "an error of torch, which one of its builds does not have",
     ("vlm.cli.commands.demo", "options.encoder != 'siglip'"): "an option that has not its default",
+    ("vlm.demo.run", "encoder == 'siglip'"): "the SigLIP with both towers goes on from the demo's own",
     ("vlm.demo.prepare", "'siglip' in encoders"): "the demo's own SigLIP is among the towers asked for",
     ("vlm.demo.towers", "kind != 'siglip'"): "the model that the demo pretrains is a SigLIP already",
     ("vlm.demo.towers", "kind == 'siglip'"): "the model that the demo pretrains is a SigLIP already",

@@ -63,7 +63,9 @@ def opened(
                     " CLIP; knn and linear read the vision tower of any model"
                 )
             geometry = {} if max_num_patches is None else {"image": {"max_num_patches": max_num_patches}}
-            model, processor = open_model(path, Opening(device=device, dtype=dtype, geometry=geometry))
+            model, processor = open_model(
+                path, Opening(device=device, dtype=None if dtype == "auto" else dtype, geometry=geometry)
+            )
             return TowerEmbedder(model.model.vision_tower, processor.image_transform, name=path)
     both, reader = load(path, device=device, dtype=dtype)
     if max_num_patches is not None:
@@ -158,7 +160,7 @@ class Embedder:
 
     @property
     def _cuts(self) -> bool:
-        return self.processor.transform.mode == "squash"
+        return self.processor.transform.squashes
 
     def _mean(self, inputs: Mapping[str, Tensor]) -> Tensor:
         if self.model.kind not in MEAN_OF:

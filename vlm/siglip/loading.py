@@ -37,6 +37,8 @@ from vlm.text.tokenizer import from_sentencepiece
 log = logging.getLogger(__name__)
 EITHER = "siglip"
 """What the class of SigLIP's configuration means: v1, or FixRes of SigLIP 2, which only a vocabulary tells apart."""
+FILTERS = {"siglip2": "bilinear"}
+"""Family -> the filter of a directory that names none, where it is not its tower's default (bicubic for SigLIP)."""
 VOCABULARIES = {32_000: "siglip", 250_000: "siglip", 256_000: "siglip2"}
 """Family by the vocabulary of the released text towers: c4_en, mC4, Gemma."""
 
@@ -143,8 +145,8 @@ def _transform(folder: Path, model: DualTower) -> ImageTransform:
     settings = recorded_transform(folder, spec.image_size(config))
     if spec.any_aspect:
         settings.pop("rounding", None)  # NaFlex never rounds
-    if model.family == "siglip2":  # bicubic in SigLIP's own directories, bilinear in those of SigLIP 2
-        settings.setdefault("resample", "bilinear")
+    if model.family in FILTERS:
+        settings.setdefault("resample", FILTERS[model.family])
     transform: ImageTransform = guarded(lambda: spec.transform(config, **settings), f"{folder}: image settings")
     return transform
 

@@ -19,11 +19,12 @@ from vlm.images.transforms import ImageTransform
 from vlm.model.dual import FAMILY, DualTower
 from vlm.siglip import open_clip
 from vlm.siglip.processor import DualProcessor
-from vlm.siglip.rules import RULES
 
 log = logging.getLogger(__name__)
 OWN_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
 """What such a directory is made of; these go when a model is saved over it, others stay."""
+LOWERING = {"siglip2": Siglip2Tokenizer}
+"""Family -> transformers' class for its vocabulary that lower-cases, where a plain Gemma tokenizer does not."""
 SAMPLES = ("A Photo of 2 cats, one RED!", "Zürich, ÉCOLE 猫", "", "a long text " * 100)
 
 
@@ -105,7 +106,7 @@ def _write_tokenizer(processor: DualProcessor, folder: Path) -> None:
     texts in another way."""
     given, rule = processor.tokenizer, processor.rule
     given.save_pretrained(folder)
-    kind = Siglip2Tokenizer if rule is RULES["siglip2"] and isinstance(given, GemmaTokenizer) else type(given)
+    kind = LOWERING.get(rule.family, type(given)) if isinstance(given, GemmaTokenizer) else type(given)
     agreeing = kind.from_pretrained(
         str(folder),
         local_files_only=True,
