@@ -217,6 +217,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "42" not in json.loads(out)[0]["why"] and "50.0 %" in json.loads(out)[0]["why"]
 
 
+def test_a_size_that_is_none_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "--fit", "foo"]) == 2
+    assert "'foo' is not a size; write it as 5GB" in capsys.readouterr().err
+
+
 def test_the_command_shows_text_rules_and_traps(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run(capsys, "siglip-so400m-patch14-224")
     assert "16 positions" in out and "lower" in out and "trap: 16 text positions" in " ".join(out.split())

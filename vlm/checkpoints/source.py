@@ -120,7 +120,7 @@ def finite(tensor: Tensor, name: str, origin: str, allow: bool) -> Tensor:
         if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
             raise CheckpointError(
                 f"{origin}: tensor {name} holds NaN or infinity; the file is damaged or the training had diverged; take"
-                f" an earlier checkpoint, or open it with --allow-nonfinite (allow_nonfinite=True)"
+                f" an earlier checkpoint, or open it with allow_nonfinite=True (`vlm import --allow-nonfinite`)"
             )
     return tensor
 

@@ -94,6 +94,7 @@ class DualProcessor:
         if self.tokenizer is None:
             raise ConfigError(
                 "this checkpoint has no tokenizer, so it can read images only; load it with tokenizer=..., a folder"
-                " with tokenizer.json or a sentencepiece model"
+                " with tokenizer.json or a sentencepiece model; `vlm import FILE.npz --tokenizer T --out DIR` makes a"
+                " directory that has one"
             )
         return self.tokenizer

@@ -17,9 +17,7 @@ class Options:
     use: Literal["document", "retrieval", "multilingual", "backbone", "edge", "classification"] | None = option(
         "what is worth taking for this, with a sentence each", default=None
     )
-    fit: int | None = option(
-        "only those that run in this much memory, such as 8GB", default=None, metavar="SIZE", parse=parse_size
-    )
+    fit: str | None = option("only those that run in this much memory, such as 8GB", default=None, metavar="SIZE")
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = option(
         "of the weights, for the memory", default="bfloat16"
     )
@@ -32,19 +30,20 @@ def run(options: Options) -> int:
     from vlm.catalogue.released import find, load
     from vlm.catalogue.table import choice, page
 
+    most = None if options.fit is None else parse_size(options.fit)
     reasons = {pick.checkpoint.id: pick.why for pick in picks(options.use)} if options.use else {}
     named = {one.id: one for one in find(options.names)}
     asked = [named[key] for key in (reasons or named) if key in named]
     memory = {one.id: memory_bytes(one, options.dtype) for one in asked}
-    fitting = [one for one in asked if options.fit is None or memory[one.id] <= options.fit]
+    fitting = [one for one in asked if most is None or memory[one.id] <= most]
     if options.json:
         print(jsons.dumps([_record(one, memory[one.id], load().source(one), reasons) for one in fitting], indent=1))
     elif options.use:
         print(choice(options.use, reasons, fitting, memory))
     else:
         print(page(fitting, memory, _text(), chosen=bool(options.names)))
-    if options.fit is not None and len(fitting) < len(asked):
-        limit = f"{options.fit / 1e9:g} GB in {options.dtype}"
+    if most is not None and len(fitting) < len(asked):
+        limit = f"{most / 1e9:g} GB in {options.dtype}"
         print(f"{len(asked) - len(fitting)} of {len(asked)} need more than {limit}", file=sys.stderr)
     return console.OK
 
